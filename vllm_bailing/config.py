@@ -1,0 +1,448 @@
+"""The BailingMoeV2 configuration: fields, defaults, derived sizes and validation.
+
+Imports neither torch nor vLLM. Every default lives here, so no other file guesses a missing key.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+from transformers.configuration_utils import PretrainedConfig
+
+ARCHITECTURE = "BailingMoeV2ForCausalLM"
+MODEL_TYPE = "bailing_moe_v2"
+# What the vendor's converter writes. First-generation Bailing models share it, so it never identifies this family.
+SHARED_MODEL_TYPE = "bailing_moe"
+
+_SIZES = (  # positive integers
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "num_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "moe_intermediate_size",
+)
+_COUNTS = ("num_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers")  # zero or more
+_SWITCHES = (
+    "tie_word_embeddings",
+    "use_bias",
+    "use_qkv_bias",
+    "use_qk_norm",
+    "use_rmsnorm",
+    "norm_topk_prob",
+    "norm_head",
+    "moe_router_enable_expert_bias",
+)
+_NUMBERS = ("rms_norm_eps", "routed_scaling_factor")  # finite, above zero
+_ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_dim")
+_ROPE_TYPES = {  # rope_type -> the parameters it takes beside the common ones
+    "default": set(),
+    "linear": {"factor"},
+    "yarn": {
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    },
+}
+_ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+
+
+def _require_int(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}; correct it in config.json")
+
+
+def _require_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name}={value!r} must be a finite number above 0; correct it in config.json")
+
+
+def _require_one_of(name: str, value: Any, supported: tuple) -> None:
+    if value not in supported:
+        choices = ", ".join(repr(choice) for choice in supported)
+        raise ValueError(f"{name}={value!r} is not part of BailingMoeV2, which supports {choices}; correct config.json")
+
+
+class BailingMoeV2Config(PretrainedConfig):
+    """Configuration of a BailingMoeV2 model (Ling-mini/flash-2.0, Ling-1T, their base and Ring siblings).
+
+    Keys that a config.json leaves out take the meaning of the official modeling code: weights of the chosen experts
+    are normalised, scores are sigmoids, routing runs in fp32, norms are RMSNorm, and the rotary width follows
+    `partial_rotary_factor`, else `rotary_dim`, else the whole head.
+
+    Derived on construction, and again whenever a rope key is assigned (vLLM's `--hf-overrides` assigns attributes):
+
+    - `rotary_dim` (channels) and `partial_rotary_factor` (share of `head_dim`), always consistent with each other;
+    - `rope_parameters`: dict with `rope_type`, `rope_theta`, `partial_rotary_factor` and the scaling keys;
+    - `max_position_embeddings` (tokens): with YaRN at least `factor * original_max_position_embeddings`, which is
+      what the model card's recipe means although it leaves the window at 32768.
+
+    Raises:
+        ValueError: If a value has the wrong type or range, or two keys contradict each other. The message is one
+            line that names the keys and their values.
+
+    Source: inclusionAI/Ling-V2, `configuration_bailing_moe_v2.py` and `modeling_bailing_moe_v2.py`; model card of
+    Ling-flash-2.0 for YaRN.
+    """
+
+    model_type = MODEL_TYPE
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # transformers would warn that a plain rope does not know this key, which the partial rotary needs.
+    ignore_keys_at_rope_validation = {"partial_rotary_factor"}
+
+    def __init__(
+        self,
+        vocab_size: int = 157184,
+        hidden_size: int = 2048,
+        intermediate_size: int = 5120,
+        num_hidden_layers: int = 20,
+        num_attention_heads: int = 16,
+        num_key_value_heads: int | None = 4,
+        head_dim: int | None = None,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 32768,
+        rms_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        use_qkv_bias: bool = False,
+        use_bias: bool = False,
+        use_qk_norm: bool = True,
+        use_rmsnorm: bool = True,
+        tie_word_embeddings: bool = False,
+        norm_head: bool = False,
+        rope_theta: float | None = None,
+        partial_rotary_factor: float | None = None,
+        rotary_dim: int | None = None,
+        rope_scaling: dict[str, Any] | None = None,
+        rope_parameters: dict[str, Any] | None = None,
+        num_experts: int = 256,
+        num_experts_per_tok: int = 8,
+        n_group: int | None = 8,
+        topk_group: int | None = 4,
+        num_shared_experts: int | None = 1,
+        moe_intermediate_size: int = 512,
+        moe_shared_expert_intermediate_size: int | None = None,
+        first_k_dense_replace: int = 1,
+        routed_scaling_factor: float = 1.0,
+        norm_topk_prob: bool = True,
+        score_function: str | None = "sigmoid",
+        router_dtype: str | None = "fp32",
+        moe_router_enable_expert_bias: bool = True,
+        num_nextn_predict_layers: int | None = 0,
+        embedding_dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        use_cache: bool = True,
+        pad_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        architectures: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        if head_dim is None:
+            _require_int("hidden_size", hidden_size, 1)
+            _require_int("num_attention_heads", num_attention_heads, 1)
+            head_dim = hidden_size // num_attention_heads
+        self.head_dim = head_dim
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.use_qkv_bias = use_qkv_bias
+        self.use_bias = use_bias
+        self.use_qk_norm = use_qk_norm
+        self.use_rmsnorm = use_rmsnorm
+        self.norm_head = norm_head
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.n_group = 1 if n_group is None else n_group
+        self.topk_group = self.n_group if topk_group is None else topk_group
+        self.num_shared_experts = 0 if num_shared_experts is None else num_shared_experts
+        self.moe_intermediate_size = moe_intermediate_size
+        self.moe_shared_expert_intermediate_size = (
+            moe_intermediate_size if moe_shared_expert_intermediate_size is None else moe_shared_expert_intermediate_size
+        )
+        self.first_k_dense_replace = first_k_dense_replace
+        self.routed_scaling_factor = routed_scaling_factor
+        self.norm_topk_prob = norm_topk_prob
+        self.score_function = "sigmoid" if score_function is None else score_function
+        self.router_dtype = "fp32" if router_dtype is None else router_dtype
+        self.moe_router_enable_expert_bias = moe_router_enable_expert_bias
+        self.num_nextn_predict_layers = 0 if num_nextn_predict_layers is None else num_nextn_predict_layers
+        self.embedding_dropout = embedding_dropout
+        self.attention_dropout = attention_dropout
+        self.output_dropout = output_dropout
+        self.use_cache = use_cache
+        self.pad_token_id = pad_token_id
+        self.eos_token_id = eos_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        self._check_fields()
+        super().__init__(architectures=architectures or [ARCHITECTURE], **kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
+        self._set_rope(rope_parameters, rope_scaling, rope_theta, partial_rotary_factor, rotary_dim)
+
+    # ---- rope -------------------------------------------------------------------------------------------------
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        """Assign `key`; a rope key assigned after construction settles the other rope keys anew."""
+        if key not in _ROPE_KEYS or "rope_parameters" not in self.__dict__:
+            super().__setattr__(key, value)
+            return
+        current = dict(self.rope_parameters)
+        if key in ("rope_parameters", "rope_scaling"):
+            new = dict(value or {})
+            if (new.get("rope_type") or new.get("type")) == "yarn":
+                # Without a window of its own, the new scaling starts from the one that the checkpoint was trained with.
+                new.setdefault(
+                    "original_max_position_embeddings",
+                    current.get("original_max_position_embeddings", self.max_position_embeddings),
+                )
+            theta = new.get("rope_theta", current["rope_theta"])
+            self._set_rope(new, None, theta, new.get("partial_rotary_factor", self.partial_rotary_factor), None)
+            return
+        current.pop("partial_rotary_factor", None)
+        theta = value if key == "rope_theta" else current.pop("rope_theta")
+        current.pop("rope_theta", None)
+        factor = value if key == "partial_rotary_factor" else None
+        width = value if key == "rotary_dim" else (None if factor is not None else self.rotary_dim)
+        self._set_rope(current, None, theta, factor, width)
+
+    def standardize_rope_params(self) -> None:
+        """Nothing to do: construction and assignment keep the rope keys settled. transformers and vLLM call this."""
+
+    def validate_rope(self, *args: Any, **kwargs: Any) -> None:
+        """Check the whole configuration again; vLLM calls this after `--hf-overrides` were applied."""
+        if "rope_parameters" in self.__dict__:
+            self._check_fields()
+
+    def _set_rope(
+        self,
+        rope_parameters: dict[str, Any] | None,
+        rope_scaling: dict[str, Any] | None,
+        rope_theta: float | None,
+        partial_rotary_factor: float | None,
+        rotary_dim: int | None,
+    ) -> None:
+        for name, given in (("rope_parameters", rope_parameters), ("rope_scaling", rope_scaling)):
+            if given is not None and not isinstance(given, dict):
+                raise ValueError(f"{name}={given!r} must be an object such as {{'rope_type': 'yarn', 'factor': 4.0}}")
+        if rope_parameters and rope_scaling:
+            for key in sorted(set(rope_parameters) & set(rope_scaling)):
+                if rope_parameters[key] != rope_scaling[key]:
+                    raise ValueError(
+                        f"rope_parameters.{key}={rope_parameters[key]!r} contradicts "
+                        f"rope_scaling.{key}={rope_scaling[key]!r}; keep one of them"
+                    )
+        given = {**(rope_parameters or {}), **(rope_scaling or {})}
+        spellings = {given[key] for key in ("type", "rope_type") if given.get(key) is not None}
+        if len(spellings) > 1:
+            raise ValueError(f"type={given['type']!r} contradicts rope_type={given['rope_type']!r}; keep one of them")
+        rope_type = spellings.pop() if spellings else "default"
+        if rope_type not in _ROPE_TYPES:
+            raise ValueError(f"rope_type={rope_type!r} is not supported; use one of {', '.join(sorted(_ROPE_TYPES))}")
+        allowed = _ROPE_TYPES[rope_type]
+        scaling = {key: value for key, value in given.items() if key not in _ROPE_COMMON and value is not None}
+        unknown = sorted(set(scaling) - allowed)
+        if rope_type == "default":
+            # vLLM and transformers write a leftover window or factor of 1 into plain ropes; anything else is a mistake.
+            unknown = [key for key in unknown if key != "original_max_position_embeddings" and scaling[key] != 1]
+            scaling = {}
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]}={given[unknown[0]]!r} does not belong to rope_type={rope_type!r}; "
+                f"it takes {', '.join(sorted(allowed)) or 'no scaling keys'} (for YaRN write rope_type 'yarn')"
+            )
+
+        theta = self._agreed("rope_theta", rope_theta, given.get("rope_theta"), 600000.0)
+        _require_number("rope_theta", theta)
+        factor = self._agreed("partial_rotary_factor", partial_rotary_factor, given.get("partial_rotary_factor"), None)
+        width = self._rotary_width(factor, rotary_dim)
+
+        window = self.max_position_embeddings
+        if "factor" in allowed:
+            _require_number(f"factor of rope_type {rope_type!r}", scaling.get("factor"))
+            if scaling["factor"] < 1:
+                raise ValueError(f"factor={scaling['factor']} of rope_type {rope_type!r} must be at least 1")
+        if rope_type == "yarn":
+            original = scaling.setdefault("original_max_position_embeddings", window)
+            _require_int("original_max_position_embeddings", original, 1)
+            extended = int(scaling["factor"] * original)
+            if window > extended:
+                raise ValueError(
+                    f"max_position_embeddings={window} exceeds factor={scaling['factor']} times "
+                    f"original_max_position_embeddings={original} of the YaRN scaling; correct one of the three"
+                )
+            window = extended
+            for key in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+                if key in scaling:
+                    _require_number(f"{key} of rope_type 'yarn'", scaling[key])
+
+        settled = {
+            "rope_theta": theta,
+            "partial_rotary_factor": width / self.head_dim,
+            "rotary_dim": width,
+            "max_position_embeddings": window,
+            "rope_parameters": {
+                "rope_type": rope_type,
+                "rope_theta": theta,
+                "partial_rotary_factor": width / self.head_dim,
+                **scaling,
+            },
+        }
+        # rope_parameters comes last: its presence marks the object as complete for __setattr__.
+        self.__dict__.update(settled)
+
+    @staticmethod
+    def _agreed(name: str, outer: Any, inner: Any, default: Any) -> Any:
+        if outer is not None and inner is not None and outer != inner:
+            raise ValueError(f"{name}={outer!r} contradicts rope_parameters.{name}={inner!r}; keep one of them")
+        return next((value for value in (outer, inner) if value is not None), default)
+
+    def _rotary_width(self, factor: float | None, rotary_dim: int | None) -> int:
+        if rotary_dim is not None:
+            _require_int("rotary_dim", rotary_dim, 1)
+        if factor is not None:
+            _require_number("partial_rotary_factor", factor)
+        width = rotary_dim if factor is None else int(self.head_dim * factor)
+        width = self.head_dim if width is None else width
+        if rotary_dim is not None and width != rotary_dim:
+            raise ValueError(
+                f"rotary_dim={rotary_dim} contradicts partial_rotary_factor={factor}, which gives {width} of "
+                f"head_dim={self.head_dim} channels; correct one of the two"
+            )
+        if width > self.head_dim:
+            name = f"rotary_dim={rotary_dim}" if factor is None else f"partial_rotary_factor={factor}"
+            raise ValueError(f"{name} is wider than head_dim={self.head_dim}; the rotary part must fit into the head")
+        if width < 2 or width % 2:
+            raise ValueError(f"the rotary part must be an even number of channels, not {width} (head_dim={self.head_dim})")
+        return width
+
+    # ---- checks -----------------------------------------------------------------------------------------------
+
+    def _check_fields(self) -> None:
+        for name in _SIZES:
+            _require_int(name, getattr(self, name), 1)
+        for name in _COUNTS:
+            _require_int(name, getattr(self, name), 0)
+        _require_int("moe_shared_expert_intermediate_size", self.moe_shared_expert_intermediate_size, 1)
+        for name in _NUMBERS:
+            _require_number(name, getattr(self, name))
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false; correct it in config.json")
+
+        _require_one_of("hidden_act", self.hidden_act, ("silu",))
+        _require_one_of("score_function", self.score_function, ("sigmoid",))
+        # Routing is fp32 whatever is written here, as in the official code.
+        _require_one_of("router_dtype", self.router_dtype, ("fp32", "float32", "bf16", "bfloat16"))
+        _require_one_of("use_rmsnorm", self.use_rmsnorm, (True,))
+        _require_one_of("norm_topk_prob", self.norm_topk_prob, (True,))
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} must divide "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        if self.num_experts % self.n_group:
+            raise ValueError(f"n_group={self.n_group} must divide num_experts={self.num_experts}")
+        experts_per_group = self.num_experts // self.n_group
+        if self.n_group > 1 and experts_per_group < 2:
+            raise ValueError(
+                f"n_group={self.n_group} leaves {experts_per_group} of num_experts={self.num_experts} to a group; "
+                "a group is ranked by its two best experts"
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group={self.topk_group} exceeds n_group={self.n_group}")
+        if self.num_experts_per_tok > self.topk_group * experts_per_group:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} exceeds the {self.topk_group * experts_per_group} experts "
+                f"in topk_group={self.topk_group} of n_group={self.n_group} groups (num_experts={self.num_experts})"
+            )
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise ValueError(
+                f"first_k_dense_replace={self.first_k_dense_replace} exceeds num_hidden_layers={self.num_hidden_layers}"
+            )
+        if self.norm_head and self.tie_word_embeddings:
+            raise ValueError("norm_head=True contradicts tie_word_embeddings=True: normalising the head changes the embedding")
+        if getattr(self, "use_sliding_window", False):
+            raise ValueError("use_sliding_window=True is not part of BailingMoeV2; set it to false in config.json")
+
+    # ---- derived sizes ----------------------------------------------------------------------------------------
+
+    @property
+    def shared_expert_intermediate_size(self) -> int:
+        """Width of all shared experts together; they are stored as one MLP."""
+        routed_like = self.moe_intermediate_size * self.num_shared_experts
+        # Some configs write the width of all shared experts into the key that elsewhere means the width of one.
+        if self.moe_shared_expert_intermediate_size == routed_like:
+            return routed_like
+        return self.moe_shared_expert_intermediate_size * self.num_shared_experts
+
+    @property
+    def moe_layer_ids(self) -> list[int]:
+        """Absolute indices of the MoE layers, MTP layers excluded."""
+        return list(range(self.first_k_dense_replace, self.num_hidden_layers))
+
+    @property
+    def mtp_layer_ids(self) -> list[int]:
+        """Absolute indices of the MTP layers, which follow the main ones in the checkpoint."""
+        return list(range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers))
+
+
+def is_bailing_moe_v2(architectures: Any) -> bool:
+    """Whether the `architectures` value of a config.json names this family."""
+    return isinstance(architectures, (list, tuple)) and ARCHITECTURE in architectures
+
+
+def adopt(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """Point the raw contents of a config.json at this class, if it describes a BailingMoeV2 model.
+
+    `model_type` becomes the family's own, since "bailing_moe" is shared with first-generation models, and `auto_map`
+    goes, so that neither transformers nor vLLM ever fetches or runs the code it names. Others come back untouched.
+    """
+    if not is_bailing_moe_v2(config_dict.get("architectures")):
+        return config_dict
+    if config_dict.get("model_type") not in (SHARED_MODEL_TYPE, MODEL_TYPE):
+        return config_dict
+    adopted = {key: value for key, value in config_dict.items() if key != "auto_map"}
+    adopted["model_type"] = MODEL_TYPE
+    return adopted
+
+
+def register_with_transformers() -> None:
+    """Let `AutoConfig` (and vLLM, which uses it) read this family's config.json files. Safe to call again.
+
+    transformers looks classes up by `model_type` alone, before anything reads `architectures`. The published files
+    share theirs with first-generation Bailing, so the raw dict is adopted where all loaders get it from.
+    """
+    from transformers import AutoConfig
+
+    AutoConfig.register(MODEL_TYPE, BailingMoeV2Config, exist_ok=True)
+    original = PretrainedConfig.__dict__["get_config_dict"].__func__
+    if getattr(original, "_adopts_bailing_moe_v2", False):
+        return
+
+    @functools.wraps(original)
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        config_dict, unused_kwargs = original(cls, *args, **kwargs)
+        return adopt(config_dict), unused_kwargs
+
+    get_config_dict._adopts_bailing_moe_v2 = True  # type: ignore[attr-defined]
+    PretrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[assignment]
