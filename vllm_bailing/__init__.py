@@ -1,0 +1,25 @@
+"""BailingMoeV2 (Ling 2.0, Ring 2.0, Ling-1T) for vLLM, as a plugin.
+
+vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in every process that it starts,
+sometimes more than once and also for other models. Importing this package therefore imports nothing but the standard
+library.
+"""
+
+__version__ = "0.1.0"
+
+
+def register() -> None:
+    """Make vLLM use this package for the BailingMoeV2 architecture. Never raises; safe to call again."""
+    try:
+        from vllm_bailing import compat
+
+        compat.register()
+    except Exception as error:  # vLLM does not catch this: it would end every `vllm` command, for any model
+        import logging
+
+        logging.getLogger("vllm.plugins.bailing").warning(
+            "vllm-bailing %s could not register (%s: %s); vLLM continues with its own classes",
+            __version__,
+            type(error).__name__,
+            error,
+        )

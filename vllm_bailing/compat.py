@@ -1,0 +1,170 @@
+"""Registration with vLLM, and everything that depends on vLLM's version.
+
+What this package changes in other packages' objects, all of it scoped to configurations that name a BailingMoeV2
+architecture:
+
+- `vllm.ModelRegistry`: the architecture points at `vllm_bailing.model` (public API);
+- `transformers.AutoConfig`: model type "bailing_moe_v2" (public API);
+- `transformers.PretrainedConfig.get_config_dict`: wrapped, see `config.register_with_transformers`.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vllm_bailing import __version__
+
+MINIMUM_VLLM = "0.27"
+TESTED_VLLM = ("0.27", "0.33")  # first and last minor release that the tests ran on, see README
+USE_INTREE = "VLLM_BAILING_USE_INTREE"
+
+ARCHITECTURES = {"BailingMoeV2ForCausalLM": "vllm_bailing.model:BailingMoeV2ForCausalLM"}
+
+# What model.py takes from vLLM: file or folder below vllm/, symbol, the arguments it passes by name.
+REQUIRED = (
+    (
+        "model_executor/layers/fused_moe",
+        "FusedMoEFactory",
+        "num_experts top_k hidden_size intermediate_size renormalize use_grouped_topk num_expert_group topk_group "
+        "quant_config prefix scoring_func routed_scaling_factor e_score_correction_bias enable_eplb "
+        "num_redundant_experts is_sequence_parallel router_logits_dtype gate shared_experts",
+    ),
+    ("model_executor/layers/fused_moe", "GateLinear", "input_size output_size out_dtype params_dtype prefix"),
+    ("model_executor/layers/rotary_embedding", "get_rope", "head_size max_position is_neox_style rope_parameters"),
+    ("model_executor/layers/attention", "Attention", "num_kv_heads cache_config quant_config prefix"),
+    ("model_executor/layers/linear", "QKVParallelLinear", "bias quant_config prefix"),
+    ("model_executor/layers/linear", "RowParallelLinear", "bias quant_config reduce_results prefix"),
+    ("model_executor/layers/linear", "MergedColumnParallelLinear", "bias quant_config prefix"),
+    ("model_executor/layers", "ParallelLMHead", "quant_config prefix"),
+    ("model_executor/models", "AutoWeightsLoader", ""),
+    ("model_executor/models", "WeightsMapper", ""),
+    ("model_executor/models", "EagleModelMixin", ""),
+    ("model_executor/models", "SupportsQuant", ""),
+    ("model_executor/models", "MixtureOfExperts", ""),
+    ("compilation", "support_torch_compile", ""),
+)
+
+
+@dataclass
+class Status:
+    """What `register` decided in this process.
+
+    Attributes:
+        vllm: Version of vLLM, or None where it is not installed.
+        active: Architectures that this package serves.
+        reason: Why `active` is empty; empty otherwise.
+        warning: What the user was warned of; empty if nothing.
+    """
+
+    vllm: str | None = None
+    active: tuple[str, ...] = ()
+    reason: str = ""
+    warning: str = ""
+    problems: list[str] = field(default_factory=list)
+
+
+_status: Status | None = None
+
+
+def status() -> Status:
+    """The decision of `register`, which is called if it was not yet."""
+    return _status or register()
+
+
+def register() -> Status:
+    """Register the configuration and, where this vLLM allows it, the model classes. Safe to call again."""
+    global _status
+    if _status is not None:
+        return _status
+    from vllm.logger import init_logger
+    from vllm.version import __version__ as vllm_version
+
+    from vllm_bailing.config import register_with_transformers
+
+    # A child of vLLM's logger, whose level and format its users have set up.
+    logger = init_logger("vllm.plugins.bailing")
+    decided = decide(vllm_version)
+    register_with_transformers()
+    if decided.active:
+        from vllm import ModelRegistry
+
+        for architecture in decided.active:
+            ModelRegistry.register_model(architecture, ARCHITECTURES[architecture])
+        logger.info(
+            "vllm-bailing %s replaces vLLM %s's %s (set %s=1 to keep vLLM's own)",
+            __version__,
+            vllm_version,
+            ", ".join(decided.active),
+            USE_INTREE,
+        )
+    else:
+        log = logger.info if os.environ.get(USE_INTREE) else logger.warning
+        log("vllm-bailing %s leaves vLLM %s's own model class in place: %s", __version__, vllm_version, decided.reason)
+    if decided.warning:
+        logger.warning("vllm-bailing %s: %s", __version__, decided.warning)
+    _status = decided
+    return decided
+
+
+def decide(vllm_version: str, vllm_root: Path | None = None) -> Status:
+    """Whether this package can serve its architectures on `vllm_version`; looks at sources, imports nothing.
+
+    Args:
+        vllm_version: As vLLM reports it; anything after a "+" is ignored.
+        vllm_root: Folder of the `vllm` package; the installed one when left out.
+    """
+    from packaging.version import InvalidVersion, Version
+
+    tested = f"{TESTED_VLLM[0]} to {TESTED_VLLM[1]}"
+    if os.environ.get(USE_INTREE, "0") not in ("", "0"):
+        return Status(vllm_version, reason=f"{USE_INTREE} is set")
+    try:
+        version = Version(vllm_version)
+    except InvalidVersion:
+        version = None
+    # A build from a checkout without tags calls itself 0.1.dev...; only its sources can tell what it is.
+    unknown = version is None or (version.is_devrelease and version.release < (0, 2))
+    if not unknown and version < Version(MINIMUM_VLLM):
+        return Status(vllm_version, reason=f"it needs vLLM {MINIMUM_VLLM} or newer; run `pip install -U vllm`")
+    if not unknown and version.release[:2] <= Version(TESTED_VLLM[1]).release[:2]:
+        return Status(vllm_version, active=tuple(ARCHITECTURES))
+    problems = probe(vllm_root)
+    if problems:
+        reason = f"this vLLM differs from the tested ones ({tested}): {problems[0]}; run `pip install -U vllm-bailing`"
+        return Status(vllm_version, reason=reason, problems=problems)
+    warning = f"vLLM {vllm_version} is not among the tested ones ({tested}); what it needs was found, so it goes on"
+    return Status(vllm_version, active=tuple(ARCHITECTURES), warning=warning)
+
+
+def probe(vllm_root: Path | None = None) -> list[str]:
+    """What is missing from vLLM's sources; empty if nothing. Reads files, since importing them would cost seconds."""
+    if vllm_root is None:
+        import vllm
+
+        vllm_root = Path(vllm.__path__[0])
+    return [problem for where, name, wanted in REQUIRED if (problem := _missing(vllm_root / where, name, wanted.split()))]
+
+
+def _missing(where: Path, name: str, wanted: list[str]) -> str:
+    files = sorted(where.rglob("*.py")) if where.is_dir() else [where.with_suffix(".py")]
+    for file in files:
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        if f"def {name}(" not in text and f"class {name}" not in text:
+            continue
+        for node in ast.parse(text).body:
+            if getattr(node, "name", None) != name:
+                continue
+            if isinstance(node, ast.ClassDef):
+                methods = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+                if not methods:  # inherits its constructor, or needs none
+                    return ""
+                node = methods[0]
+            if not isinstance(node, ast.FunctionDef) or node.args.kwarg:
+                return ""
+            found = {argument.arg for argument in node.args.posonlyargs + node.args.args + node.args.kwonlyargs}
+            lost = [argument for argument in wanted if argument not in found]
+            return f"{name} takes no argument {lost[0]!r}" if lost else ""
+    return f"{name} is gone from vllm/{'/'.join(where.parts[-3:])}"

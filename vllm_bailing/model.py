@@ -1,0 +1,475 @@
+"""BailingMoeV2 on vLLM's layers: paged attention, fused MoE, rotary embedding, parallel linear layers.
+
+Modules carry the names of the checkpoint, except that `word_embeddings` is `embed_tokens` here, which is what vLLM's
+speculative decoding looks for, and that the projections `gate_proj` and `up_proj` are one `gate_up_proj`.
+
+Dimension letters: T tokens of all requests, H hidden size, E routed experts, D head size.
+
+Source: inclusionAI/Ling-V2, `modeling_bailing_moe_v2.py`; the interfaces are those of vLLM.
+"""
+
+# No postponed annotations in this file: vLLM's compile decorator reads them as types.
+from collections.abc import Iterable
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import CacheConfig, ParallelConfig, VllmConfig
+from vllm.distributed import get_ep_group, get_pp_group, get_tensor_model_parallel_world_size
+from vllm.distributed.communication_op import tensor_model_parallel_all_gather
+from vllm.logger import init_logger
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import (
+    EagleModelMixin,
+    MixtureOfExperts,
+    SupportsEagle,
+    SupportsEagle3,
+    SupportsLoRA,
+    SupportsPP,
+    SupportsQuant,
+)
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    PPMissingLayer,
+    WeightsMapper,
+    extract_layer_index,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+    sequence_parallel_chunk,
+)
+from vllm.platforms import current_platform
+from vllm.sequence import IntermediateTensors
+
+from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.weights import Audit, main_tensors
+
+# A child of vLLM's logger, whose level and format its users have set up.
+logger = init_logger("vllm.plugins.bailing.model")
+
+
+class BailingMoeV2Attention(nn.Module):
+    """Grouped-query attention with a fused projection `[q | k | v]` and norms on q and k before the rotary."""
+
+    def __init__(
+        self,
+        config: BailingMoeV2Config,
+        cache_config: CacheConfig | None,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        tp_size = get_tensor_model_parallel_world_size()
+        if config.num_attention_heads % tp_size:
+            raise ValueError(
+                f"tensor_parallel_size={tp_size} must divide num_attention_heads={config.num_attention_heads}; "
+                "choose another --tensor-parallel-size"
+            )
+        self.head_dim = config.head_dim
+        self.query_key_value = QKVParallelLinear(
+            config.hidden_size,
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=config.use_qkv_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.query_key_value",
+        )
+        # Per rank; with fewer key/value heads than ranks every rank keeps a copy of one.
+        self.num_heads, self.num_kv_heads = self.query_key_value.num_heads, self.query_key_value.num_kv_heads
+        self.q_size, self.kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        if config.use_qk_norm:
+            self.query_layernorm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.key_layernorm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        else:
+            self.query_layernorm = self.key_layernorm = nn.Identity()
+        self.dense = RowParallelLinear(
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            bias=config.use_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.dense",
+        )
+        self.rotary_emb = get_rope(
+            self.head_dim,
+            max_position=config.max_position_embeddings,
+            is_neox_style=True,
+            rope_parameters=config.rope_parameters,
+        )
+        self.attn = Attention(
+            self.num_heads,
+            self.head_dim,
+            self.head_dim**-0.5,
+            num_kv_heads=self.num_kv_heads,
+            cache_config=cache_config,
+            quant_config=quant_config,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        qkv, _ = self.query_key_value(hidden_states)
+        q, k, v = qkv.split((self.q_size, self.kv_size, self.kv_size), dim=-1)
+        q = self.query_layernorm(q.view(-1, self.num_heads, self.head_dim)).view(q.shape)
+        k = self.key_layernorm(k.view(-1, self.num_kv_heads, self.head_dim)).view(k.shape)
+        q, k = self.rotary_emb(positions, q, k)
+        output, _ = self.dense(self.attn(q, k, v))
+        return output
+
+
+class BailingMoeV2MLP(nn.Module):
+    """SwiGLU feed-forward block. It has no biases whatever `use_bias` says."""
+
+    def __init__(
+        self,
+        config: BailingMoeV2Config,
+        intermediate_size: int,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        reduce_results: bool = True,
+        replicated: bool = False,
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size,
+            [intermediate_size] * 2,
+            bias=False,
+            quant_config=quant_config,
+            disable_tp=replicated,
+            prefix=f"{prefix}.gate_up_proj",
+        )
+        self.down_proj = RowParallelLinear(
+            intermediate_size,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            reduce_results=reduce_results,
+            disable_tp=replicated,
+            prefix=f"{prefix}.down_proj",
+        )
+        self.act_fn = SiluAndMul()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate_up, _ = self.gate_up_proj(hidden_states)
+        output, _ = self.down_proj(self.act_fn(gate_up))
+        return output
+
+
+class BailingMoeV2Gate(GateLinear):
+    """Router projection with fp32 logits, and the bias that only the choice of experts sees.
+
+    The official code multiplies in fp32. On GPUs a bf16 weight gives the same products (a product of two bf16 numbers
+    is exact in fp32, where they are summed) by kernels that read half the bytes, so bf16 models keep the gate in bf16
+    unless a checkpoint holds weights that bf16 cannot hold. Elsewhere vLLM's bf16 product would round the logits.
+    """
+
+    def __init__(self, config: BailingMoeV2Config, prefix: str) -> None:
+        model_dtype = torch.get_default_dtype()
+        exact_in_bf16 = model_dtype == torch.bfloat16 and current_platform.is_cuda_alike()
+        super().__init__(
+            config.hidden_size,
+            config.num_experts,
+            out_dtype=torch.float32,
+            params_dtype=model_dtype if exact_in_bf16 else torch.float32,
+            prefix=prefix,
+        )
+        self.weight.weight_loader = self._load_weight
+        self.expert_bias = nn.Parameter(torch.zeros(config.num_experts, dtype=torch.float32), requires_grad=False)
+
+    def _load_weight(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        if param.dtype != torch.float32 and not torch.equal(loaded_weight.to(param.dtype).float(), loaded_weight.float()):
+            logger.info_once("The router weights of this checkpoint need fp32; keeping them so.")
+            param.data = param.data.float()
+            # These take bf16 weights only; without them GateLinear multiplies in the weight's dtype.
+            self.allow_ll_bf16_gemm = self.allow_cublas_router_gemm = False
+        param.data.copy_(loaded_weight)
+
+
+class BailingMoeV2MoE(nn.Module):
+    """Routed experts behind group-limited top-k of sigmoid scores, plus shared experts that see every token."""
+
+    def __init__(
+        self,
+        config: BailingMoeV2Config,
+        parallel_config: ParallelConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        self.num_redundant_experts = parallel_config.eplb_config.num_redundant_experts
+        self.num_physical_experts = config.num_experts + self.num_redundant_experts
+        self.num_local_physical_experts = self.num_physical_experts // get_ep_group().world_size
+        self.is_sequence_parallel = parallel_config.use_sequence_parallel_moe
+        self.gate = BailingMoeV2Gate(config, prefix=f"{prefix}.gate")
+        self.shared_experts = (
+            BailingMoeV2MLP(
+                config,
+                config.shared_expert_intermediate_size,
+                quant_config,
+                prefix=f"{prefix}.shared_experts",
+                reduce_results=False,
+                replicated=self.is_sequence_parallel,
+            )
+            if config.num_shared_experts
+            else None
+        )
+        self.experts = FusedMoEFactory(
+            num_experts=config.num_experts,
+            top_k=config.num_experts_per_tok,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.moe_intermediate_size,
+            # The official code normalises only where there is more than one weight.
+            renormalize=config.num_experts_per_tok > 1,
+            use_grouped_topk=True,
+            num_expert_group=config.n_group,
+            topk_group=config.topk_group,
+            quant_config=quant_config,
+            prefix=f"{prefix}.experts",
+            scoring_func="sigmoid",
+            routed_scaling_factor=config.routed_scaling_factor,
+            e_score_correction_bias=self.gate.expert_bias,
+            enable_eplb=parallel_config.enable_eplb,
+            num_redundant_experts=self.num_redundant_experts,
+            is_sequence_parallel=self.is_sequence_parallel,
+            router_logits_dtype=torch.float32,
+            # The runner evaluates the gate: next to the shared experts, and past what torch.compile would freeze.
+            gate=self.gate,
+            shared_experts=self.shared_experts,
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        num_tokens = hidden_states.shape[0]
+        if self.is_sequence_parallel:
+            hidden_states = sequence_parallel_chunk(hidden_states)
+        # The runner holds the gate and replaces what is given as logits.
+        output = self.experts(hidden_states=hidden_states, router_logits=hidden_states)
+        if self.is_sequence_parallel:
+            output = tensor_model_parallel_all_gather(output, 0)[:num_tokens]
+        return output
+
+
+class BailingMoeV2DecoderLayer(nn.Module):
+    """Attention and feed-forward block, each behind a norm that also adds to the residual stream."""
+
+    def __init__(self, vllm_config: VllmConfig, config: BailingMoeV2Config, prefix: str) -> None:
+        super().__init__()
+        quant_config = vllm_config.quant_config
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention = BailingMoeV2Attention(
+            config, vllm_config.cache_config, quant_config, prefix=f"{prefix}.attention"
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp: nn.Module
+        if extract_layer_index(prefix) < config.first_k_dense_replace:
+            self.mlp = BailingMoeV2MLP(config, config.intermediate_size, quant_config, prefix=f"{prefix}.mlp")
+        else:
+            self.mlp = BailingMoeV2MoE(config, vllm_config.parallel_config, quant_config, prefix=f"{prefix}.mlp")
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.attention(positions, hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+@support_torch_compile
+class BailingMoeV2Model(nn.Module, EagleModelMixin):
+    """Embedding, this pipeline stage's decoder layers, final norm."""
+
+    # Expert tensors are not here: the MoE runner maps its own.
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".mlp.gate_proj.": (".mlp.gate_up_proj.", 0),
+            ".mlp.up_proj.": (".mlp.gate_up_proj.", 1),
+            ".shared_experts.gate_proj.": (".shared_experts.gate_up_proj.", 0),
+            ".shared_experts.up_proj.": (".shared_experts.gate_up_proj.", 1),
+        }
+    )
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: BailingMoeV2Config = vllm_config.model_config.hf_config
+        self.config, self.quant_config = config, vllm_config.quant_config
+        pp_group = get_pp_group()
+        self.embed_tokens = (
+            VocabParallelEmbedding(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=self.quant_config,
+                prefix=maybe_prefix(prefix, "embed_tokens"),
+            )
+            if pp_group.is_first_rank or (config.tie_word_embeddings and pp_group.is_last_rank)
+            else PPMissingLayer()
+        )
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            config.num_hidden_layers,
+            lambda prefix: BailingMoeV2DecoderLayer(vllm_config, config, prefix),
+            prefix=maybe_prefix(prefix, "layers"),
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if pp_group.is_last_rank else PPMissingLayer()
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], config.hidden_size
+        )
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors | tuple[torch.Tensor, list[torch.Tensor]]:
+        if get_pp_group().is_first_rank:
+            hidden_states = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+            residual = None
+        else:
+            assert intermediate_tensors is not None
+            hidden_states, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
+
+        # Only a draft model of the EAGLE-3 kind asks for hidden states on the way.
+        aux_hidden_states = self._maybe_add_hidden_state([], self.start_layer, hidden_states, residual)
+        for index, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), self.start_layer + 1):
+            hidden_states, residual = layer(positions, hidden_states, residual)
+            self._maybe_add_hidden_state(aux_hidden_states, index, hidden_states, residual)
+
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return (hidden_states, aux_hidden_states) if aux_hidden_states else hidden_states
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
+
+class BailingMoeV2MixtureOfExperts(MixtureOfExperts):
+    """What vLLM's expert load balancing (EPLB) needs to know of a model; target and draft models share it."""
+
+    def collect_moe_layers(self, layers: Iterable[nn.Module], config: BailingMoeV2Config) -> None:
+        """Enumerate the MoE layers of this rank's pipeline stage."""
+        self.moe_mlps = [layer.mlp for layer in layers if isinstance(getattr(layer, "mlp", None), BailingMoeV2MoE)]
+        self.moe_layers = [mlp.experts for mlp in self.moe_mlps]
+        self.expert_weights = []
+        self.num_moe_layers = len(self.moe_layers)
+        self.num_expert_groups = config.n_group
+        self.num_logical_experts = self.num_routed_experts = config.num_experts
+        self.num_shared_experts = config.num_shared_experts
+        # A pipeline stage of dense layers has no MoE layer to ask; it balances nothing either.
+        example = self.moe_mlps[0] if self.moe_mlps else None
+        self.num_redundant_experts = example.num_redundant_experts if example else 0
+        self.num_physical_experts = example.num_physical_experts if example else config.num_experts
+        self.num_local_physical_experts = example.num_local_physical_experts if example else config.num_experts
+
+    def update_physical_experts_metadata(self, num_physical_experts: int, num_local_physical_experts: int) -> None:
+        self.num_physical_experts = num_physical_experts
+        self.num_local_physical_experts = num_local_physical_experts
+        self.num_redundant_experts = num_physical_experts - self.num_logical_experts
+        for mlp in self.moe_mlps:
+            mlp.num_physical_experts = num_physical_experts
+            mlp.num_local_physical_experts = num_local_physical_experts
+            mlp.num_redundant_experts = self.num_redundant_experts
+            mlp.experts.update_expert_map()
+
+
+class BailingMoeV2ForCausalLM(
+    nn.Module,
+    SupportsPP,
+    SupportsLoRA,
+    SupportsEagle,
+    SupportsEagle3,
+    SupportsQuant,
+    BailingMoeV2MixtureOfExperts,
+):
+    """BailingMoeV2 with its language-model head.
+
+    Raises:
+        CheckpointError: From `load_weights`, if the checkpoint does not fit the configuration.
+    """
+
+    hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"model.word_embeddings.": "model.embed_tokens."})
+    packed_modules_mapping = {
+        "query_key_value": ["query_key_value"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: BailingMoeV2Config = vllm_config.model_config.hf_config
+        self.config, self.vllm_config = config, vllm_config
+        self.quant_config = vllm_config.quant_config
+        self.model = BailingMoeV2Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        if get_pp_group().is_last_rank:
+            self.lm_head = ParallelLMHead(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=self.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
+            if config.tie_word_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        else:
+            self.lm_head = PPMissingLayer()
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        self.collect_moe_layers(self.model.layers, config)
+        # Dummy weights are filled by trainers that send the real ones in portions, so none of them is complete.
+        self._expect_complete = vllm_config.load_config.load_format != "dummy"
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors | tuple[torch.Tensor, list[torch.Tensor]]:
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint's tensors, under the names of the published checkpoints.
+
+        The first call has to bring everything; later ones (a trainer updating the model) may bring a part.
+        """
+        audit = Audit(
+            self.config,
+            main_tensors(self.config),
+            quantized=self.quant_config is not None,
+            folder=self.vllm_config.model_config.model,
+            may_lack_experts=self.vllm_config.parallel_config.enable_expert_parallel,
+        )
+        loader = AutoWeightsLoader(self)
+        loaded = loader.load_weights(self._normalized_head(audit.passed(weights)), mapper=self.hf_to_vllm_mapper)
+        audit.finish(complete=self._expect_complete)
+        self._expect_complete = False
+        return loaded
+
+    def _normalized_head(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterable[tuple[str, torch.Tensor]]:
+        """With `norm_head` every column of the head has unit length over the whole vocabulary, before it is sharded."""
+        for name, tensor in weights:
+            if self.config.norm_head and name == "lm_head.weight":
+                tensor = F.normalize(tensor.float(), dim=0, eps=1e-7).to(tensor.dtype)
+            yield name, tensor
