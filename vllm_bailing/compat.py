@@ -5,7 +5,8 @@ architecture:
 
 - `vllm.ModelRegistry`: the architecture points at `vllm_bailing.model` (public API);
 - `transformers.AutoConfig`: model type "bailing_moe_v2" (public API);
-- `transformers.PretrainedConfig.get_config_dict`: wrapped, see `config.register_with_transformers`.
+- `transformers.PretrainedConfig.get_config_dict`: wrapped, see `config.register_with_transformers`;
+- the quantisation method of this model's own expert layers on CPU: see `repack_experts_on_reload`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import ast
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vllm_bailing import __version__
 
@@ -168,3 +170,26 @@ def _missing(where: Path, name: str, wanted: list[str]) -> str:
             lost = [argument for argument in wanted if argument not in found]
             return f"{name} takes no argument {lost[0]!r}" if lost else ""
     return f"{name} is gone from vllm/{'/'.join(where.parts[-3:])}"
+
+
+def repack_experts_on_reload(routed_experts: Any) -> None:
+    """Make `reload_weights` leave the same model on CPU.
+
+    Differs:  vLLM packs expert weights for its CPU kernel only while the kernel is first built; on a reload it copies
+              the plain weights over the packed ones, and every answer after that is wrong.
+    Upstream: `UnquantizedFusedMoEMethod._setup_kernel`, up to 0.33 at least.
+    Remove:   when that calls the experts' `process_weights_after_loading` on weight updates too.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.platforms import current_platform
+
+    method = routed_experts.quant_method
+    if not current_platform.is_cpu() or not isinstance(method, UnquantizedFusedMoEMethod):
+        return
+    process = method.process_weights_after_loading
+
+    def process_weights_after_loading(layer: Any) -> None:
+        method.moe_kernel = None  # what vLLM takes for "the first time"
+        process(layer)
+
+    method.process_weights_after_loading = process_weights_after_loading

@@ -51,6 +51,7 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
+from vllm_bailing.compat import repack_experts_on_reload
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.weights import Audit, main_tensors
 
@@ -245,6 +246,7 @@ class BailingMoeV2MoE(nn.Module):
             gate=self.gate,
             shared_experts=self.shared_experts,
         )
+        repack_experts_on_reload(self.experts.routed_experts)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         num_tokens = hidden_states.shape[0]

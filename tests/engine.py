@@ -1,0 +1,124 @@
+"""Runs vLLM engines for tests, each in a process of its own.
+
+Importing vLLM takes longer than loading a test checkpoint, so one server process imports it once and every engine is
+forked from there, before anything in it used threads. Engines run one at a time and inside the forked process
+(no engine subprocess), unless a test asks for several ranks.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ENGINE_ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_CI_ENV": "1",  # torch.compile traces the model, but does not generate code: 10 s instead of 60
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["vllm", "vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm_bailing.model"])
+
+
+class EngineError(AssertionError):
+    """The job failed; the message is what the user of the engine would have seen, `log` all that it printed."""
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(f"{message}\n--- end of the engine's output ---\n{log[-6000:]}")
+        self.message, self.log = message, log
+
+
+def run(job: Callable[..., Any], *args: Any, env: dict[str, str] | None = None, timeout: float = 600, **kwargs: Any) -> Any:
+    """Return `job(*args, **kwargs)`, computed in a fresh process with vLLM imported.
+
+    Raises:
+        EngineError: If the job raised, died or took longer than `timeout` seconds.
+    """
+    receiver, sender = _context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile("r", suffix=".log", errors="replace") as log:
+        process = _context.Process(target=_child, args=(sender, log.name, {**ENGINE_ENV, **(env or {})}, job, args, kwargs))
+        process.start()
+        sender.close()
+        try:
+            outcome, value = pickle.loads(receiver.recv_bytes()) if receiver.poll(timeout) else ("error", f"no answer within {timeout} s")
+        except EOFError:
+            process.join(10)
+            outcome, value = "error", f"the process died with exit code {process.exitcode}"
+        if outcome == "error" and process.is_alive():
+            process.kill()
+        process.join()
+        if outcome == "error":
+            raise EngineError(value, log.read())
+        return value
+
+
+def _child(sender: Any, log: str, env: dict[str, str], job: Callable[..., Any], args: tuple, kwargs: dict) -> None:
+    os.environ.update(env)
+    with open(log, "w", buffering=1) as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        sys.stdout = sys.stderr = stream
+        try:
+            answer = ("ok", job(*args, **kwargs))
+        except BaseException as error:
+            traceback.print_exc()
+            answer = ("error", f"{type(error).__name__}: {error}")
+        stream.flush()
+        # Plain pickle: multiprocessing's own would pass tensors as handles into a process that is about to end.
+        sender.send_bytes(pickle.dumps(answer))
+        sender.close()
+        os._exit(0)  # an engine's threads would keep the process alive
+
+
+def make_llm(model: str | Path, **options: Any) -> Any:
+    """An offline engine with the options that the comparisons need; `options` override them."""
+    from vllm import LLM
+
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "max_logprobs": -1,
+        "disable_log_stats": True,
+        "skip_tokenizer_init": not (Path(model) / "tokenizer.json").exists(),
+    }
+    return LLM(str(model), **{**defaults, **options})
+
+
+def generate(
+    model: str | Path, prompts: list[list[int]], max_tokens: int = 16, logprobs: bool = True, **options: Any
+) -> list[tuple[torch.Tensor | None, list[int]]]:
+    """Greedy continuations, and log-probabilities of the whole vocabulary at every prompt position but the last.
+
+    Returns:
+        For each prompt `(logprobs [T - 1, vocab] fp32 or None, token ids [max_tokens])`.
+    """
+    return ask(make_llm(model, **options), prompts, max_tokens, logprobs)
+
+
+def ask(llm: Any, prompts: list[list[int]], max_tokens: int = 16, logprobs: bool = True) -> list:
+    """As `generate`, on an engine that is already there."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False, prompt_logprobs=-1 if logprobs else None
+    )
+    answers = []
+    for output in llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False):
+        table = None
+        if logprobs:
+            rows = [[row[token].logprob for token in range(len(row))] for row in output.prompt_logprobs[1:]]
+            table = torch.tensor(rows)
+        answers.append((table, list(output.outputs[0].token_ids)))
+    return answers
