@@ -27,6 +27,8 @@ ENGINE_ENV = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# Two ranks, a core each; forking them from this process saves two imports of vLLM.
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["vllm", "vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm_bailing.model"])
 

@@ -12,6 +12,8 @@ architecture:
 from __future__ import annotations
 
 import ast
+import inspect
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,6 +172,29 @@ def _missing(where: Path, name: str, wanted: list[str]) -> str:
             lost = [argument for argument in wanted if argument not in found]
             return f"{name} takes no argument {lost[0]!r}" if lost else ""
     return f"{name} is gone from vllm/{'/'.join(where.parts[-3:])}"
+
+
+def rope_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
+    """`parameters` as this vLLM's `get_rope` reads them.
+
+    Differs:  older vLLM ignores YaRN's `attention_factor`, `mscale` and `mscale_all_dim`; it takes the finished factor
+              as `attn_factor` with `apply_yarn_scaling` off.
+    Upstream: `YaRNScalingRotaryEmbedding.__init__`; takes the three keys in 0.30, not in 0.27.
+    Remove:   when the oldest supported version takes them.
+    """
+    from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import YaRNScalingRotaryEmbedding
+
+    known = inspect.signature(YaRNScalingRotaryEmbedding.__init__).parameters
+    if parameters["rope_type"] != "yarn" or "attention_factor" in known:
+        return parameters
+    factor, attention_factor = parameters["factor"], parameters.get("attention_factor")
+    mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    if attention_factor is None and mscale and mscale_all_dim:
+        growth = math.log(factor)
+        attention_factor = (0.1 * mscale * growth + 1) / (0.1 * mscale_all_dim * growth + 1)
+    if attention_factor is None:
+        return parameters
+    return {**parameters, "attn_factor": attention_factor, "apply_yarn_scaling": False}
 
 
 def repack_experts_on_reload(routed_experts: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
@@ -42,7 +43,7 @@ _SWITCHES = (
     "norm_head",
     "moe_router_enable_expert_bias",
 )
-_NUMBERS = ("rms_norm_eps", "routed_scaling_factor")  # finite, above zero
+_NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "initializer_range")  # finite, above zero
 _ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_dim")
 _ROPE_TYPES = {  # rope_type -> the parameters it takes beside the common ones
     "default": set(),
@@ -59,16 +60,29 @@ _ROPE_TYPES = {  # rope_type -> the parameters it takes beside the common ones
     },
 }
 _ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+_LARGEST = 2**31 - 1
 
 
 def _require_int(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}; correct it in config.json")
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _LARGEST:
+        raise ValueError(f"{name}={value!r} must be an integer from {minimum} to {_LARGEST}; correct it in config.json")
 
 
 def _require_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name}={value!r} must be a finite number above 0; correct it in config.json")
+
+
+def _require_object(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r} must be an object such as {{'rope_type': 'yarn', 'factor': 4.0}}, or null")
+
+
+def _require_token_ids(name: str, value: Any) -> None:
+    ids = value if isinstance(value, list) else [value]
+    if value is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+        raise ValueError(f"{name}={value!r} must be a token id, a list of them or null; correct it in config.json")
 
 
 def _require_one_of(name: str, value: Any, supported: tuple) -> None:
@@ -178,7 +192,9 @@ class BailingMoeV2Config(PretrainedConfig):
         self.num_shared_experts = 0 if num_shared_experts is None else num_shared_experts
         self.moe_intermediate_size = moe_intermediate_size
         self.moe_shared_expert_intermediate_size = (
-            moe_intermediate_size if moe_shared_expert_intermediate_size is None else moe_shared_expert_intermediate_size
+            moe_intermediate_size
+            if moe_shared_expert_intermediate_size is None
+            else moe_shared_expert_intermediate_size
         )
         self.first_k_dense_replace = first_k_dense_replace
         self.routed_scaling_factor = routed_scaling_factor
@@ -195,9 +211,16 @@ class BailingMoeV2Config(PretrainedConfig):
         self.eos_token_id = eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
         self._check_fields()
-        super().__init__(architectures=architectures or [ARCHITECTURE], **kwargs)
+        self._check_common_fields(architectures, kwargs)
+        try:
+            super().__init__(architectures=architectures or [ARCHITECTURE], **kwargs)
+        except Exception as error:  # of any type, and seldom naming the key
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"transformers refuses one of the keys {', '.join(sorted(kwargs))}: {reason}") from error
         self.tie_word_embeddings = tie_word_embeddings
-        self._set_rope(rope_parameters, rope_scaling, rope_theta, partial_rotary_factor, rotary_dim)
+        self._set_rope(
+            rope_parameters, rope_scaling, rope_theta, partial_rotary_factor, rotary_dim, self.max_position_embeddings
+        )
 
     # ---- rope -------------------------------------------------------------------------------------------------
 
@@ -207,23 +230,22 @@ class BailingMoeV2Config(PretrainedConfig):
             super().__setattr__(key, value)
             return
         current = dict(self.rope_parameters)
+        window = self.max_position_embeddings
         if key in ("rope_parameters", "rope_scaling"):
-            new = dict(value or {})
-            if (new.get("rope_type") or new.get("type")) == "yarn":
-                # Without a window of its own, the new scaling starts from the one that the checkpoint was trained with.
-                new.setdefault(
-                    "original_max_position_embeddings",
-                    current.get("original_max_position_embeddings", self.max_position_embeddings),
-                )
+            _require_object(key, value)
+            new = {name: given for name, given in (value or {}).items() if given is not None}
+            # A new scaling starts from the window that the checkpoint was trained with, not from the stretched one.
+            window = current.get("original_max_position_embeddings", window)
             theta = new.get("rope_theta", current["rope_theta"])
-            self._set_rope(new, None, theta, new.get("partial_rotary_factor", self.partial_rotary_factor), None)
+            factor = new.get("partial_rotary_factor", self.partial_rotary_factor)
+            self._set_rope(new, None, theta, factor, None, window)
             return
         current.pop("partial_rotary_factor", None)
         theta = value if key == "rope_theta" else current.pop("rope_theta")
         current.pop("rope_theta", None)
         factor = value if key == "partial_rotary_factor" else None
         width = value if key == "rotary_dim" else (None if factor is not None else self.rotary_dim)
-        self._set_rope(current, None, theta, factor, width)
+        self._set_rope(current, None, theta, factor, width, window)
 
     def standardize_rope_params(self) -> None:
         """Nothing to do: construction and assignment keep the rope keys settled. transformers and vLLM call this."""
@@ -240,10 +262,10 @@ class BailingMoeV2Config(PretrainedConfig):
         rope_theta: float | None,
         partial_rotary_factor: float | None,
         rotary_dim: int | None,
+        window: int,
     ) -> None:
-        for name, given in (("rope_parameters", rope_parameters), ("rope_scaling", rope_scaling)):
-            if given is not None and not isinstance(given, dict):
-                raise ValueError(f"{name}={given!r} must be an object such as {{'rope_type': 'yarn', 'factor': 4.0}}")
+        _require_object("rope_parameters", rope_parameters)
+        _require_object("rope_scaling", rope_scaling)
         if rope_parameters and rope_scaling:
             for key in sorted(set(rope_parameters) & set(rope_scaling)):
                 if rope_parameters[key] != rope_scaling[key]:
@@ -252,12 +274,12 @@ class BailingMoeV2Config(PretrainedConfig):
                         f"rope_scaling.{key}={rope_scaling[key]!r}; keep one of them"
                     )
         given = {**(rope_parameters or {}), **(rope_scaling or {})}
-        spellings = {given[key] for key in ("type", "rope_type") if given.get(key) is not None}
-        if len(spellings) > 1:
-            raise ValueError(f"type={given['type']!r} contradicts rope_type={given['rope_type']!r}; keep one of them")
-        rope_type = spellings.pop() if spellings else "default"
-        if rope_type not in _ROPE_TYPES:
+        spellings = [given[key] for key in ("rope_type", "type") if given.get(key) is not None] or ["default"]
+        rope_type = spellings[0]
+        if not isinstance(rope_type, str) or rope_type not in _ROPE_TYPES:
             raise ValueError(f"rope_type={rope_type!r} is not supported; use one of {', '.join(sorted(_ROPE_TYPES))}")
+        if spellings[-1] != rope_type:
+            raise ValueError(f"type={given['type']!r} contradicts rope_type={rope_type!r}; keep one of them")
         allowed = _ROPE_TYPES[rope_type]
         scaling = {key: value for key, value in given.items() if key not in _ROPE_COMMON and value is not None}
         unknown = sorted(set(scaling) - allowed)
@@ -276,7 +298,6 @@ class BailingMoeV2Config(PretrainedConfig):
         factor = self._agreed("partial_rotary_factor", partial_rotary_factor, given.get("partial_rotary_factor"), None)
         width = self._rotary_width(factor, rotary_dim)
 
-        window = self.max_position_embeddings
         if "factor" in allowed:
             _require_number(f"factor of rope_type {rope_type!r}", scaling.get("factor"))
             if scaling["factor"] < 1:
@@ -284,7 +305,12 @@ class BailingMoeV2Config(PretrainedConfig):
         if rope_type == "yarn":
             original = scaling.setdefault("original_max_position_embeddings", window)
             _require_int("original_max_position_embeddings", original, 1)
-            extended = int(scaling["factor"] * original)
+            if not scaling["factor"] * original <= _LARGEST:
+                raise ValueError(
+                    f"factor={scaling['factor']} times original_max_position_embeddings={original} of the YaRN scaling "
+                    f"exceeds {_LARGEST}; correct one of the two"
+                )
+            extended = round(scaling["factor"] * original)
             if window > extended:
                 raise ValueError(
                     f"max_position_embeddings={window} exceeds factor={scaling['factor']} times "
@@ -294,16 +320,21 @@ class BailingMoeV2Config(PretrainedConfig):
             for key in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
                 if key in scaling:
                     _require_number(f"{key} of rope_type 'yarn'", scaling[key])
+            if not isinstance(scaling.get("truncate", True), bool):
+                raise ValueError(f"truncate={scaling['truncate']!r} of rope_type 'yarn' must be true or false")
 
+        factor = width / self.head_dim
+        if int(self.head_dim * factor) < width:  # everyone computes the width back from the factor, this way
+            factor = math.nextafter(factor, 1)
         settled = {
             "rope_theta": theta,
-            "partial_rotary_factor": width / self.head_dim,
+            "partial_rotary_factor": factor,
             "rotary_dim": width,
             "max_position_embeddings": window,
             "rope_parameters": {
                 "rope_type": rope_type,
                 "rope_theta": theta,
-                "partial_rotary_factor": width / self.head_dim,
+                "partial_rotary_factor": factor,
                 **scaling,
             },
         }
@@ -321,6 +352,8 @@ class BailingMoeV2Config(PretrainedConfig):
             _require_int("rotary_dim", rotary_dim, 1)
         if factor is not None:
             _require_number("partial_rotary_factor", factor)
+            if factor > 1:
+                raise ValueError(f"partial_rotary_factor={factor} exceeds 1, the whole of head_dim={self.head_dim}")
         width = rotary_dim if factor is None else int(self.head_dim * factor)
         width = self.head_dim if width is None else width
         if rotary_dim is not None and width != rotary_dim:
@@ -329,10 +362,13 @@ class BailingMoeV2Config(PretrainedConfig):
                 f"head_dim={self.head_dim} channels; correct one of the two"
             )
         if width > self.head_dim:
-            name = f"rotary_dim={rotary_dim}" if factor is None else f"partial_rotary_factor={factor}"
-            raise ValueError(f"{name} is wider than head_dim={self.head_dim}; the rotary part must fit into the head")
+            raise ValueError(f"rotary_dim={rotary_dim} is wider than head_dim={self.head_dim}; correct one of the two")
         if width < 2 or width % 2:
-            raise ValueError(f"the rotary part must be an even number of channels, not {width} (head_dim={self.head_dim})")
+            given = f"rotary_dim={rotary_dim}" if factor is None else f"partial_rotary_factor={factor}"
+            raise ValueError(
+                f"{given} gives {width} of head_dim={self.head_dim} channels to the rotary part, "
+                "which takes an even number of at least 2"
+            )
         return width
 
     # ---- checks -----------------------------------------------------------------------------------------------
@@ -342,7 +378,10 @@ class BailingMoeV2Config(PretrainedConfig):
             _require_int(name, getattr(self, name), 1)
         for name in _COUNTS:
             _require_int(name, getattr(self, name), 0)
-        _require_int("moe_shared_expert_intermediate_size", self.moe_shared_expert_intermediate_size, 1)
+        shared = 1 if self.num_shared_experts else 0
+        _require_int("moe_shared_expert_intermediate_size", self.moe_shared_expert_intermediate_size, shared)
+        _require_token_ids("eos_token_id", self.eos_token_id)
+        _require_token_ids("pad_token_id", self.pad_token_id)
         for name in _NUMBERS:
             _require_number(name, getattr(self, name))
         for name in _SWITCHES:
@@ -372,16 +411,33 @@ class BailingMoeV2Config(PretrainedConfig):
             raise ValueError(f"topk_group={self.topk_group} exceeds n_group={self.n_group}")
         if self.num_experts_per_tok > self.topk_group * experts_per_group:
             raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} exceeds the {self.topk_group * experts_per_group} experts "
-                f"in topk_group={self.topk_group} of n_group={self.n_group} groups (num_experts={self.num_experts})"
+                f"num_experts_per_tok={self.num_experts_per_tok} exceeds the {self.topk_group * experts_per_group} "
+                f"experts that topk_group={self.topk_group} of n_group={self.n_group} groups hold "
+                f"(num_experts={self.num_experts})"
             )
         if self.first_k_dense_replace > self.num_hidden_layers:
             raise ValueError(
                 f"first_k_dense_replace={self.first_k_dense_replace} exceeds num_hidden_layers={self.num_hidden_layers}"
             )
         if self.norm_head and self.tie_word_embeddings:
-            raise ValueError("norm_head=True contradicts tie_word_embeddings=True: normalising the head changes the embedding")
-        if getattr(self, "use_sliding_window", False):
+            raise ValueError("norm_head=True contradicts tie_word_embeddings=True, since it would change the embedding")
+
+    def _check_common_fields(self, architectures: Any, common: dict[str, Any]) -> None:
+        """Check the keys of all models, where transformers or vLLM would end in an error that names no key."""
+        for name in common:
+            attribute = getattr(type(self), name, None)
+            if callable(attribute) or (isinstance(attribute, property) and attribute.fset is None):
+                raise ValueError(f"{name}={common[name]!r} is not a key but a method or derived size; remove it")
+        names = architectures or [ARCHITECTURE]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"architectures={architectures!r} must be a list such as ['{ARCHITECTURE}']")
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(common.get(name), (str, bool, int, float, list, dict)):  # not yet a torch.dtype
+                _require_one_of(name, common[name], _DTYPES)
+        if isinstance(common.get("quantization_config"), (str, bool, int, float, list)):
+            raise ValueError(f"quantization_config={common['quantization_config']!r} must be an object or null")
+        _require_token_ids("bos_token_id", common.get("bos_token_id"))
+        if common.get("use_sliding_window"):
             raise ValueError("use_sliding_window=True is not part of BailingMoeV2; set it to false in config.json")
 
     # ---- derived sizes ----------------------------------------------------------------------------------------

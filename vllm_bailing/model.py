@@ -51,7 +51,7 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from vllm_bailing.compat import repack_experts_on_reload
+from vllm_bailing.compat import repack_experts_on_reload, rope_parameters
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.weights import Audit, main_tensors
 
@@ -105,7 +105,7 @@ class BailingMoeV2Attention(nn.Module):
             self.head_dim,
             max_position=config.max_position_embeddings,
             is_neox_style=True,
-            rope_parameters=config.rope_parameters,
+            rope_parameters=rope_parameters(config.rope_parameters),
         )
         self.attn = Attention(
             self.num_heads,
@@ -168,30 +168,36 @@ class BailingMoeV2MLP(nn.Module):
 class BailingMoeV2Gate(GateLinear):
     """Router projection with fp32 logits, and the bias that only the choice of experts sees.
 
-    The official code multiplies in fp32. On GPUs a bf16 weight gives the same products (a product of two bf16 numbers
-    is exact in fp32, where they are summed) by kernels that read half the bytes, so bf16 models keep the gate in bf16
-    unless a checkpoint holds weights that bf16 cannot hold. Elsewhere vLLM's bf16 product would round the logits.
+    The official code multiplies in fp32. A bf16 weight gives the same products (a product of two bf16 numbers is exact
+    in fp32, where they are summed) at half the bytes, so a bf16 model keeps the gate in bf16 where vLLM has a bf16
+    product with fp32 result. Elsewhere, and for weights that bf16 cannot hold, the gate is fp32.
     """
 
     def __init__(self, config: BailingMoeV2Config, prefix: str) -> None:
         model_dtype = torch.get_default_dtype()
-        exact_in_bf16 = model_dtype == torch.bfloat16 and current_platform.is_cuda_alike()
+        try_bf16 = model_dtype == torch.bfloat16 and current_platform.is_cuda_alike()
         super().__init__(
             config.hidden_size,
             config.num_experts,
             out_dtype=torch.float32,
-            params_dtype=model_dtype if exact_in_bf16 else torch.float32,
+            params_dtype=model_dtype if try_bf16 else torch.float32,
             prefix=prefix,
         )
+        # This path takes any number of tokens; without it GateLinear would round the logits to bf16.
+        if try_bf16 and not self.allow_cublas_router_gemm:
+            self._keep_fp32()
         self.weight.weight_loader = self._load_weight
         self.expert_bias = nn.Parameter(torch.zeros(config.num_experts, dtype=torch.float32), requires_grad=False)
 
+    def _keep_fp32(self) -> None:
+        self.weight.data = self.weight.data.float()
+        # Both take bf16 weights only; without them GateLinear multiplies in the weight's dtype.
+        self.allow_ll_bf16_gemm = self.allow_cublas_router_gemm = False
+
     def _load_weight(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
-        if param.dtype != torch.float32 and not torch.equal(loaded_weight.to(param.dtype).float(), loaded_weight.float()):
-            logger.info_once("The router weights of this checkpoint need fp32; keeping them so.")
-            param.data = param.data.float()
-            # These take bf16 weights only; without them GateLinear multiplies in the weight's dtype.
-            self.allow_ll_bf16_gemm = self.allow_cublas_router_gemm = False
+        if param.dtype == torch.bfloat16 and not torch.equal(loaded_weight.bfloat16().float(), loaded_weight.float()):
+            logger.info_once("The router weights of this checkpoint need fp32 and are kept so.")
+            self._keep_fp32()
         param.data.copy_(loaded_weight)
 
 
@@ -467,11 +473,9 @@ class BailingMoeV2ForCausalLM(
         self._expect_complete = False
         return loaded
 
-    def _normalized_head(
-        self, weights: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterable[tuple[str, torch.Tensor]]:
+    def _normalized_head(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
         """With `norm_head` every column of the head has unit length over the whole vocabulary, before it is sharded."""
         for name, tensor in weights:
             if self.config.norm_head and name == "lm_head.weight":
-                tensor = F.normalize(tensor.float(), dim=0, eps=1e-7).to(tensor.dtype)
+                tensor = F.normalize(tensor.float(), dim=0, eps=1e-7).to(self.vllm_config.model_config.dtype)
             yield name, tensor
