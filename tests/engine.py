@@ -41,7 +41,9 @@ class EngineError(AssertionError):
         self.message, self.log = message, log
 
 
-def run(job: Callable[..., Any], *args: Any, env: dict[str, str] | None = None, timeout: float = 600, **kwargs: Any) -> Any:
+def run(
+    job: Callable[..., Any], *args: Any, env: dict[str, str] | None = None, timeout: float = 600, **kwargs: Any
+) -> Any:
     """Return `job(*args, **kwargs)`, computed in a fresh process with vLLM imported.
 
     Raises:
@@ -49,11 +51,17 @@ def run(job: Callable[..., Any], *args: Any, env: dict[str, str] | None = None, 
     """
     receiver, sender = _context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile("r", suffix=".log", errors="replace") as log:
-        process = _context.Process(target=_child, args=(sender, log.name, {**ENGINE_ENV, **(env or {})}, job, args, kwargs))
+        process = _context.Process(
+            target=_child, args=(sender, log.name, {**ENGINE_ENV, **(env or {})}, job, args, kwargs)
+        )
         process.start()
         sender.close()
         try:
-            outcome, value = pickle.loads(receiver.recv_bytes()) if receiver.poll(timeout) else ("error", f"no answer within {timeout} s")
+            outcome, value = (
+                pickle.loads(receiver.recv_bytes())
+                if receiver.poll(timeout)
+                else ("error", f"no answer within {timeout} s")
+            )
         except EOFError:
             process.join(10)
             outcome, value = "error", f"the process died with exit code {process.exitcode}"
@@ -67,7 +75,7 @@ def run(job: Callable[..., Any], *args: Any, env: dict[str, str] | None = None, 
 
 def _child(sender: Any, log: str, env: dict[str, str], job: Callable[..., Any], args: tuple, kwargs: dict) -> None:
     os.environ.update(env)
-    with open(log, "w", buffering=1) as stream:
+    with Path(log).open("w", buffering=1) as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
         sys.stdout = sys.stderr = stream
@@ -114,7 +122,11 @@ def ask(llm: Any, prompts: list[list[int]], max_tokens: int = 16, logprobs: bool
     from vllm import SamplingParams
 
     params = SamplingParams(
-        max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False, prompt_logprobs=-1 if logprobs else None
+        max_tokens=max_tokens,
+        temperature=0,
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=-1 if logprobs else None,
     )
     answers = []
     for output in llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False):

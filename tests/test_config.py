@@ -457,14 +457,8 @@ ROPE_KEYS = (
 ROPES = st.one_of(VALUES, st.dictionaries(st.sampled_from(ROPE_KEYS), SCALARS, max_size=4)).flatmap(
     lambda rope: st.sampled_from([rope, {**rope, "type": "yarn", "factor": 4.0}] if isinstance(rope, dict) else [rope])
 )
-KEYS = sorted(set(inspect.signature(BailingMoeV2Config.__init__).parameters) - {"self", "kwargs"}) + [
-    "dtype",
-    "torch_dtype",
-    "bos_token_id",
-    "quantization_config",
-    "layer_types",
-    "use_sliding_window",
-]
+COMMON_KEYS = ["dtype", "torch_dtype", "bos_token_id", "quantization_config", "layer_types", "use_sliding_window"]
+KEYS = sorted({*inspect.signature(BailingMoeV2Config.__init__).parameters, *COMMON_KEYS} - {"self", "kwargs"})
 
 
 @given(st.lists(st.sampled_from(KEYS), min_size=1, max_size=3, unique=True), st.data())

@@ -102,7 +102,7 @@ def test_reloading_other_weights_serves_those(tmp_path):
 
 
 def _watch_router(model, dtype):
-    """What the first MoE layer's gate and router saw and gave, and what the plain arithmetic gives on the same input."""
+    """What the first MoE layer's gate and router saw and gave."""
     llm = make_llm(model, dtype=dtype)
     seen = {}
 

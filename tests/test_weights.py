@@ -74,8 +74,14 @@ def test_named_rules_skip_mtp_layers_rotary_tables_and_a_tied_head(tensors):
     [
         (lambda t: t.pop(GATE), ["1 missing", GATE, "incomplete download"]),
         (lambda t: t.pop("model.norm.weight"), ["1 missing", "model.norm.weight"]),
-        (lambda t: t.update({"model.layers.1.mlp.experts.16.up_proj.weight": torch.empty(1)}), ["1 unexpected", "experts.16"]),
-        (lambda t: t.update({"model.layers.0.attention.dense.bias": torch.empty(64)}), ["1 unexpected", "attention.dense.bias"]),
+        (
+            lambda t: t.update({"model.layers.1.mlp.experts.16.up_proj.weight": torch.empty(1)}),
+            ["1 unexpected", "experts.16"],
+        ),
+        (
+            lambda t: t.update({"model.layers.0.attention.dense.bias": torch.empty(64)}),
+            ["1 unexpected", "attention.dense.bias"],
+        ),
         (lambda t: t.update({"model.layers.1.mlp.experts.50.gate_proj.w": t.pop(GATE)}), ["should be called " + GATE]),
         (
             lambda t: t.update({GATE: torch.empty(64, 32, device="meta")}),
@@ -136,7 +142,7 @@ def test_shards_are_checked_by_index_and_size(tmp_path):
     second.write_bytes(content[:-1])
     assert f"{second} is cut off or damaged ({len(content) - 1} bytes" in damaged_files(str(model))
     second.unlink()
-    assert f"1 of 3 files of the index are absent from {model}, first {second.name}" in damaged_files(str(model))
+    assert f"1 of 3 files of the index are not in {model}, first {second.name}" in damaged_files(str(model))
 
 
 def cut_off(model):

@@ -12,9 +12,12 @@ architecture:
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
+import logging
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +87,7 @@ def register() -> Status:
     if _status is not None:
         return _status
     from vllm.logger import init_logger
-    from vllm.version import __version__ as vllm_version
+    from vllm.version import __version__ as vllm_version  # pyright: ignore[reportPrivateImportUsage]
 
     from vllm_bailing.config import register_with_transformers
 
@@ -97,20 +100,59 @@ def register() -> Status:
 
         for architecture in decided.active:
             ModelRegistry.register_model(architecture, ARCHITECTURES[architecture])
-        logger.info(
-            "vllm-bailing %s replaces vLLM %s's %s (set %s=1 to keep vLLM's own)",
-            __version__,
-            vllm_version,
-            ", ".join(decided.active),
-            USE_INTREE,
-        )
-    else:
-        log = logger.info if os.environ.get(USE_INTREE) else logger.warning
-        log("vllm-bailing %s leaves vLLM %s's own model class in place: %s", __version__, vllm_version, decided.reason)
-    if decided.warning:
-        logger.warning("vllm-bailing %s: %s", __version__, decided.warning)
+    with _visible(logger):
+        if decided.active:
+            logger.info(
+                "vllm-bailing %s replaces vLLM %s's %s (set %s=1 to keep vLLM's own)",
+                __version__,
+                vllm_version,
+                ", ".join(decided.active),
+                USE_INTREE,
+            )
+        else:
+            logger.log(
+                logging.INFO if _intree_wanted() else logging.WARNING,
+                "vllm-bailing %s leaves vLLM %s's own model class in place: %s",
+                __version__,
+                vllm_version,
+                decided.reason,
+            )
+        if decided.warning:
+            logger.warning("vllm-bailing %s: %s", __version__, decided.warning)
     _status = decided
     return decided
+
+
+def _intree_wanted() -> bool:
+    return os.environ.get(USE_INTREE, "0") not in ("", "0")
+
+
+@contextlib.contextmanager
+def _visible(logger: logging.Logger) -> Iterator[None]:
+    """Let `logger` print what vLLM's logging settings allow, also before vLLM has applied them.
+
+    Differs:  vLLM sets up logging after it has loaded the plugins, so that their INFO lines go nowhere; older ones did
+              it on import.
+    Upstream: `configure_logging_if_needed`, first seen in 0.32.
+    Remove:   when plugins are loaded after it.
+    """
+    from vllm import envs
+
+    if logging.getLogger("vllm").handlers or not envs.VLLM_CONFIGURE_LOGGING:
+        yield
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    before = logger.level, logger.propagate
+    logger.setLevel(envs.VLLM_LOGGING_LEVEL)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def decide(vllm_version: str, vllm_root: Path | None = None) -> Status:
@@ -123,17 +165,17 @@ def decide(vllm_version: str, vllm_root: Path | None = None) -> Status:
     from packaging.version import InvalidVersion, Version
 
     tested = f"{TESTED_VLLM[0]} to {TESTED_VLLM[1]}"
-    if os.environ.get(USE_INTREE, "0") not in ("", "0"):
+    if _intree_wanted():
         return Status(vllm_version, reason=f"{USE_INTREE} is set")
     try:
         version = Version(vllm_version)
     except InvalidVersion:
         version = None
-    # A build from a checkout without tags calls itself 0.1.dev...; only its sources can tell what it is.
-    unknown = version is None or (version.is_devrelease and version.release < (0, 2))
-    if not unknown and version < Version(MINIMUM_VLLM):
+    if version is not None and version.is_devrelease and version.release < (0, 2):
+        version = None  # what a build from a checkout without tags calls itself; its sources have to tell what it is
+    if version is not None and version < Version(MINIMUM_VLLM):
         return Status(vllm_version, reason=f"it needs vLLM {MINIMUM_VLLM} or newer; run `pip install -U vllm`")
-    if not unknown and version.release[:2] <= Version(TESTED_VLLM[1]).release[:2]:
+    if version is not None and version.release[:2] <= Version(TESTED_VLLM[1]).release[:2]:
         return Status(vllm_version, active=tuple(ARCHITECTURES))
     problems = probe(vllm_root)
     if problems:
@@ -149,7 +191,9 @@ def probe(vllm_root: Path | None = None) -> list[str]:
         import vllm
 
         vllm_root = Path(vllm.__path__[0])
-    return [problem for where, name, wanted in REQUIRED if (problem := _missing(vllm_root / where, name, wanted.split()))]
+    return [
+        problem for where, name, wanted in REQUIRED if (problem := _missing(vllm_root / where, name, wanted.split()))
+    ]
 
 
 def _missing(where: Path, name: str, wanted: list[str]) -> str:

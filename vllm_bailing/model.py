@@ -11,6 +11,7 @@ Source: inclusionAI/Ling-V2, `modeling_bailing_moe_v2.py`; the interfaces are th
 # No postponed annotations in this file: vLLM's compile decorator reads them as types.
 from collections.abc import Iterable
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from vllm.distributed.communication_op import tensor_model_parallel_all_gather
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear, MoERunner
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -173,6 +174,8 @@ class BailingMoeV2Gate(GateLinear):
     product with fp32 result. Elsewhere, and for weights that bf16 cannot hold, the gate is fp32.
     """
 
+    weight: Any  # torch declares every attribute of a module as "Tensor | Module"
+
     def __init__(self, config: BailingMoeV2Config, prefix: str) -> None:
         model_dtype = torch.get_default_dtype()
         try_bf16 = model_dtype == torch.bfloat16 and current_platform.is_cuda_alike()
@@ -229,7 +232,7 @@ class BailingMoeV2MoE(nn.Module):
             if config.num_shared_experts
             else None
         )
-        self.experts = FusedMoEFactory(
+        self.experts: MoERunner = FusedMoEFactory(
             num_experts=config.num_experts,
             top_k=config.num_experts_per_tok,
             hidden_size=config.hidden_size,
@@ -371,7 +374,7 @@ class BailingMoeV2MixtureOfExperts(MixtureOfExperts):
 
     def collect_moe_layers(self, layers: Iterable[nn.Module], config: BailingMoeV2Config) -> None:
         """Enumerate the MoE layers of this rank's pipeline stage."""
-        self.moe_mlps = [layer.mlp for layer in layers if isinstance(getattr(layer, "mlp", None), BailingMoeV2MoE)]
+        self.moe_mlps = [mlp for layer in layers for mlp in layer.children() if isinstance(mlp, BailingMoeV2MoE)]
         self.moe_layers = [mlp.experts for mlp in self.moe_mlps]
         self.expert_weights = []
         self.num_moe_layers = len(self.moe_layers)

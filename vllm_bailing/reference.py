@@ -338,7 +338,9 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
         if not self.config.norm_head:
             return self.lm_head(hidden_states)
         # Every column of the head, one per hidden channel, has unit length over the vocabulary.
-        return F.linear(hidden_states, F.normalize(self.lm_head.weight.float(), dim=0, eps=1e-7).to(hidden_states.dtype))
+        return F.linear(
+            hidden_states, F.normalize(self.lm_head.weight.float(), dim=0, eps=1e-7).to(hidden_states.dtype)
+        )
 
     def forward(
         self,
@@ -421,7 +423,7 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
         Returns:
             ([B, T, H] behind the MTP layer's final norm, its routing).
         """
-        layer = self.model.layers[self.config.num_hidden_layers + step]
+        layer: BailingMoeV2MTPLayer = self.model.layers[self.config.num_hidden_layers + step]
         tokens = hidden_states.shape[1]
         if position_ids is None:
             position_ids = self._positions(attention_mask, tokens, 0, hidden_states.device)

@@ -192,7 +192,9 @@ class Audit:
             )
             if found
         ]
-        raise CheckpointError(f"the checkpoint does not fit its config.json: {'; '.join(parts)}. {self._cause(missing)}")
+        raise CheckpointError(
+            f"the checkpoint does not fit its config.json: {'; '.join(parts)}. {self._cause(missing)}"
+        )
 
     def _cause(self, missing: list[str]) -> str:
         if damage := damaged_files(self.folder):
@@ -200,7 +202,7 @@ class Audit:
         if self.stray_layers:
             layers = len(self.stray_layers)
             return (
-                f"Likely cause: the file has {layers} layer(s) behind num_hidden_layers={self.config.num_hidden_layers}, "
+                f"Likely cause: there are {layers} layer(s) behind num_hidden_layers={self.config.num_hidden_layers}, "
                 f"but num_nextn_predict_layers={self.config.num_nextn_predict_layers}; if they are MTP layers, set "
                 f"num_nextn_predict_layers to {layers} in config.json or by --hf-overrides"
             )
@@ -217,7 +219,7 @@ class Audit:
 
 
 def damaged_files(folder: str | None) -> str:
-    """What is wrong with a checkpoint's files as a whole: absent or cut off. Empty if nothing, or nothing to look at."""
+    """What is wrong with a checkpoint's files as a whole: absent or cut off. Empty if nothing was found."""
     root = Path(folder) if folder else None
     if root is None or not root.is_dir():
         return ""
@@ -229,7 +231,7 @@ def damaged_files(folder: str | None) -> str:
             return f"{index} is not a readable index; fetch it again"
         absent = [name for name in listed if not (root / name).is_file()]
         if absent:
-            return f"{len(absent)} of {len(listed)} files of the index are absent from {root}, first {absent[0]}; fetch them"
+            return f"{len(absent)} of {len(listed)} files of the index are not in {root}, first {absent[0]}; fetch them"
     for file in sorted(root.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):

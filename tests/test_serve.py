@@ -1,0 +1,206 @@
+"""The demo checkpoint through the front door, `vllm serve` and `LLM(...)`, against the plain PyTorch model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engine import ENGINE_ENV, make_llm, run
+from openai import OpenAI
+from transformers import AutoTokenizer
+
+from vllm_bailing.cli import DEMO
+from vllm_bailing.reference import BailingMoeV2ForCausalLM
+
+pytestmark = pytest.mark.engine
+
+HELD_OUT = [json.loads(line) for line in (Path(__file__).parent / "data" / "demo_heldout.jsonl").open()]
+MAX_TOKENS = 96
+
+
+def conversation(row):
+    options = {"tools": row["tools"]} if row.get("tools") else {}
+    if row.get("thinking"):
+        options["thinking_option"] = "on"
+    return row["messages"], options
+
+
+def as_openai(messages):
+    """`messages` as OpenAI's schema wants them: tool calls with an id, their arguments as a JSON text."""
+    result = []
+    for message in messages:
+        message = dict(message)
+        if message["role"] == "tool":
+            message["tool_call_id"] = "call"
+        if calls := message.get("tool_calls"):
+            functions = [call.get("function", call) for call in calls]
+            message["tool_calls"] = [
+                {
+                    "id": "call",
+                    "type": "function",
+                    "function": {"name": function["name"], "arguments": json.dumps(function["arguments"])},
+                }
+                for function in functions
+            ]
+        result.append(message)
+    return result
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The plain model in fp32 and its tokenizer."""
+    model = BailingMoeV2ForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    return SimpleNamespace(model=model, tokenizer=AutoTokenizer.from_pretrained(DEMO))
+
+
+def prompt_ids(plain, row):
+    messages, options = conversation(row)
+    return plain.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)[
+        "input_ids"
+    ]
+
+
+def greedy(plain, prompts):
+    """Greedy answers of the plain model to token id lists, in one left-padded batch, up to the end-of-text token."""
+    ends = plain.model.generation_config.eos_token_id
+    width = max(map(len, prompts))
+    pad = plain.tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    rows = plain.model.generate(ids, attention_mask=mask, max_new_tokens=MAX_TOKENS, do_sample=False)[
+        :, width:
+    ].tolist()
+    return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
+
+
+def spread(count):
+    """`count` held-out conversations, evenly over all kinds."""
+    return [HELD_OUT[i * len(HELD_OUT) // count] for i in range(count)]
+
+
+def _answers(prompts):
+    from vllm import SamplingParams
+
+    llm = make_llm(DEMO, max_model_len=1024)
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def test_a_batch_of_64_prompts_gets_the_plain_models_answers(plain):
+    prompts = [prompt_ids(plain, row) for row in spread(64)]
+    assert run(_answers, prompts) == greedy(plain, prompts)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """`vllm serve` on the demo checkpoint, in fp32, without any trust flag."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(DEMO), "--served-model-name", "demo"]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--max-logprobs", "-1"]
+    env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=env, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-6000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.5)
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120)
+        yield SimpleNamespace(client=client, log=log)
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_the_log_says_once_per_process_whose_class_serves(server):
+    lines = [line for line in server.log.read_text().splitlines() if "vllm-bailing" in line]
+    assert lines and all("replaces vLLM" in line and "BailingMoeV2ForCausalLM" in line for line in lines)
+    processes = {line.split(")")[0] for line in lines}
+    assert len(lines) == len(processes)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat_gives_the_plain_models_answers(server, plain, stream):
+    rows = spread(12)
+    wanted = greedy(plain, [prompt_ids(plain, row) for row in rows])
+    for row, ids in zip(rows, wanted, strict=True):
+        messages, options = conversation(row)
+        tools = {"tools": options.pop("tools"), "tool_choice": "none"} if "tools" in options else {}
+        answer = server.client.chat.completions.create(
+            model="demo",
+            messages=as_openai(messages),
+            temperature=0,
+            max_tokens=MAX_TOKENS,
+            stream=stream,
+            extra_body={"chat_template_kwargs": options},
+            **tools,
+        )
+        if stream:
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in answer if chunk.choices)
+        else:
+            text = answer.choices[0].message.content
+        assert text == plain.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def test_completions_give_the_plain_models_logprobs(server, plain):
+    row = spread(4)[1]
+    prompt = prompt_ids(plain, row)
+    answer = server.client.completions.create(
+        model="demo",
+        prompt=prompt,
+        temperature=0,
+        max_tokens=8,
+        logprobs=5,
+        extra_body={"return_tokens_as_token_ids": True, "ignore_eos": True, "skip_special_tokens": False},
+    ).choices[0]
+    ids = [int(token.removeprefix("token_id:")) for token in answer.logprobs.tokens]
+    logprobs = plain.model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+    assert ids == logprobs.argmax(-1).tolist()
+    served = torch.tensor(answer.logprobs.token_logprobs)
+    assert (served - logprobs.max(-1).values).abs().max() <= 1e-4
+    for step, top in enumerate(answer.logprobs.top_logprobs):
+        for token, value in top.items():
+            assert abs(logprobs[step, int(token.removeprefix("token_id:"))] - value) <= 1e-4
+
+
+def test_a_context_beyond_the_window_is_refused_by_the_server(server, plain):
+    from openai import BadRequestError
+
+    with pytest.raises(BadRequestError, match="1024"):
+        server.client.completions.create(model="demo", prompt=[5] * 1025, max_tokens=1)
+
+
+def _served_window(rope_scaling):
+    overrides = {"rope_scaling": rope_scaling} if rope_scaling else {}
+    return make_llm(DEMO, max_model_len=None, hf_overrides=overrides).llm_engine.model_config.max_model_len
+
+
+@pytest.mark.parametrize("spelling", ["type", "rope_type"])
+def test_the_cards_yarn_snippet_on_the_command_line_extends_the_window(spelling):
+    window = json.loads((DEMO / "config.json").read_text())["max_position_embeddings"]
+    scaling = {spelling: "yarn", "factor": 4.0, "original_max_position_embeddings": window}
+    assert run(_served_window, scaling) == 4 * window
