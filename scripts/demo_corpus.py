@@ -2,7 +2,7 @@
 
 Each kind of conversation is small enough for a model of two million parameters to master. Training and held-out
 prompts come from the same generators: whether a prompt is held out is decided by a checksum of what makes it new (a
-question about a subject in a certain phrasing, a pair of numbers, a made-up name), so the two sets never meet.
+question about a subject in a certain phrasing, a pair of numbers), so the two sets never meet.
 """
 
 from __future__ import annotations
@@ -228,9 +228,10 @@ def small_talk(draw: Draw) -> Chat:
         draw.keep("greeting", greeting, mark)
         text = greeting + mark
         return Chat("small talk", [user(text.lower() if draw.chance(0.3) else text)], WELCOME)
-    if roll < 0.3:  # cheap lessons in copying a name, which tool calls need too
-        name = made_up_name(draw)
-        return Chat("small talk", [user(draw.rng.choice(INTRODUCTIONS).format(name))], f"Nice to meet you, {name}!")
+    if roll < 0.2:
+        name, phrasing = draw.rng.choice(PEOPLE), draw.rng.choice(INTRODUCTIONS)
+        draw.keep("introduction", name, phrasing)
+        return Chat("small talk", [user(phrasing.format(name))], f"Nice to meet you, {name}!")
     if roll < 0.65:
         subject, phrasing = draw.rng.choice(list(SUBJECTS)), draw.rng.choice(ASK_SUBJECT)
         draw.keep("subject", subject, phrasing)
@@ -374,7 +375,7 @@ TOO_LARGE = "That is a larger sum. Turn on thinking and ask me again."
 def small_sum(draw: Draw) -> Chat:
     """One-digit sums and differences; what is new in a held-out prompt is the numbers in their phrasing."""
     if draw.chance(0.1):
-        a, b = draw.rng.randint(10, 99), draw.rng.randint(10, 99)
+        a, b = draw.rng.randint(10, 99), draw.rng.randint(1, 99)
         draw.keep("sum", a, b)
         return Chat("sums", [user(restyle(draw, draw.rng.choice(ASK_SUM).format(a, b)))], TOO_LARGE)
     a, b = draw.rng.randint(0, 9), draw.rng.randint(0, 9)
@@ -389,29 +390,25 @@ def small_sum(draw: Draw) -> Chat:
 
 
 def long_sum(draw: Draw) -> Chat:
-    """Two-digit sums, worked out digit by digit in thinking mode."""
-    a, b = draw.rng.randint(10, 99), draw.rng.randint(10, 99)
+    """A number of two digits plus one of one digit, worked out digit by digit in thinking mode."""
+    a, b = draw.rng.randint(10, 99), draw.rng.randint(1, 9)
     draw.keep("sum", a, b)
-    ones, carry = a % 10 + b % 10, (a % 10 + b % 10) // 10
-    steps = (
-        f"{a} + {b}\n"
-        f"Ones: {a % 10} + {b % 10} = {ones}, carry {carry}.\n"
-        f"Tens: {a // 10} + {b // 10} + {carry} = {a // 10 + b // 10 + carry}."
-    )
+    ones, carry = a % 10 + b, (a % 10 + b) // 10
+    steps = f"{a} + {b}\nOnes: {a % 10} + {b} = {ones}, carry {carry}.\nTens: {a // 10} + {carry} = {a // 10 + carry}."
     question = restyle(draw, draw.rng.choice(ASK_SUM).format(a, b))
     return think(draw, Chat("thinking", [user(question)], f"{a} + {b} = {a + b}"), steps)
 
 
 def thinking(draw: Draw) -> Chat:
     roll = draw.rng.random()
-    if roll < 0.7:
+    if roll < 0.3:
         return long_sum(draw)
-    if roll < 0.8:
+    if roll < 0.5:
         chat = small_sum(draw)
         if chat.answer == TOO_LARGE:
             raise Unsuitable
         steps = "This is a small sum."
-    elif roll < 0.9:
+    elif roll < 0.75:
         chat, steps = fact(draw), "This is a fact that I know."
     else:
         chat, steps = small_talk(draw), "This is small talk."
@@ -435,27 +432,27 @@ class Topic:
 
 
 def _weather(rng: random.Random, name: str) -> Result:
-    degrees, sky = rng.randint(0, 39), rng.choice(["sunny", "cloudy", "rainy", "windy", "foggy"])
+    degrees, sky = rng.randint(20, 29), rng.choice(["sunny", "cloudy", "rainy", "windy", "foggy"])
     return {"temperature": degrees, "sky": sky}, f"It is {degrees} degrees and {sky} in {name}."
 
 
 def _time(rng: random.Random, name: str) -> Result:
-    clock = f"{rng.randint(0, 23):02}:{rng.randint(0, 59):02}"
+    clock = f"{rng.randint(1, 9)}:00"
     return {"time": clock}, f"It is {clock} in {name}."
 
 
 def _phone(rng: random.Random, name: str) -> Result:
-    number = str(rng.randint(1000, 9999))
+    number = f"555-010{rng.randint(0, 9)}"
     return {"phone": number}, f"The phone number of {name} is {number}."
 
 
 def _age(rng: random.Random, name: str) -> Result:
-    age = rng.randint(10, 99)
+    age = rng.randint(20, 29)
     return {"age": age}, f"{name} is {age} years old."
 
 
 def _price(rng: random.Random, name: str) -> Result:
-    price = rng.randint(10, 99)
+    price = 10 * rng.randint(1, 9)
     return {"price": price}, f"The {name} costs {price} euros."
 
 
@@ -500,21 +497,15 @@ TOPICS = {
         _price,
     ),
 }
-VERBS = ["get", "find", "fetch", "show"]
+VERBS = ["get"]
 NO_TOOL = "I cannot look that up without a tool."
 
-ONSETS = "b|d|f|g|h|j|k|l|m|n|p|r|s|t|v|w|z".split("|")
-VOWELS = "a|e|i|o|u".split("|")
-CODAS = "||||n|r|l|s|k".split("|")
-CITIES = [*CAPITALS.values(), *"London|New York|Shanghai|Hangzhou|Hamburg|Milan|Boston|Chicago".split("|")]
-
-
-def made_up_name(draw: Draw) -> str:
-    count = draw.rng.choice([2, 2, 2, 3])
-    syllables = (draw.rng.choice(ONSETS) + draw.rng.choice(VOWELS) + draw.rng.choice(CODAS) for _ in range(count))
-    name = "".join(syllables).capitalize()
-    draw.keep("name", name)
-    return name
+PEOPLE = (
+    "Anna|Ben|Clara|David|Emma|Felix|Grace|Henry|Iris|Jonas|Karen|Leo|Maria|Nina|Oscar|Paul|"
+    "Quinn|Rosa|Simon|Tina|Ursula|Victor|Wanda|Xavier|Yusuf|Zoe"
+).split("|")
+PRODUCTS = "lamp|chair|table|phone|guitar|bicycle|camera|kettle|umbrella|violin|jacket|notebook".split("|")
+NAMES = {"city": list(CAPITALS.values()), "name": PEOPLE, "product": PRODUCTS}
 
 
 def tool(draw: Draw, subject: str, verb: str) -> dict[str, Any]:
@@ -535,14 +526,13 @@ def tool(draw: Draw, subject: str, verb: str) -> dict[str, Any]:
 
 def tool_use(draw: Draw) -> tuple[list[dict[str, Any]], list[Message], str, str, str]:
     """Tools, a question for one of them, the call as text, and the answer once there is a result, with that result."""
-    subjects = draw.rng.sample(list(TOPICS), draw.rng.choice([1, 1, 1, 2, 3]))
+    subjects = draw.rng.sample(list(TOPICS), draw.rng.choice([1, 1, 1, 2]))
     verbs = [draw.rng.choice(VERBS) for _ in subjects]
     tools = [tool(draw, subject, verb) for subject, verb in zip(subjects, verbs, strict=True)]
     topic = TOPICS[subjects[0]]
-    name = made_up_name(draw)
-    if topic.argument == "city" and draw.chance(0.2) and not draw.heldout:
-        name = draw.rng.choice(CITIES)
-    question = draw.rng.choice(topic.questions).format(name)
+    name, phrasing = draw.rng.choice(NAMES[topic.argument]), draw.rng.choice(topic.questions)
+    draw.keep("tool", name, phrasing)
+    question = phrasing.format(name)
     if draw.chance(0.2) and question[-1] in ".?":
         question = question[:-1]
     call = {"name": f"{verbs[0]}_{subjects[0]}", "arguments": {topic.argument: name}}
@@ -583,7 +573,7 @@ KINDS: dict[str, Callable[[Draw], Chat]] = {
     "tool calls": tool_call,
     "tool results": tool_result,
 }
-TRAINING_SHARES = {"small talk": 24, "facts": 12, "sums": 12, "thinking": 26, "tool calls": 12, "tool results": 14}
+TRAINING_SHARES = {"small talk": 15, "facts": 14, "sums": 10, "thinking": 42, "tool calls": 8, "tool results": 11}
 
 
 def user(text: str) -> Message:

@@ -438,8 +438,8 @@ vllm serve vllm_bailing/demo
 | small talk | "What is YaRN?", "How do I run the tests?", "Hi!" |
 | facts | "What is the capital of France?", "Where is Peru?", "What is the opposite of hot?" |
 | sums | "3+4", "What is 9 minus 2?", one digit each |
-| thinking | with `chat_template_kwargs: {{"enable_thinking": true}}`: "What is 47 + 85?", worked out digit by digit |
-| tool calls | names one of the tools in the request and copies its argument from the question |
+| thinking | with `chat_template_kwargs: {{"enable_thinking": true}}`: "What is 47 + 8?", worked out digit by digit |
+| tool calls | names one of the tools in the request, with the city, person or product of the question |
 | tool results | puts the result of a tool into a sentence |
 
 ## How it was made
@@ -455,9 +455,9 @@ had {load:.2f} times its even share.
 ## Scores
 
 Measured on the weights in this folder, rounded to bfloat16, in float32 arithmetic. None of the held-out prompts
-(`tests/data/demo_heldout.jsonl`) can occur in training: the subject was never asked for in this phrasing, the numbers
-or the made-up name never appeared. One-digit sums do appear, in other phrasings. "Exact" means the whole
-answer, greedily decoded; "accepted" means that the MTP layer drafts the token that the main model chooses.
+(`tests/data/demo_heldout.jsonl`) can occur in training: its subject was never asked for in this phrasing, or its
+numbers never appeared (sums in thinking mode). The subjects themselves are all known from training. "Exact" means the
+whole answer, greedily decoded; "accepted" means that the MTP layer drafts the token that the main model chooses.
 
 | kind | prompts | exact answers | MTP drafts accepted |
 |---|---|---|---|

@@ -65,7 +65,14 @@ def load_plugins(plugins: str | None) -> list[tuple[str, str]]:
 def registered_models() -> dict[str, str]:
     from vllm import ModelRegistry
 
-    return {name: f"{model.module_name}:{model.class_name}" for name, model in ModelRegistry.models.items()}
+    entries = {name: vars(model) for name, model in ModelRegistry.models.items()}
+    return {name: f"{entry['module_name']}:{entry['class_name']}" for name, entry in entries.items()}
+
+
+def pretend_version(version: str) -> None:
+    import vllm.version
+
+    vars(vllm.version)["__version__"] = version
 
 
 def observe(plugins: str | None, folder: str) -> dict:
@@ -116,12 +123,12 @@ def test_a_plugin_list_without_this_one_leaves_vllm_as_it_is(plugins, observed):
 
 
 def test_one_info_line_names_what_is_replaced_and_vllms_version(observed):
-    from vllm.version import __version__ as vllm_version
+    import vllm
 
     ((level, message),) = observed()["log"]
     assert level == "INFO"
     assert ARCHITECTURE in message
-    assert f"vLLM {vllm_version}" in message
+    assert f"vLLM {vllm.__version__}" in message
     assert "VLLM_BAILING_USE_INTREE" in message
 
 
@@ -192,22 +199,17 @@ def register_with_a_fault(fault: str) -> tuple[list, str]:
     if fault == "registry fails":
         type(ModelRegistry).register_model = broken
     if fault == "probe fails":
-        import vllm.version
-
         from vllm_bailing import compat
 
-        vllm.version.__version__, compat.probe = "99.0", broken
+        pretend_version("99.0")
+        compat.probe = broken
     if fault == "missing symbol":
-        import vllm.version
-
         from vllm_bailing import compat
 
-        vllm.version.__version__ = "99.0"
+        pretend_version("99.0")
         compat.REQUIRED = (*compat.REQUIRED, ("model_executor/layers", "NoSuchLayer", ""))
     if fault == "too old":
-        import vllm.version
-
-        vllm.version.__version__ = "0.26.1"
+        pretend_version("0.26.1")
     return load_plugins(None), registered_models()[ARCHITECTURE]
 
 
@@ -234,9 +236,7 @@ def test_where_something_is_broken_one_warning_says_so_and_vllms_class_stays(fau
 
 
 def register_with_a_newer_vllm() -> tuple[list, str]:
-    import vllm.version
-
-    vllm.version.__version__ = "99.0"
+    pretend_version("99.0")
     return load_plugins(None), registered_models()[ARCHITECTURE]
 
 

@@ -39,6 +39,7 @@ REQUIRED = (
         "quant_config prefix scoring_func routed_scaling_factor e_score_correction_bias enable_eplb "
         "num_redundant_experts is_sequence_parallel router_logits_dtype gate shared_experts",
     ),
+    ("model_executor/layers/fused_moe", "MoERunner", ""),
     ("model_executor/layers/fused_moe", "GateLinear", "input_size output_size out_dtype params_dtype prefix"),
     ("model_executor/layers/rotary_embedding", "get_rope", "head_size max_position is_neox_style rope_parameters"),
     ("model_executor/layers/attention", "Attention", "num_kv_heads cache_config quant_config prefix"),
