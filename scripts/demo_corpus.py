@@ -215,12 +215,6 @@ def restyle(draw: Draw, text: str) -> str:
     return text
 
 
-def think(draw: Draw, chat: Chat, steps: str) -> Chat:
-    chat.thinking = True
-    chat.answer = f"<think>\n{steps}\n</think>\n\n{chat.answer}"
-    return chat
-
-
 def small_talk(draw: Draw) -> Chat:
     roll = draw.rng.random()
     if roll < 0.08:
@@ -389,31 +383,15 @@ def small_sum(draw: Draw) -> Chat:
     return Chat("sums", [user(restyle(draw, phrasing.format(a, b)))], answer)
 
 
-def long_sum(draw: Draw) -> Chat:
+def thinking(draw: Draw) -> Chat:
     """A number of two digits plus one of one digit, worked out digit by digit in thinking mode."""
     a, b = draw.rng.randint(10, 99), draw.rng.randint(1, 9)
     draw.keep("sum", a, b)
     ones, carry = a % 10 + b, (a % 10 + b) // 10
     steps = f"{a} + {b}\nOnes: {a % 10} + {b} = {ones}, carry {carry}.\nTens: {a // 10} + {carry} = {a // 10 + carry}."
     question = restyle(draw, draw.rng.choice(ASK_SUM).format(a, b))
-    return think(draw, Chat("thinking", [user(question)], f"{a} + {b} = {a + b}"), steps)
-
-
-def thinking(draw: Draw) -> Chat:
-    roll = draw.rng.random()
-    if roll < 0.3:
-        return long_sum(draw)
-    if roll < 0.5:
-        chat = small_sum(draw)
-        if chat.answer == TOO_LARGE:
-            raise Unsuitable
-        steps = "This is a small sum."
-    elif roll < 0.75:
-        chat, steps = fact(draw), "This is a fact that I know."
-    else:
-        chat, steps = small_talk(draw), "This is small talk."
-    chat.kind = "thinking"
-    return think(draw, chat, steps)
+    answer = f"<think>\n{steps}\n</think>\n\n{a} + {b} = {a + b}"
+    return Chat("thinking", [user(question)], answer, thinking=True)
 
 
 # --- tools --------------------------------------------------------------------------------------------------------
@@ -573,7 +551,7 @@ KINDS: dict[str, Callable[[Draw], Chat]] = {
     "tool calls": tool_call,
     "tool results": tool_result,
 }
-TRAINING_SHARES = {"small talk": 15, "facts": 14, "sums": 10, "thinking": 42, "tool calls": 8, "tool results": 11}
+TRAINING_SHARES = {"small talk": 24, "facts": 20, "sums": 16, "thinking": 16, "tool calls": 12, "tool results": 12}
 
 
 def user(text: str) -> Message:
