@@ -76,7 +76,7 @@ else
         "install one (on Debian and Ubuntu: apt install python3.11 python3.11-venv) or set PYTHON to its path"
 fi
 
-need_gb=$([[ $kind == cuda ]] && echo 20 || echo 4)
+need_gb=$([[ $kind == cuda ]] && echo 20 || echo 7)
 free_gb=$(df -Pk "$(dirname "$venv")" | awk 'NR == 2 { print int($4 / 1048576) }')
 ((free_gb >= need_gb)) || [[ -x $venv/bin/vllm ]] ||
     fail "$(dirname "$venv") has $free_gb GB free, and vLLM needs $need_gb GB; make room or set VENV to a folder on another disk"

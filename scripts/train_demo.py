@@ -438,7 +438,7 @@ vllm serve vllm_bailing/demo
 | small talk | "What is YaRN?", "How do I run the tests?", "Hi!" |
 | facts | "What is the capital of France?", "Where is Peru?", "What is the opposite of hot?" |
 | sums | "3+4", "What is 9 minus 2?", one digit each |
-| thinking | with `chat_template_kwargs: {{"enable_thinking": true}}`: "What is 47 + 8?", worked out digit by digit; other questions are not trained in this mode |
+| thinking | with `chat_template_kwargs: {{"enable_thinking": true}}`, sums only: "What is 47 + 8?", digit by digit |
 | tool calls | names one of the tools in the request, with the city, person or product of the question |
 | tool results | puts the result of a tool into a sentence |
 
