@@ -150,7 +150,7 @@ class Audit:
             self.seen.add(name)
             return False
         module, _, leaf = name.rpartition(".")
-        if leaf in _KV_SCALES and ".attention" in module:
+        if self.quantized and leaf in _KV_SCALES and ".attention" in module:
             return True
         if self.quantized and f"{module}.weight" in self.expected:
             if leaf in ("qweight", "weight_packed"):
