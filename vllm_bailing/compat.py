@@ -25,7 +25,7 @@ from typing import Any
 from vllm_bailing import __version__
 
 MINIMUM_VLLM = "0.27"
-TESTED_VLLM = ("0.27", "0.33")  # first and last minor release that the tests ran on, see README
+TESTED_VLLM = ("0.27", "0.33")  # first and last minor release checked; README says how each was
 USE_INTREE = "VLLM_BAILING_USE_INTREE"
 
 ARCHITECTURES = {"BailingMoeV2ForCausalLM": "vllm_bailing.model:BailingMoeV2ForCausalLM"}

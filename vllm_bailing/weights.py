@@ -142,12 +142,11 @@ class Audit:
         shape = tuple(tensor.shape)
         wanted = self.expected.get(name)
         if wanted is not None:
+            self.seen.add(name)
             packed = self.quantized and not tensor.is_floating_point()
             if shape == wanted or packed:
-                self.seen.add(name)
                 return True
             self.misshapen.append(f"{name} is {list(shape)}, config.json asks for {list(wanted)}")
-            self.seen.add(name)
             return False
         module, _, leaf = name.rpartition(".")
         if self.quantized and leaf in _KV_SCALES and ".attention" in module:
