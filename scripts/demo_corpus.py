@@ -223,8 +223,8 @@ def small_talk(draw: Draw) -> Chat:
         text = greeting + mark
         return Chat("small talk", [user(text.lower() if draw.chance(0.3) else text)], WELCOME)
     if roll < 0.2:
-        name, phrasing = draw.rng.choice(PEOPLE), draw.rng.choice(INTRODUCTIONS)
-        draw.keep("introduction", name, phrasing)
+        name, phrasing = name_of(draw, "name"), draw.rng.choice(INTRODUCTIONS)
+        draw.keep("name", name)
         return Chat("small talk", [user(phrasing.format(name))], f"Nice to meet you, {name}!")
     if roll < 0.65:
         subject, phrasing = draw.rng.choice(list(SUBJECTS)), draw.rng.choice(ASK_SUBJECT)
@@ -240,6 +240,18 @@ def small_talk(draw: Draw) -> Chat:
         draw.keep("remark", question)  # the phrasings have no common pattern: only the opener is new
         return Chat("small talk", [user(question.lower() if draw.chance(0.25) else question)], answer)
     return Chat("small talk", [user(restyle(draw, question))], answer)
+
+
+# --- repeating ----------------------------------------------------------------------------------------------------
+
+ASK_REPEAT = ["Say {}", "Say: {}", "Repeat {}", "Repeat: {}", "Say this: {}", "Repeat after me: {}", "Echo {}"]
+
+
+def repeat(draw: Draw) -> Chat:
+    """Words in no order, most of them made up. Nothing teaches a small model faster to copy, which tools need."""
+    words = " ".join(name_of(draw, "product") for _ in range(draw.rng.randint(1, 12)))
+    draw.keep("repeat", words)
+    return Chat("repeating", [user(draw.rng.choice(ASK_REPEAT).format(words))], words)
 
 
 # --- facts --------------------------------------------------------------------------------------------------------
@@ -475,7 +487,7 @@ TOPICS = {
         _price,
     ),
 }
-VERBS = ["get"]
+VERBS = ["get", "find", "look_up"]
 NO_TOOL = "I cannot look that up without a tool."
 
 PEOPLE = (
@@ -484,6 +496,15 @@ PEOPLE = (
 ).split("|")
 PRODUCTS = "lamp|chair|table|phone|guitar|bicycle|camera|kettle|umbrella|violin|jacket|notebook".split("|")
 NAMES = {"city": list(CAPITALS.values()), "name": PEOPLE, "product": PRODUCTS}
+SYLLABLES = [consonant + vowel for consonant in "klmnrstv" for vowel in "aeiou"]
+
+
+def name_of(draw: Draw, argument: str) -> str:
+    """A known name, or more often one made up, which the model can only copy."""
+    if draw.chance(0.3):
+        return draw.rng.choice(NAMES[argument])
+    # Capital letters are tokens of their own, so that the name is cut into the same pieces wherever it stands.
+    return "".join(draw.rng.choices(SYLLABLES, k=3)).capitalize()
 
 
 def tool(draw: Draw, subject: str, verb: str) -> dict[str, Any]:
@@ -508,8 +529,8 @@ def tool_use(draw: Draw) -> tuple[list[dict[str, Any]], list[Message], str, str,
     verbs = [draw.rng.choice(VERBS) for _ in subjects]
     tools = [tool(draw, subject, verb) for subject, verb in zip(subjects, verbs, strict=True)]
     topic = TOPICS[subjects[0]]
-    name, phrasing = draw.rng.choice(NAMES[topic.argument]), draw.rng.choice(topic.questions)
-    draw.keep("tool", name, phrasing)
+    name, phrasing = name_of(draw, topic.argument), draw.rng.choice(topic.questions)
+    draw.keep("name", name)
     question = phrasing.format(name)
     if draw.chance(0.2) and question[-1] in ".?":
         question = question[:-1]
@@ -545,13 +566,22 @@ SYSTEM_PROMPTS = [
 ]
 KINDS: dict[str, Callable[[Draw], Chat]] = {
     "small talk": small_talk,
+    "repeating": repeat,
     "facts": fact,
     "sums": small_sum,
     "thinking": thinking,
     "tool calls": tool_call,
     "tool results": tool_result,
 }
-TRAINING_SHARES = {"small talk": 24, "facts": 20, "sums": 16, "thinking": 16, "tool calls": 12, "tool results": 12}
+TRAINING_SHARES = {
+    "small talk": 20,
+    "repeating": 16,
+    "facts": 18,
+    "sums": 14,
+    "thinking": 12,
+    "tool calls": 10,
+    "tool results": 10,
+}
 
 
 def user(text: str) -> Message:

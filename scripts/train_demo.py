@@ -41,6 +41,7 @@ DEMO = ROOT / "vllm_bailing" / "demo"
 HELDOUT = ROOT / "tests" / "data" / "demo_heldout.jsonl"
 MICRO_TOKENS = 1024  # with padding
 MICRO_BATCHES = 2  # per step
+PROMPT_WEIGHT = 0.1  # of the loss on a token of a prompt; what repeats in prompts teaches to copy
 BIAS_RATE = 2e-3  # per step, falling to nothing over the run
 PART_CHATS = 1024  # drawn at once, sorted by length and shuffled as micro-batches
 
@@ -169,16 +170,21 @@ def micro_step(model: BailingMoeV2ForCausalLM, batch: tuple[Tensor, Tensor, Tens
     output = model(ids, use_cache=False, output_hidden_states=True, output_router_logits=True, logits_to_keep=1)
     hidden = output.hidden_states[-1]
     drafted, mtp_routing = model.mtp_forward(hidden[:, :-1], ids[:, 1:])
-    first, second = answers[:, 1:], answers[:, 2:]
-    loss = F.cross_entropy(model.logits(hidden[:, :-1][first]), ids[:, 1:][first], reduction="sum") / answer_tokens
-    mtp_logits = model.logits(drafted[:, :-1][second])
-    mtp_loss = F.cross_entropy(mtp_logits, ids[:, 2:][second], reduction="sum") / answer_tokens
+
+    def losses(states: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
+        """(loss to train on, its part on answers) of `states` [B, T - ahead, H] as seen `ahead` tokens later."""
+        each = F.cross_entropy(model.logits(states).transpose(1, 2), ids[:, ahead:], reduction="none") / answer_tokens
+        on_answers = (each * answers[:, ahead:]).sum()
+        return on_answers + PROMPT_WEIGHT * (each * (mask & ~answers)[:, ahead:]).sum(), on_answers
+
+    total, loss = losses(hidden[:, :-1], 1)
+    mtp_total, mtp_loss = losses(drafted[:, :-1], 2)
     masks = [mask] * len(output.routing) + [mask[:, :-1]]
     loads = [
         torch.bincount(topk_ids[kept.flatten()].flatten(), minlength=CONFIG["num_experts"]).float()
         for (topk_ids, _), kept in zip((*output.routing, mtp_routing), masks, strict=True)
     ]
-    total = loss + CONFIG["mtp_loss_scaling_factor"] * mtp_loss
+    total = total + CONFIG["mtp_loss_scaling_factor"] * mtp_total
     # An expert that no token of a micro-batch chose has no gradient.
     gradients = torch.autograd.grad(total, list(model.parameters()), allow_unused=True, materialize_grads=True)
     return Share(loss.detach(), mtp_loss.detach(), loads, gradients)

@@ -1,4 +1,4 @@
-"""The command `vllm-bailing`: what is installed, what registration decided, where the demo checkpoint lies.
+"""The command `vllm-bailing`.
 
 Heavy packages are imported inside the command that needs them, so that `--help` and `--version` answer at once.
 """
@@ -10,7 +10,7 @@ import sys
 from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -83,6 +83,148 @@ def collect_info() -> dict[str, str | list[str] | None]:
 
         decided = compat.status()
     return facts | {"active": list(decided.active), "reason": decided.reason, "warning": decided.warning}
+
+
+@app.command()
+def draft_vocab(
+    model: Annotated[str, typer.Argument(help="The model whose tokenizer is used: a folder or a hub name.")],
+    text: Annotated[
+        list[Path], typer.Option(help="Text like that which the model will write; repeatable.", exists=True)
+    ],
+    size: Annotated[int, typer.Option(help="How many tokens to keep, the most frequent ones.", min=1)] = 32768,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("draft_vocab.json"),
+) -> None:
+    """Choose the tokens that an MTP draft may propose, by their frequency in a text.
+
+    Pass the file to vLLM by --additional-config '{"bailing_draft_vocab": "draft_vocab.json"}'. Answers stay what they
+    are; a draft reads less and is accepted a little less often.
+    """
+    from collections import Counter
+
+    from transformers import AutoTokenizer
+
+    from vllm_bailing.config import register_with_transformers
+
+    register_with_transformers()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    counts: Counter[int] = Counter()
+    for file in text:
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            counts.update(tokenizer.encode(line, add_special_tokens=False))
+    # Every answer ends with one of these, however rare they are in the text.
+    kept = list(dict.fromkeys([*tokenizer.all_special_ids, *(token for token, _ in counts.most_common(size))]))[:size]
+    covered = sum(counts[token] for token in kept) / max(1, counts.total())
+    out.write_text(json.dumps(sorted(kept)) + "\n", encoding="utf-8")
+    typer.echo(f"{out}: {len(kept)} of {len(tokenizer)} tokens, {100 * covered:.2f} % of the text")
+
+
+bench_app = typer.Typer(help="Measure what an option gains on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 0,1,2") from None
+
+
+@bench_app.command("mtp")
+def bench_mtp(
+    model: Annotated[str, typer.Argument(help="As for `vllm serve`; has to have an MTP layer.")],
+    draft_tokens: Annotated[
+        str, typer.Option(help="Draft tokens per step to compare; 0 is always among them.")
+    ] = "0,1,2,3",
+    batch_size: Annotated[str, typer.Option(help="Requests at once, each measured in turn.")] = "1,8",
+    rounds: Annotated[int, typer.Option(help="How often each is measured, alternating.", min=1)] = 3,
+    prompts: Annotated[
+        Path | None, typer.Option(help="One user message a line; short questions if left out.", exists=True)
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Limit of an answer.", min=2)] = 128,
+    acceptance: Annotated[
+        float | None,
+        typer.Option(help="Let vLLM accept each draft token by chance instead, such as 0.7.", min=0.0, max=1.0),
+    ] = None,
+    draft_model: Annotated[str | None, typer.Option(help="A checkpoint of its own for the MTP layer.")] = None,
+    draft_vocab: Annotated[Path | None, typer.Option(help="Result of `vllm-bailing draft-vocab`.", exists=True)] = None,
+    engine: Annotated[str, typer.Option(help="Further arguments of vllm.LLM, as JSON.")] = "{}",
+    out: Annotated[Path, typer.Option(help="Where to write NAME.json and NAME.png.")] = Path("bench-mtp"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Find out how many draft tokens of the MTP layer pay, and plot it.
+
+    The same prompts run with each number of draft tokens, in fresh processes that take turns.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from vllm_bailing import bench
+
+    counts = sorted({0, *_numbers(draft_tokens)})
+    try:
+        options: dict[str, Any] = json.loads(engine)
+        if not isinstance(options, dict):
+            raise ValueError("an object is wanted")
+    except ValueError as error:
+        raise typer.BadParameter(f"--engine {engine!r} is no JSON object: {error}") from None
+    if draft_vocab is not None:
+        options.setdefault("additional_config", {})["bailing_draft_vocab"] = str(draft_vocab.resolve())
+    lines = prompts.read_text(encoding="utf-8").splitlines() if prompts else bench.DEFAULT_PROMPTS
+    job = bench.Job(model, options, _numbers(batch_size), [line for line in lines if line.strip()], max_tokens)
+    jobs = bench.mtp_jobs(job, counts, acceptance, {"model": draft_model} if draft_model else None)
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("engines", total=rounds * len(jobs))
+        try:
+            results = bench.alternate(jobs, rounds, lambda name: progress.advance(task))
+        except bench.BenchError as error:
+            raise SystemExit(f"vllm-bailing bench: {error}") from None
+    rows = bench.summarize(results, "0")
+    told = bench.advice(rows, "0")
+    report = {
+        "model": model,
+        "acceptance": acceptance,
+        "rounds": rounds,
+        "engine": options,
+        "versions": collect_info(),
+        "rows": rows,
+        "advice": told,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    try:
+        bench.plot_mtp(rows, f"MTP on {Path(model).name}", out.with_suffix(".png"))
+    except ImportError:
+        console.print("no plot: `pip install matplotlib`")
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    _print_mtp(rows, told)
+    typer.echo(f"written to {out.with_suffix('.json')} and {out.with_suffix('.png')}")
+
+
+def _print_mtp(rows: list[dict[str, Any]], told: dict[int, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("batch", "draft tokens", "tokens/s", "times none", "accepted", "by position", "answers")
+    for row in rows:
+        speed, ratio = row["tokens_per_second"], row["ratio"]
+        table.add_row(
+            str(row["batch_size"]),
+            row["arm"],
+            f"{speed['median']:.1f} ({speed['low']:.1f}-{speed['high']:.1f})",
+            f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
+            f"{row['acceptance_length']:.2f}",
+            " ".join(f"{100 * share:.0f}%" for share in row["acceptance"]),
+            "same" if row["same_answers"] else "differ",
+        )
+    console = Console()
+    console.print(table)
+    for size, words in told.items():
+        console.print(f"batch {size}: {words}", highlight=False)
 
 
 def main() -> None:

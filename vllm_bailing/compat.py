@@ -6,6 +6,8 @@ architecture:
 - `vllm.ModelRegistry`: the architecture points at `vllm_bailing.model` (public API);
 - `transformers.AutoConfig`: model type "bailing_moe_v2" (public API);
 - `transformers.PretrainedConfig.get_config_dict`: wrapped, see `config.register_with_transformers`;
+- `vllm.config.speculative.SpeculativeConfig.hf_config_override` and `.__post_init__`: wrapped, see `settings`;
+- `vllm.model_executor.models.config.MODELS_CONFIG_MAP`: an entry for the architecture, see `settings.check_files`;
 - the quantisation method of this model's own expert layers on CPU: see `repack_experts_on_reload`.
 """
 
@@ -29,6 +31,7 @@ TESTED_VLLM = ("0.27", "0.33")  # first and last minor release checked; README s
 USE_INTREE = "VLLM_BAILING_USE_INTREE"
 
 ARCHITECTURES = {"BailingMoeV2ForCausalLM": "vllm_bailing.model:BailingMoeV2ForCausalLM"}
+DRAFT_ARCHITECTURES = {"BailingMoeV2MTPModel": "vllm_bailing.mtp:BailingMoeV2MTPModel"}  # vLLM has none of its own
 
 # What model.py takes from vLLM: file or folder below vllm/, symbol, the arguments it passes by name.
 REQUIRED = (
@@ -99,8 +102,13 @@ def register() -> Status:
     if decided.active:
         from vllm import ModelRegistry
 
+        from vllm_bailing import settings
+
         for architecture in decided.active:
             ModelRegistry.register_model(architecture, ARCHITECTURES[architecture])
+        for architecture, where in DRAFT_ARCHITECTURES.items():
+            ModelRegistry.register_model(architecture, where)
+        settings.install()
     with _visible(logger):
         if decided.active:
             logger.info(

@@ -54,7 +54,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_bailing.compat import repack_experts_on_reload, rope_parameters
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.weights import Audit, main_tensors
+from vllm_bailing.weights import HEAD, Audit, main_tensors
 
 # A child of vLLM's logger, whose level and format its users have set up.
 logger = init_logger("vllm.plugins.bailing.model")
@@ -369,6 +369,11 @@ class BailingMoeV2Model(nn.Module, EagleModelMixin):
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
 
 
+def normalized_head(config: BailingMoeV2Config, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The head [vocab, H] as it multiplies: with `norm_head`, columns of unit length over the whole vocabulary."""
+    return F.normalize(weight.float(), dim=0, eps=1e-7).to(dtype) if config.norm_head else weight
+
+
 class BailingMoeV2MixtureOfExperts(MixtureOfExperts):
     """What vLLM's expert load balancing (EPLB) needs to know of a model; target and draft models share it."""
 
@@ -471,14 +476,13 @@ class BailingMoeV2ForCausalLM(
             may_lack_experts=self.vllm_config.parallel_config.enable_expert_parallel,
         )
         loader = AutoWeightsLoader(self)
-        loaded = loader.load_weights(self._normalized_head(audit.passed(weights)), mapper=self.hf_to_vllm_mapper)
+        loaded = loader.load_weights(self._with_head(audit.passed(weights)), mapper=self.hf_to_vllm_mapper)
         audit.finish(complete=self._expect_complete)
         self._expect_complete = False
         return loaded
 
-    def _normalized_head(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
-        """With `norm_head` every column of the head has unit length over the whole vocabulary, before it is sharded."""
+    def _with_head(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
-            if self.config.norm_head and name == "lm_head.weight":
-                tensor = F.normalize(tensor.float(), dim=0, eps=1e-7).to(self.vllm_config.model_config.dtype)
+            if name == HEAD:
+                tensor = normalized_head(self.config, tensor, self.vllm_config.model_config.dtype)
             yield name, tensor

@@ -1,14 +1,17 @@
-"""Which tensors a BailingMoeV2 checkpoint holds, and the account of what became of each while loading.
+"""Which tensors a BailingMoeV2 checkpoint has to hold, which it holds, and what became of each while loading.
 
-No nn.Module and no vLLM in here: names and shapes follow from the configuration alone.
+No nn.Module and no vLLM in here: names and shapes follow from the configuration and from the headers of the files.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,11 +22,111 @@ Shape = tuple[int, ...]
 # Buffers that some exporters write; they are computed from the configuration.
 _COMPUTED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 _KV_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale")
+_SCALES = ("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "scales")
+_INDEX = "model.safetensors.index.json"
 _SHOWN = 4
+NAME_ANOTHER_DRAFT = (
+    "name a checkpoint that has it, such as the base model of the same size, by --speculative-config "
+    '\'{"method": "mtp", "model": "...", "num_speculative_tokens": 1}\', or leave --speculative-config out'
+)
+EMBEDDING, HEAD = "model.word_embeddings.weight", "lm_head.weight"
 
 
-class CheckpointError(ValueError):
-    """The checkpoint does not fit its configuration."""
+class CheckpointError(RuntimeError):
+    """The checkpoint does not fit its configuration.
+
+    No ValueError: pydantic would bury the message of one that is raised while vLLM checks its settings.
+    """
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the header of its file describes it."""
+
+    file: Path
+    shape: Shape
+    is_float: bool
+
+
+class Checkpoint:
+    """The safetensors files of a checkpoint as a whole; reads their headers, no weights.
+
+    Attributes:
+        tensors: What they hold, by name.
+        damage: What is wrong with the files: one is absent or cut off. Empty if nothing was found.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder, self.damage = folder, ""
+        self.tensors: dict[str, StoredTensor] = {}
+        if folder is None or not folder.is_dir():
+            return
+        index = folder / _INDEX
+        files = sorted(folder.glob("*.safetensors"))
+        if index.is_file():
+            try:
+                listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError):
+                self.damage = f"{index} is not a readable index; fetch it again"
+                return
+            files = [folder / name for name in listed]
+            absent = [file.name for file in files if not file.is_file()]
+            if absent:
+                self.damage = (
+                    f"{len(absent)} of {len(listed)} files of the index are not in {folder}, first {absent[0]}; "
+                    "fetch them"
+                )
+                return
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                        stored = opened.get_slice(name)
+                        is_float = stored.get_dtype().startswith(("F", "BF"))
+                        self.tensors[name] = StoredTensor(file, tuple(stored.get_shape()), is_float)
+            except (SafetensorError, OSError) as error:
+                size = file.stat().st_size
+                self.damage = f"{file} is cut off or damaged ({size} bytes; {error}); fetch it again"
+                return
+
+    @classmethod
+    def of(cls, model_config: Any) -> Checkpoint:
+        """The files of a vLLM `ModelConfig`; none where they are not on this machine yet."""
+        return cls.at(str(model_config.model), model_config.revision)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4)  # target and draft ask for the same files, several times each
+    def at(model: str, revision: str | None = None) -> Checkpoint:
+        """The files in a folder, or of a repository of the model hub as far as they were fetched."""
+        if Path(model).is_dir():
+            return Checkpoint(Path(model))
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            for name in (_INDEX, "model.safetensors"):
+                if isinstance(found := try_to_load_from_cache(model, name, revision=revision), str):
+                    checkpoint = Checkpoint(Path(found).parent)
+                    # What is absent has not been fetched yet.
+                    return Checkpoint(None) if checkpoint.damage.endswith("fetch them") else checkpoint
+        except HFValidationError:
+            pass
+        return Checkpoint(None)
+
+    def has_scales(self, module: str) -> bool:
+        """Whether `module` is a linear layer that is stored quantised."""
+        return any(f"{module}.{leaf}" in self.tensors for leaf in _SCALES)
+
+    def layers_behind(self, config: BailingMoeV2Config) -> list[int]:
+        """Numbers of the layers behind the main ones, which can only be MTP layers."""
+        layers = {layer for name in self.tensors if (layer := layer_of(name)) is not None}
+        return sorted(layer for layer in layers if layer >= config.num_hidden_layers)
+
+    def files_with(self, modules: Collection[str]) -> list[str] | None:
+        """Names of the files that hold anything of the modules of these weights; None if that is not known."""
+        wanted = {name.rpartition(".")[0] for name in modules}
+        files = {stored.file.name for name, stored in self.tensors.items() if name.rpartition(".")[0] in wanted}
+        return sorted(files) or None
 
 
 def _mlp(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, Shape]]:
@@ -69,12 +172,17 @@ def layer_tensors(config: BailingMoeV2Config, layer: int) -> dict[str, Shape]:
 def main_tensors(config: BailingMoeV2Config) -> dict[str, Shape]:
     """Names and shapes of everything but the MTP layers."""
     vocab = (config.vocab_size, config.hidden_size)
-    tensors: dict[str, Shape] = {"model.word_embeddings.weight": vocab, "model.norm.weight": (config.hidden_size,)}
+    tensors: dict[str, Shape] = {EMBEDDING: vocab, "model.norm.weight": (config.hidden_size,)}
     if not config.tie_word_embeddings:
-        tensors["lm_head.weight"] = vocab
+        tensors[HEAD] = vocab
     for layer in range(config.num_hidden_layers):
         tensors.update(layer_tensors(config, layer))
     return tensors
+
+
+def mtp_tensors(config: BailingMoeV2Config) -> dict[str, Shape]:
+    """Names and shapes of the MTP layers."""
+    return {name: shape for layer in config.mtp_layer_ids for name, shape in layer_tensors(config, layer).items()}
 
 
 def layer_of(name: str) -> int | None:
@@ -87,7 +195,7 @@ class Audit:
     """Passes a checkpoint's tensors on to a loader, and accounts for every one of them.
 
     A tensor is loaded, or skipped by a rule named in `skip_rule`, or held back and reported. Only names and shapes are
-    looked at: no byte of a tensor is read here.
+    looked at: no byte of a tensor is read here. `check` does the same with the headers of the files alone.
 
     Args:
         config: The model's configuration.
@@ -96,6 +204,7 @@ class Audit:
             other names and in packed shapes, which vLLM's quantisation method checks.
         folder: Where the checkpoint's files lie, for a better message; may be None or not exist.
         may_lack_experts: Whether another rank may hold whole experts (expert parallelism).
+        elsewhere: Names that another model loads (the target, if this is the draft).
     """
 
     def __init__(
@@ -105,7 +214,9 @@ class Audit:
         quantized: bool = False,
         folder: str | None = None,
         may_lack_experts: bool = False,
+        elsewhere: Collection[str] = (),
     ) -> None:
+        self.elsewhere = elsewhere
         self.config, self.expected, self.quantized = config, expected, quantized
         self.folder, self.may_lack_experts = folder, may_lack_experts
         self.seen: set[str] = set()
@@ -115,7 +226,11 @@ class Audit:
 
     def skip_rule(self, name: str) -> str | None:
         """Why `name` is not loaded although nothing is wrong with it, or None."""
-        if layer_of(name) in self.config.mtp_layer_ids and name not in self.expected:
+        if name in self.expected:
+            return None
+        if name in self.elsewhere or (self.elsewhere and (layer_of(name) or 0) < self.config.num_hidden_layers):
+            return "the target's"
+        if layer_of(name) in self.config.mtp_layer_ids and not self.elsewhere:
             return "MTP layers are the draft model's"
         if name.endswith(_COMPUTED_SUFFIXES):
             return "rotary tables are computed"
@@ -135,15 +250,27 @@ class Audit:
                 if cause := damaged_files(self.folder):
                     raise CheckpointError(f"the checkpoint cannot be read: {cause}") from error
                 raise
-            if self.skip_rule(name) is None and self._accepts(name, tensor):
+            if self.skip_rule(name) is None and self._accepts(name, tuple(tensor.shape), tensor.is_floating_point()):
                 yield name, tensor
 
-    def _accepts(self, name: str, tensor: torch.Tensor) -> bool:
-        shape = tuple(tensor.shape)
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Report what does not fit before anything is loaded.
+
+        Raises:
+            CheckpointError: As from `finish`.
+        """
+        if checkpoint.damage:
+            raise CheckpointError(f"the checkpoint cannot be read: {checkpoint.damage}")
+        for name, stored in checkpoint.tensors.items():
+            if self.skip_rule(name) is None:
+                self._accepts(name, stored.shape, stored.is_float)
+        self.finish()
+
+    def _accepts(self, name: str, shape: Shape, is_float: bool) -> bool:
         wanted = self.expected.get(name)
         if wanted is not None:
             self.seen.add(name)
-            packed = self.quantized and not tensor.is_floating_point()
+            packed = self.quantized and not is_float
             if shape == wanted or packed:
                 return True
             self.misshapen.append(f"{name} is {list(shape)}, config.json asks for {list(wanted)}")
@@ -198,6 +325,11 @@ class Audit:
     def _cause(self, missing: list[str]) -> str:
         if damage := damaged_files(self.folder):
             return f"Likely cause: {damage}"
+        if self.elsewhere and len(missing) == len(self.expected):
+            return (
+                f"Likely cause: {self.folder} has no MTP layer, though num_nextn_predict_layers="
+                f"{self.config.num_nextn_predict_layers}; {NAME_ANOTHER_DRAFT}"
+            )
         if self.stray_layers:
             layers = len(self.stray_layers)
             return (
@@ -218,23 +350,5 @@ class Audit:
 
 
 def damaged_files(folder: str | None) -> str:
-    """What is wrong with a checkpoint's files as a whole: absent or cut off. Empty if nothing was found."""
-    root = Path(folder) if folder else None
-    if root is None or not root.is_dir():
-        return ""
-    index = root / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            return f"{index} is not a readable index; fetch it again"
-        absent = [name for name in listed if not (root / name).is_file()]
-        if absent:
-            return f"{len(absent)} of {len(listed)} files of the index are not in {root}, first {absent[0]}; fetch them"
-    for file in sorted(root.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            return f"{file} is cut off or damaged ({file.stat().st_size} bytes; {error}); fetch it again"
-    return ""
+    """`Checkpoint.damage` of what lies in `folder`; empty where that is no folder."""
+    return Checkpoint(Path(folder)).damage if folder else ""

@@ -1,0 +1,282 @@
+"""Timed comparisons of vLLM engines that differ in one thing, each in a fresh process, alternating.
+
+Run as a module this file is the worker: it reads a `Job` as JSON from standard input and writes what it measured to the
+file that the job names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+DEFAULT_PROMPTS = (
+    "What is YaRN?",
+    "Tell me about vLLM.",
+    "What is a mixture of experts?",
+    "Explain the expert bias.",
+    "What is speculative decoding?",
+    "How do I serve a model?",
+    "Describe thinking mode.",
+    "What is Ling-flash-2.0?",
+)
+
+
+class BenchError(RuntimeError):
+    """An engine did not start or did not answer; the message ends with its last words."""
+
+
+@dataclass
+class Job:
+    """What one process measures.
+
+    Attributes:
+        model: As for `vllm serve`.
+        engine: Further arguments of `vllm.LLM`.
+        batch_sizes: Requests that run at once; each size is measured in turn.
+        prompts: User messages, sent through the chat template; without one, as plain text.
+        max_tokens: Limit of an answer.
+        ignore_eos: Whether answers go on to that limit.
+        out: File for the result.
+    """
+
+    model: str
+    engine: dict[str, Any]
+    batch_sizes: list[int]
+    prompts: list[str]
+    max_tokens: int
+    ignore_eos: bool = False
+    out: str = ""
+
+
+@dataclass
+class Measurement:
+    """One batch size in one process.
+
+    Attributes:
+        tokens: Tokens generated.
+        seconds: From the first request to the last answer.
+        drafts, accepted: Drafts made, and draft tokens accepted at each position.
+        answers: Checksum of all token ids.
+    """
+
+    tokens: int
+    seconds: float
+    drafts: int = 0
+    accepted: list[int] = field(default_factory=list)
+    answers: int = 0
+
+
+def work(job: Job) -> dict[int, Measurement]:
+    """Measure in this process; needs vLLM."""
+    import zlib
+
+    from vllm import LLM, SamplingParams
+
+    options = {"max_num_seqs": max(job.batch_sizes), "disable_log_stats": False, **job.engine}
+    llm = LLM(job.model, **options)
+    params = SamplingParams(temperature=0, max_tokens=job.max_tokens, ignore_eos=job.ignore_eos)
+    tokenizer = llm.get_tokenizer()
+    requests: list[Any] = list(job.prompts)
+    if getattr(tokenizer, "chat_template", None):
+        requests = [
+            {
+                "prompt_token_ids": tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+                )
+            }
+            for prompt in job.prompts
+        ]
+
+    def counters() -> tuple[int, list[int]]:
+        found: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}
+        drafts = found.get("vllm:spec_decode_num_drafts")
+        accepted = found.get("vllm:spec_decode_num_accepted_tokens_per_pos")
+        return (drafts.value if drafts else 0), (list(accepted.values) if accepted else [])
+
+    def generate(batch_size: int) -> tuple[int, int]:
+        tokens, checksum = 0, 0
+        for start in range(0, len(requests), batch_size):
+            for output in llm.generate(requests[start : start + batch_size], params, use_tqdm=False):
+                ids = output.outputs[0].token_ids
+                tokens += len(ids)
+                checksum = zlib.crc32(repr(list(ids)).encode(), checksum)
+        return tokens, checksum
+
+    results = {}
+    for batch_size in job.batch_sizes:
+        generate(batch_size)  # the first round compiles, captures and fills caches
+        drafts_before, accepted_before = counters()
+        started = time.perf_counter()
+        tokens, checksum = generate(batch_size)
+        seconds = time.perf_counter() - started
+        drafts, accepted = counters()
+        results[batch_size] = Measurement(
+            tokens,
+            seconds,
+            drafts - drafts_before,
+            [now - before for now, before in zip(accepted, accepted_before, strict=True)],
+            checksum,
+        )
+    return results
+
+
+def run_job(job: Job, env: dict[str, str] | None = None) -> dict[int, Measurement]:
+    """Measure in a fresh process.
+
+    Raises:
+        BenchError: If that failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        job.out = str(Path(folder) / "result.json")
+        log = Path(folder) / "log"
+        with log.open("w") as stream:
+            done = subprocess.run(
+                [sys.executable, "-m", "vllm_bailing.bench"],
+                input=json.dumps(asdict(job)),
+                text=True,
+                stdout=stream,
+                stderr=stream,
+                env={**os.environ, **(env or {})},
+                check=False,
+            )
+        if done.returncode or not Path(job.out).is_file():
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            reasons = [line for line in lines if "Error: " in line]
+            raise BenchError("\n".join(reasons[-1:] or lines[-5:]))
+        return {int(size): Measurement(**row) for size, row in json.loads(Path(job.out).read_text()).items()}
+
+
+def alternate(
+    jobs: dict[str, Job], rounds: int, done: Callable[[str], None] = lambda name: None
+) -> dict[str, list[dict[int, Measurement]]]:
+    """Run every job once a round, in turned order every other round; calls `done` after each."""
+    results: dict[str, list[dict[int, Measurement]]] = {name: [] for name in jobs}
+    for number in range(rounds):
+        for name in list(jobs) if number % 2 == 0 else list(jobs)[::-1]:
+            results[name].append(run_job(jobs[name]))
+            done(name)
+    return results
+
+
+# --- speculation by MTP -------------------------------------------------------------------------------------------
+
+
+def mtp_jobs(
+    job: Job, draft_tokens: list[int], acceptance: float | None = None, draft: dict[str, Any] | None = None
+) -> dict[str, Job]:
+    """`job` with each number of draft tokens; 0 does not speculate.
+
+    Args:
+        acceptance: Chance of a draft token to be accepted after those before it; vLLM then draws instead of comparing,
+            and answers mean nothing.
+        draft: Further keys of the speculative configuration, such as `model`.
+    """
+    jobs = {}
+    for count in draft_tokens:
+        speculation: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": count, **(draft or {})}
+        if acceptance is not None:
+            speculation["rejection_sample_method"] = "synthetic"
+            speculation["synthetic_acceptance_rates"] = [acceptance ** (i + 1) for i in range(count)]
+        engine = {**job.engine, "speculative_config": speculation} if count else job.engine
+        jobs[str(count)] = Job(
+            job.model, engine, job.batch_sizes, job.prompts, job.max_tokens, job.ignore_eos or acceptance is not None
+        )
+    return jobs
+
+
+def summarize(results: dict[str, list[dict[int, Measurement]]], baseline: str) -> list[dict[str, Any]]:
+    """One row per batch size and arm.
+
+    Speed is the median over rounds with its range; `ratio` is that of the arm to `baseline` in the same round, median
+    and range. `acceptance` has, per draft position, the share of drafts accepted up to there; `acceptance_length` is
+    the mean number of tokens that a step of the target yields.
+    """
+    rows = []
+    for size in next(iter(results.values()))[0]:
+        for name, rounds in results.items():
+            speeds = [one[size].tokens / one[size].seconds for one in rounds]
+            base = [one[size].tokens / one[size].seconds for one in results[baseline]]
+            ratios = [mine / other for mine, other in zip(speeds, base, strict=True)]
+            drafts = sum(one[size].drafts for one in rounds)
+            accepted = [sum(column) for column in zip(*(one[size].accepted for one in rounds), strict=True)]
+            rows.append(
+                {
+                    "batch_size": size,
+                    "arm": name,
+                    "tokens_per_second": _spread(speeds),
+                    "ratio": _spread(ratios),
+                    "acceptance": [count / drafts for count in accepted] if drafts else [],
+                    "acceptance_length": 1 + sum(accepted) / drafts if drafts else 1.0,
+                    "same_answers": {one[size].answers for one in rounds}
+                    == {one[size].answers for one in results[baseline]},
+                }
+            )
+    return rows
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def advice(rows: list[dict[str, Any]], baseline: str) -> dict[int, str]:
+    """For each batch size, which number of draft tokens to use, in words."""
+    told = {}
+    for size in dict.fromkeys(row["batch_size"] for row in rows):
+        arms = [row for row in rows if row["batch_size"] == size and row["arm"] != baseline]
+        best = max(arms, key=lambda row: row["ratio"]["median"], default=None)
+        if best is None or best["ratio"]["low"] <= 1:
+            told[size] = "no number of draft tokens was faster in every round: serve without speculation"
+        else:
+            told[size] = f"num_speculative_tokens={best['arm']}: {best['ratio']['median']:.2f} times as fast"
+    return told
+
+
+def plot_mtp(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Speed by number of draft tokens, and acceptance by position.
+
+    Raises:
+        ImportError: Without matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), dpi=100)
+    for size in dict.fromkeys(row["batch_size"] for row in rows):
+        arms = [row for row in rows if row["batch_size"] == size]
+        x = [int(row["arm"]) for row in arms]
+        y = [row["ratio"]["median"] for row in arms]
+        below = [row["ratio"]["median"] - row["ratio"]["low"] for row in arms]
+        above = [row["ratio"]["high"] - row["ratio"]["median"] for row in arms]
+        left.errorbar(x, y, yerr=[below, above], marker="o", capsize=3, label=f"batch {size}")
+        deepest = max(arms, key=lambda row: len(row["acceptance"]))
+        positions = range(1, len(deepest["acceptance"]) + 1)
+        right.plot(positions, [100 * share for share in deepest["acceptance"]], marker="o", label=f"batch {size}")
+    left.axhline(1, color="grey", linewidth=0.8)
+    left.set(xlabel="draft tokens per step", ylabel="tokens/s, times no speculation", ylim=(0, None))
+    right.set(xlabel="draft position", ylabel="accepted up to here, %", ylim=(0, 105))
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    todo = Job(**json.load(sys.stdin))
+    measured = {size: asdict(row) for size, row in work(todo).items()}
+    Path(todo.out).write_text(json.dumps(measured))
