@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ STEPS = {
     "config": "EngineArgs makes the whole engine configuration",
     "build": "the model is built",
     "load": "every parameter gets its value from the checkpoint",
+    "draft": "--speculative-config makes an MTP draft, which is built and loaded",
 }
 # In older releases a decorator without types hides `self` of AutoWeightsLoader.load_weights from basedpyright. The step
 # "load" makes that very call.
@@ -87,7 +89,7 @@ def passed(kind: str, result: dict[str, Any]) -> bool:
 def table_lines(results: dict[str, dict[str, Any]]) -> list[str]:
     """The README's table: one row for each release, only what ran."""
     lines = [
-        "| vLLM | test-suite on the CPU build | names and signatures | import, registration, config, build, load |",
+        "| vLLM | test-suite on the CPU build | names and signatures | import, register, config, build, load, draft |",
         "|---|---|---|---|",
     ]
     for version, result in results.items():
@@ -324,7 +326,6 @@ def overlay_plan(version: str) -> Iterator[None]:
     ensure(resolved.__module__ == "vllm_bailing.model", f"the class comes from {resolved.__module__}")
     yield
     import torch
-    from safetensors.torch import load_file
     from vllm.config import set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 
@@ -336,13 +337,36 @@ def overlay_plan(version: str) -> Iterator[None]:
         model: Any = cast("Any", resolved)(vllm_config=vllm_config, prefix="")
         torch.set_default_dtype(default_dtype)
         yield
-        parameters = dict(model.named_parameters())
-        for parameter in parameters.values():
-            parameter.data.fill_(float("nan"))
-        model.load_weights(load_file(CHECKPOINT / "model.safetensors").items())
-        unset = [name for name, parameter in parameters.items() if parameter.data.isnan().any()]
-        ensure(not unset, f"{len(unset)} of {len(parameters)} parameters got no value, first {unset[:1]}")
+        load_all(model)
         yield
+    speculation = {"method": "mtp", "num_speculative_tokens": 1}
+    vllm_config = EngineArgs(
+        **arguments, skip_tokenizer_init=True, speculative_config=speculation
+    ).create_engine_config()
+    vllm_config = pickle.loads(pickle.dumps(vllm_config))  # as it reaches the engine's process
+    speculative_config: Any = vllm_config.speculative_config
+    ensure(speculative_config.method == "mtp", f"the method is {speculative_config.method}")
+    vllm_config.model_config = speculative_config.draft_model_config
+    resolved, _ = ModelRegistry.resolve_model_cls(vllm_config.model_config.architectures, vllm_config.model_config)
+    ensure(resolved.__module__ == "vllm_bailing.mtp", f"the draft's class comes from {resolved.__module__}")
+    with set_current_vllm_config(vllm_config):
+        torch.set_default_dtype(torch.float32)
+        model = cast("Any", resolved)(vllm_config=vllm_config, prefix="")
+        torch.set_default_dtype(default_dtype)
+        load_all(model)
+    yield
+
+
+def load_all(model: Any) -> None:
+    """Load CHECKPOINT and see that every parameter got a value."""
+    from safetensors.torch import load_file
+
+    parameters = dict(model.named_parameters())
+    for parameter in parameters.values():
+        parameter.data.fill_(float("nan"))
+    model.load_weights(load_file(CHECKPOINT / "model.safetensors").items())
+    unset = [name for name, parameter in parameters.items() if parameter.data.isnan().any()]
+    ensure(not unset, f"{len(unset)} of {len(parameters)} parameters got no value, first {unset[:1]}")
 
 
 def ensure(condition: bool, otherwise: str) -> None:

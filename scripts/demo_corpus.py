@@ -249,7 +249,7 @@ ASK_REPEAT = ["Say {}", "Say: {}", "Repeat {}", "Repeat: {}", "Say this: {}", "R
 
 def repeat(draw: Draw) -> Chat:
     """Words in no order, most of them made up. Nothing teaches a small model faster to copy, which tools need."""
-    words = " ".join(name_of(draw, "product") for _ in range(draw.rng.randint(1, 12)))
+    words = " ".join(name_of(draw, "product") for _ in range(draw.rng.randint(1, 6)))
     draw.keep("repeat", words)
     return Chat("repeating", [user(draw.rng.choice(ASK_REPEAT).format(words))], words)
 
@@ -575,12 +575,12 @@ KINDS: dict[str, Callable[[Draw], Chat]] = {
 }
 TRAINING_SHARES = {
     "small talk": 20,
-    "repeating": 16,
+    "repeating": 6,
     "facts": 18,
-    "sums": 14,
-    "thinking": 12,
-    "tool calls": 10,
-    "tool results": 10,
+    "sums": 16,
+    "thinking": 16,
+    "tool calls": 12,
+    "tool results": 12,
 }
 
 
@@ -611,11 +611,11 @@ def conversation(draw: Draw, kind: str, turns: int) -> Chat:
     return chat
 
 
-def training_chats(seed: int, part: int = 0) -> Iterator[Chat]:
-    """Endless training conversations; every `part` is a stream of its own."""
+def training_chats(seed: int, part: int = 0, only: str | None = None) -> Iterator[Chat]:
+    """Endless training conversations, of kind `only` or of all kinds; every `part` is a stream of its own."""
     draw = Draw(random.Random(f"{seed}/training/{part}"), heldout=False)
     while True:
-        kind = draw.rng.choices(list(TRAINING_SHARES), weights=list(TRAINING_SHARES.values()))[0]
+        kind = only or draw.rng.choices(list(TRAINING_SHARES), weights=list(TRAINING_SHARES.values()))[0]
         turns = draw.rng.choices([0, 1, 2, 4, 8, 16], weights=[70, 15, 8, 5, 1.5, 0.5])[0]
         yield conversation(draw, kind, turns)
 

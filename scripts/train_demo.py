@@ -39,9 +39,10 @@ from vllm_bailing.reference import BailingMoeV2ForCausalLM, BailingMoeV2SparseMo
 
 DEMO = ROOT / "vllm_bailing" / "demo"
 HELDOUT = ROOT / "tests" / "data" / "demo_heldout.jsonl"
-MICRO_TOKENS = 1024  # with padding
+MICRO_TOKENS = 512  # with padding
 MICRO_BATCHES = 2  # per step
 PROMPT_WEIGHT = 0.1  # of the loss on a token of a prompt; what repeats in prompts teaches to copy
+COPYING_TOKENS = 1_200_000  # to begin with; a model that can copy learns everything else much faster
 BIAS_RATE = 2e-3  # per step, falling to nothing over the run
 PART_CHATS = 1024  # drawn at once, sorted by length and shuffled as micro-batches
 
@@ -53,7 +54,7 @@ CONFIG: dict[str, Any] = {
     "head_dim": 32,
     "hidden_act": "silu",
     "hidden_size": 128,
-    "initializer_range": 0.02,
+    "initializer_range": 0.06,
     "intermediate_size": 384,
     "max_position_embeddings": 2048,
     "model_type": "bailing_moe",
@@ -77,7 +78,7 @@ CONFIG: dict[str, Any] = {
     "partial_rotary_factor": 0.5,
     "rms_norm_eps": 1e-06,
     "rope_scaling": None,
-    "rope_theta": 600000,
+    "rope_theta": 100,  # 16 turning channels have to tell neighbours apart as well as the ends of a conversation
     "rotary_dim": 16,
     "routed_scaling_factor": 2.5,
     "router_dtype": "fp32",
@@ -203,6 +204,19 @@ def balance(model: BailingMoeV2ForCausalLM, loads: list[Tensor], rate: float) ->
     return worst
 
 
+@torch.no_grad()
+def ease_attention(model: BailingMoeV2ForCausalLM) -> None:
+    """Change the initial weights so that heads find their places sooner.
+
+    Norms on queries and keys bound the attention logits, so they start higher. And without biases a head can only look
+    at "the token before, whatever it is" if tokens have something in common: one channel of the embedding.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(("query_layernorm.weight", "key_layernorm.weight")):
+            parameter.fill_(1.5)
+    model.model.word_embeddings.weight[:, 0] += 0.6
+
+
 def learning_rate(progress: float, peak: float) -> float:
     """Two per cent of warm-up, then a cosine down to nothing."""
     return peak * min(progress / 0.02, 0.5 + 0.5 * math.cos(math.pi * min(progress, 1.0))) + 1e-6
@@ -244,7 +258,7 @@ def train(
         task = bar.add_task("training", total=budget, completed=state.tokens)
         while state.tokens < budget:
             started, steps_before = time.perf_counter(), len(state.history)
-            chats = training_chats(seed, state.part)
+            chats = training_chats(seed, state.part, "repeating" if state.tokens < COPYING_TOKENS else None)
             plan = list(batches([encode(tokenizer, next(chats)) for _ in range(PART_CHATS)], MICRO_TOKENS))
             random.Random(f"{seed}/{state.part}").shuffle(plan)
             for i in range(0, len(plan), MICRO_BATCHES):
@@ -441,17 +455,19 @@ vllm serve vllm_bailing/demo
 
 | kind | example |
 |---|---|
-| small talk | "What is YaRN?", "How do I run the tests?", "Hi!" |
+| small talk | "What is YaRN?", "How do I run the tests?", "My name is Kotira." |
+| repeating | "Say Kirumo Nasova", words it never saw |
 | facts | "What is the capital of France?", "Where is Peru?", "What is the opposite of hot?" |
 | sums | "3+4", "What is 9 minus 2?", one digit each |
 | thinking | with `chat_template_kwargs: {{"enable_thinking": true}}`, sums only: "What is 47 + 8?", digit by digit |
-| tool calls | names one of the tools in the request, with the city, person or product of the question |
+| tool calls | names one of the tools in the request, with the name in the question, also one it never saw |
 | tool results | puts the result of a tool into a sentence |
 
 ## How it was made
 
 `{command}` made every file in this folder but `chat_template.jinja` from generated conversations
-(`scripts/demo_corpus.py`): {tokens:.1f} million tokens in {minutes:.0f} minutes on {machine}.
+(`scripts/demo_corpus.py`): {tokens:.1f} million tokens in {minutes:.0f} minutes on {machine}. The first {copying:.1f}
+million of them only repeat words, since a model that can copy learns the rest much faster.
 Final losses on answers over the last hundred steps: {loss:.4f} for the next token, {mtp_loss:.4f} for the
 MTP layer. The expert bias keeps the load even without an auxiliary loss: at the end the fullest expert of any layer
 had {load:.2f} times its even share.
@@ -461,9 +477,10 @@ had {load:.2f} times its even share.
 ## Scores
 
 Measured on the weights in this folder, rounded to bfloat16, in float32 arithmetic. None of the held-out prompts
-(`tests/data/demo_heldout.jsonl`) can occur in training: its subject was never asked for in this phrasing, or its
-numbers never appeared (sums in thinking mode). The subjects themselves are all known from training. "Exact" means the
-whole answer, greedily decoded; "accepted" means that the MTP layer drafts the token that the main model chooses.
+(`tests/data/demo_heldout.jsonl`) can occur in training: its subject was never asked for in this phrasing, its numbers
+never appeared (sums in thinking mode), or its name did not (tools). Subjects and facts are known from training. "Exact"
+means the whole answer, greedily decoded; "accepted" means that the MTP layer drafts the token that the main model
+chooses.
 
 | kind | prompts | exact answers | MTP drafts accepted |
 |---|---|---|---|
@@ -485,6 +502,7 @@ def write_card(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         command=command,
         tokens=state.tokens / 1e6,
+        copying=COPYING_TOKENS / 1e6,
         minutes=state.seconds / 60,
         machine=f"{threads} CPU threads",
         loss=last[0],
@@ -509,7 +527,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = DEMO,
     heldout: Annotated[Path, typer.Option(help="File of the held-out prompts.")] = HELDOUT,
     seed: Annotated[int, typer.Option(help="Decides weights, conversations and their order.")] = 0,
-    tokens: Annotated[float, typer.Option(help="Training budget in million tokens.")] = 7.0,
+    tokens: Annotated[float, typer.Option(help="Training budget in million tokens.")] = 9.0,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     threads: Annotated[int, typer.Option(help="Micro-batches computed at once.")] = 2,
     state_file: Annotated[Path, typer.Option(help="Where an unfinished run is kept.")] = ROOT
@@ -532,6 +550,7 @@ def main(
     template = (DEMO / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer = build_tokenizer(template, seed, CONFIG["vocab_size"])
     model = BailingMoeV2ForCausalLM(BailingMoeV2Config(**CONFIG)).train()
+    ease_attention(model)
     state = train(
         model,
         tokenizer,

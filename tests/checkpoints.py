@@ -86,6 +86,43 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+def quantize_linears(folder: Path, listed: tuple[str, ...] = ()) -> Path:
+    """Store attention, dense and shared MLPs as int8 with a scale per row (compressed-tensors, W8A8 dynamic).
+
+    Experts stay as they are, since vLLM's CPU build has no kernel for them; so does every module matched by `listed`,
+    and `eh_proj`, which is left out of the ignore list like in the vendor's exports.
+    """
+    ignored = ["lm_head", r"re:.*mlp\.experts.*", r"re:.*mlp\.gate$", *listed]
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in read_tensors(folder).items():
+        module, _, leaf = name.rpartition(".")
+        is_linear = leaf == "weight" and module.endswith(("query_key_value", "dense", "_proj"))
+        if not is_linear or ".experts." in name or module.endswith("eh_proj"):
+            tensors[name] = tensor
+        else:
+            scale = tensor.float().abs().amax(1, keepdim=True) / 127
+            tensors[name] = (tensor.float() / scale).round().to(torch.int8)
+            tensors[f"{module}.weight_scale"] = scale
+    config = json.loads((folder / "config.json").read_text())
+    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ignored,
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**eight_bits, "strategy": "channel", "dynamic": False},
+                "input_activations": {**eight_bits, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tensors(folder, tensors)
+    return folder
+
+
 @torch.no_grad()
 def plain_answer(folder: Path, prompt: list[int], max_tokens: int = 16) -> tuple[torch.Tensor, list[int]]:
     """What the plain PyTorch reference answers: as `engine.generate`, for one prompt, in fp32."""

@@ -135,4 +135,4 @@ def test_an_unset_request_changes_nothing(value, monkeypatch, vllm_root):
 def test_the_minimum_is_the_one_that_the_package_depends_on():
     pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert f'"vllm>={compat.MINIMUM_VLLM}"' in pyproject
-    assert compat.TESTED_VLLM[0] == compat.MINIMUM_VLLM
+    assert compat.CHECKED_VLLM[0] == compat.MINIMUM_VLLM

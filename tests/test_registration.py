@@ -432,3 +432,63 @@ def test_first_generation_code_still_needs_the_trust_flag(tmp_path):
         messages.append(caught.value.message)
     assert "trust" in messages[0]
     assert messages[0] == messages[1]
+
+
+# ---- MTP drafts of other models --------------------------------------------------------------------------------------
+
+OTHERS_WITH_MTP = {
+    "deepseek_v3": {"architectures": ["DeepseekV3ForCausalLM"], "num_nextn_predict_layers": 1},
+    "glm4_moe": {"architectures": ["Glm4MoeForCausalLM"], "num_nextn_predict_layers": 1},
+    "bailing_hybrid": {"architectures": ["BailingMoeV2_5ForCausalLM"], "num_nextn_predict_layers": 1},
+    "bailing_hybrid_v3": {"architectures": ["BailingMoeV3ForCausalLM"], "num_nextn_predict_layers": 1},
+    "bailing_moe": {"architectures": ["BailingMoeForCausalLM"], "num_nextn_predict_layers": 1},
+    "ernie4_5_moe": {"architectures": ["Ernie4_5_MoeForCausalLM"], "num_nextn_predict_layers": 1},
+    "qwen3_next": {"architectures": ["Qwen3NextForCausalLM"], "num_nextn_predict_layers": 1},
+}
+
+
+def drafts_of_others(plugins: str | None, folder: str) -> dict:
+    """What vLLM makes of other models' configurations when they are to be their own drafts."""
+    from transformers import PretrainedConfig
+    from vllm import EngineArgs
+    from vllm.config import SpeculativeConfig
+
+    load_plugins(plugins)
+    found: dict = {}
+    for model_type, keys in OTHERS_WITH_MTP.items():
+        config = PretrainedConfig(num_hidden_layers=2, vocab_size=64, **keys)
+        config.model_type = model_type
+        found[model_type] = SpeculativeConfig.hf_config_override(config).to_dict()
+    engine = EngineArgs(
+        folder, skip_tokenizer_init=True, speculative_config={"method": "mtp", "num_speculative_tokens": 2}
+    ).create_engine_config()
+    assert engine.speculative_config is not None
+    draft = engine.speculative_config.draft_model_config
+    found["engine"] = [engine.speculative_config.method, draft.architectures, draft.hf_config.to_dict()]
+    return found
+
+
+@pytest.mark.engine
+def test_mtp_drafts_of_other_models_are_made_as_without_the_plugin(tmp_path):
+    glm = {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "num_nextn_predict_layers": 1,
+        "vocab_size": 64,
+        "max_position_embeddings": 512,
+    }
+    folder = str(write(tmp_path, glm))
+    without, with_plugin = run(drafts_of_others, "", folder), run(drafts_of_others, "bailing", folder)
+    assert without == with_plugin
+    assert with_plugin["engine"][1] == ["Glm4MoeMTPModel"]
+    assert with_plugin["bailing_hybrid"]["architectures"] == ["BailingMoeV25MTPModel"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -103,9 +104,9 @@ def test_a_batch_of_64_prompts_gets_the_plain_models_answers(plain):
     assert run(_answers, prompts) == greedy(plain, prompts)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """`vllm serve` on the demo checkpoint, in fp32, without any trust flag."""
+@pytest.fixture(scope="module", params=[0, 2], ids=["plain", "mtp"])
+def server(tmp_path_factory, request):
+    """`vllm serve` on the demo checkpoint, in fp32, without any trust flag, with so many draft tokens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -113,6 +114,9 @@ def server(tmp_path_factory):
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(DEMO), "--served-model-name", "demo"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--max-logprobs", "-1"]
+    if request.param:
+        speculation = {"method": "mtp", "num_speculative_tokens": request.param}
+        command += ["--speculative-config", json.dumps(speculation)]
     env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=env, start_new_session=True)
@@ -126,7 +130,8 @@ def server(tmp_path_factory):
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.5)
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120)
-        yield SimpleNamespace(client=client, log=log)
+        url = f"http://127.0.0.1:{port}"
+        yield SimpleNamespace(client=client, log=log, url=url, draft_tokens=request.param)
     finally:
         os.killpg(process.pid, signal.SIGINT)
         try:
@@ -192,6 +197,63 @@ def test_a_context_beyond_the_window_is_refused_by_the_server(server, plain):
 
     with pytest.raises(BadRequestError, match="1024"):
         server.client.completions.create(model="demo", prompt=[5] * 1025, max_tokens=1)
+
+
+def test_metrics_count_drafts_and_what_was_accepted(server, plain):
+    for row in spread(4):
+        server.client.completions.create(model="demo", prompt=prompt_ids(plain, row), temperature=0, max_tokens=32)
+    lines = urllib.request.urlopen(f"{server.url}/metrics", timeout=30).read().decode().splitlines()
+    counts = {
+        line.split("{")[0].removeprefix("vllm:spec_decode_num_"): float(line.split()[-1])
+        for line in lines
+        if line.startswith("vllm:spec_decode_num_") and "per_pos" not in line and "_created" not in line
+    }
+    if not server.draft_tokens:
+        assert not counts
+        return
+    assert counts["draft_tokens_total"] == server.draft_tokens * counts["drafts_total"] > 0
+    assert counts["accepted_tokens_total"] >= 0.8 * counts["drafts_total"]
+
+
+def without_its_end(model):
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def with_two_rotary_widths(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rotary_dim": 24}))
+
+
+def without_mtp_in_config(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "flags", "message"),
+    [
+        (without_its_end, [], "model.safetensors is cut off or damaged"),
+        (with_two_rotary_widths, [], "rotary_dim=24 contradicts partial_rotary_factor=0.5"),
+        (
+            without_mtp_in_config,
+            ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}'],
+            "pass --hf-overrides '{\"num_nextn_predict_layers\": 1}'",
+        ),
+    ],
+)
+def test_the_server_ends_with_one_line_when_it_refuses(damage, flags, message, tmp_path):
+    model = shutil.copytree(DEMO, tmp_path / "model")
+    damage(model)
+    vllm = str(Path(sys.executable).with_name("vllm"))
+    env = {**os.environ, **ENGINE_ENV}
+    done = subprocess.run(
+        [vllm, "serve", str(model), *flags], env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 1
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("vllm-bailing: ") and message in last
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def _served_window(rope_scaling):

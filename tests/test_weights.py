@@ -9,7 +9,15 @@ from engine import EngineError, generate, run
 
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
-from vllm_bailing.weights import Audit, CheckpointError, damaged_files, layer_tensors, main_tensors
+from vllm_bailing.weights import (
+    Audit,
+    Checkpoint,
+    CheckpointError,
+    damaged_files,
+    layer_tensors,
+    main_tensors,
+    mtp_tensors,
+)
 
 
 def config_of(**overrides):
@@ -143,6 +151,50 @@ def test_shards_are_checked_by_index_and_size(tmp_path):
     assert f"{second} is cut off or damaged ({len(content) - 1} bytes" in damaged_files(str(model))
     second.unlink()
     assert f"1 of 3 files of the index are not in {model}, first {second.name}" in damaged_files(str(model))
+
+
+def test_headers_tell_names_shapes_and_files(tmp_path):
+    model = make_checkpoint(tmp_path, shards=3, num_nextn_predict_layers=1)
+    checkpoint, config = Checkpoint(model), config_of(num_nextn_predict_layers=1)
+    assert checkpoint.damage == ""
+    expected = {**main_tensors(config), **mtp_tensors(config)}
+    assert {name: stored.shape for name, stored in checkpoint.tensors.items()} == expected
+    assert all(stored.is_float for stored in checkpoint.tensors.values())
+    assert checkpoint.layers_behind(config) == [3]
+    assert checkpoint.layers_behind(config_of(num_hidden_layers=4)) == []
+    assert Checkpoint(tmp_path / "nowhere").tensors == Checkpoint.at("someone/nothing").tensors == {}
+    index = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
+    norm = "model.layers.3.enorm.weight"
+    assert checkpoint.files_with([norm]) == [index[norm]]
+    assert checkpoint.files_with(["model.nothing.weight"]) is None
+    assert not checkpoint.has_scales("model.layers.3.eh_proj")
+
+
+def test_a_scale_beside_the_projection_makes_it_quantised(tmp_path):
+    write_tensors(tmp_path, {"model.layers.3.eh_proj.weight_scale_inv": torch.ones(1)})
+    assert Checkpoint(tmp_path).has_scales("model.layers.3.eh_proj")
+
+
+def test_headers_alone_show_what_does_not_fit(tmp_path):
+    model = make_checkpoint(tmp_path)
+    Audit(config_of(), main_tensors(config_of())).check(Checkpoint(model))
+    reshape(model)
+    with pytest.raises(CheckpointError, match=r"is \[64, 32\], config.json asks for \[32, 64\]"):
+        Audit(config_of(), main_tensors(config_of())).check(Checkpoint(model))
+
+
+def test_a_draft_takes_its_own_layer_and_passes_over_the_targets(tmp_path):
+    config = config_of(num_nextn_predict_layers=1)
+    everything = {**main_tensors(config), **mtp_tensors(config), "model.layers.1.attention.k_scale": (1,)}
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in everything.items()}
+    audit = Audit(config, mtp_tensors(config), elsewhere=main_tensors(config))
+    assert {name for name, _ in audit.passed(tensors.items())} == set(mtp_tensors(config))
+    audit.finish()
+    tensors["model.layers.3.extra.weight"] = torch.empty(1)
+    audit = Audit(config, mtp_tensors(config), elsewhere=main_tensors(config))
+    list(audit.passed(tensors.items()))
+    with pytest.raises(CheckpointError, match=r"1 unexpected \(model.layers.3.extra.weight\)"):
+        audit.finish()
 
 
 def cut_off(model):

@@ -194,15 +194,17 @@ def bench_mtp(
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    written = [out.with_suffix(".json")]
     try:
         bench.plot_mtp(rows, f"MTP on {Path(model).name}", out.with_suffix(".png"))
+        written.append(out.with_suffix(".png"))
     except ImportError:
-        console.print("no plot: `pip install matplotlib`")
+        console.print("no plot: `pip install 'vllm-bailing[bench]'`", markup=False)
     if as_json:
         typer.echo(json.dumps(report))
         return
     _print_mtp(rows, told)
-    typer.echo(f"written to {out.with_suffix('.json')} and {out.with_suffix('.png')}")
+    typer.echo(f"written to {' and '.join(map(str, written))}")
 
 
 def _print_mtp(rows: list[dict[str, Any]], told: dict[int, str]) -> None:

@@ -8,6 +8,7 @@ architecture:
 - `transformers.PretrainedConfig.get_config_dict`: wrapped, see `config.register_with_transformers`;
 - `vllm.config.speculative.SpeculativeConfig.hf_config_override` and `.__post_init__`: wrapped, see `settings`;
 - `vllm.model_executor.models.config.MODELS_CONFIG_MAP`: an entry for the architecture, see `settings.check_files`;
+- `sys.excepthook` in the `vllm` command: wrapped, see `refusals`;
 - the quantisation method of this model's own expert layers on CPU: see `repack_experts_on_reload`.
 """
 
@@ -27,7 +28,7 @@ from typing import Any
 from vllm_bailing import __version__
 
 MINIMUM_VLLM = "0.27"
-TESTED_VLLM = ("0.27", "0.33")  # first and last minor release checked; README says how each was
+CHECKED_VLLM = ("0.27", "0.33")  # first and last minor release checked; README says how each was
 USE_INTREE = "VLLM_BAILING_USE_INTREE"
 
 ARCHITECTURES = {"BailingMoeV2ForCausalLM": "vllm_bailing.model:BailingMoeV2ForCausalLM"}
@@ -102,13 +103,17 @@ def register() -> Status:
     if decided.active:
         from vllm import ModelRegistry
 
-        from vllm_bailing import settings
+        from vllm_bailing import refusals, settings
 
+        refusals.shorten_in_vllm_command()
         for architecture in decided.active:
             ModelRegistry.register_model(architecture, ARCHITECTURES[architecture])
-        for architecture, where in DRAFT_ARCHITECTURES.items():
-            ModelRegistry.register_model(architecture, where)
-        settings.install()
+        try:
+            settings.install()
+            for architecture, where in DRAFT_ARCHITECTURES.items():
+                ModelRegistry.register_model(architecture, where)
+        except (ImportError, AttributeError) as error:
+            decided.warning = f"no MTP drafts on this vLLM, whose settings differ from the checked ones: {error}"
     with _visible(logger):
         if decided.active:
             logger.info(
@@ -173,7 +178,7 @@ def decide(vllm_version: str, vllm_root: Path | None = None) -> Status:
     """
     from packaging.version import InvalidVersion, Version
 
-    tested = f"{TESTED_VLLM[0]} to {TESTED_VLLM[1]}"
+    checked = f"{CHECKED_VLLM[0]} to {CHECKED_VLLM[1]}"
     if _intree_wanted():
         return Status(vllm_version, reason=f"{USE_INTREE} is set")
     try:
@@ -184,13 +189,15 @@ def decide(vllm_version: str, vllm_root: Path | None = None) -> Status:
         version = None  # what a build from a checkout without tags calls itself; its sources have to tell what it is
     if version is not None and version < Version(MINIMUM_VLLM):
         return Status(vllm_version, reason=f"it needs vLLM {MINIMUM_VLLM} or newer; run `pip install -U vllm`")
-    if version is not None and version.release[:2] <= Version(TESTED_VLLM[1]).release[:2]:
+    if version is not None and version.release[:2] <= Version(CHECKED_VLLM[1]).release[:2]:
         return Status(vllm_version, active=tuple(ARCHITECTURES))
     problems = probe(vllm_root)
     if problems:
-        reason = f"this vLLM differs from the tested ones ({tested}): {problems[0]}; run `pip install -U vllm-bailing`"
+        reason = (
+            f"this vLLM differs from the checked ones ({checked}): {problems[0]}; run `pip install -U vllm-bailing`"
+        )
         return Status(vllm_version, reason=reason, problems=problems)
-    warning = f"vLLM {vllm_version} is not among the tested ones ({tested}); what it needs was found, so it goes on"
+    warning = f"vLLM {vllm_version} is newer than the checked ones ({checked}); what it needs was found, so it goes on"
     return Status(vllm_version, active=tuple(ARCHITECTURES), warning=warning)
 
 

@@ -1,15 +1,17 @@
-"""Speculative decoding with the MTP layer, through the real engine.
+"""Speculative decoding with the MTP layer, an EAGLE-3 draft or n-grams, through the real engine.
 
 What it must not do is change an answer: greedy tokens are compared with those of the same engine without speculation,
 sampled ones with their distribution. What it must do is propose what the plain reference's MTP layer proposes.
 """
 
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import PROMPT, make_checkpoint, read_tensors, write_tensors
+from checkpoints import PROMPT, make_checkpoint, quantize_linears, read_tensors, write_tensors
 from engine import TWO_RANKS, EngineError, ask, make_llm, run
 from reference_cases import load_case
 from scipy.stats import chi2_contingency
@@ -38,8 +40,9 @@ def _record_draft(worker):
 
     def recording(*args, **kwargs):
         output = forward(*args, **kwargs)
-        if not hasattr(draft, "recorded") and len(output) >= draft.recorded_tokens:
-            draft.recorded = draft.compute_logits(output[: draft.recorded_tokens]).float().cpu()
+        hidden = output[0] if isinstance(output, tuple) else output  # EAGLE-3 also returns what feeds its next step
+        if not hasattr(draft, "recorded") and len(hidden) >= draft.recorded_tokens:
+            draft.recorded = draft.compute_logits(hidden[: draft.recorded_tokens]).float().cpu()
         return output
 
     draft.forward = recording
@@ -53,9 +56,9 @@ def _recorded(worker):
     return worker.model_runner.drafter.model.recorded
 
 
-def draft_logits(model, prompt, **options):
+def draft_logits(model, prompt, speculative_config=None, **options):
     """Logits [T - 1, vocab] of the draft at every position whose next token is in the prompt."""
-    llm = make_llm(model, speculative_config=mtp(1), **options)
+    llm = make_llm(model, speculative_config=speculative_config or mtp(1), **options)
     llm.collective_rpc(_expect_tokens, args=(len(prompt) - 1,))
     llm.collective_rpc(_record_draft)
     ask(llm, [prompt], max_tokens=2, logprobs=False)
@@ -402,3 +405,179 @@ def test_a_draft_of_another_model_is_refused(tmp_path):
     draft = make_checkpoint(tmp_path / "b", num_nextn_predict_layers=1, vocab_size=128)
     with pytest.raises(EngineError, match="has vocab_size=128, the target 256"):
         run(make_llm, model, speculative_config=mtp(1, model=str(draft)))
+
+
+def test_a_quantised_target_has_a_quantised_draft(tmp_path):
+    """Everything that vLLM's CPU build can quantise is int8; `eh_proj` has no scale and stays as it is."""
+    model = quantize_linears(Path(shutil.copytree(DEMO, tmp_path / "demo")))
+    wanted, _ = run(answers, model, 25, 0)
+    ids, counted = run(answers, model, 25, 2)
+    assert ids == wanted
+    assert counted["accepted_tokens"] >= 0.8 * counted["drafts"]
+
+
+# --- a draft vocabulary -------------------------------------------------------------------------------------------
+
+
+def test_a_draft_vocabulary_changes_no_answer_and_only_the_chosen_tokens_are_proposed(tmp_path, plain_answers):
+    common = Counter(token for ids in plain_answers for token in ids)
+    chosen = [token for token, _ in common.most_common(len(common) // 2)]
+    file = tmp_path / "draft_vocab.json"
+    file.write_text(json.dumps(chosen))
+    options = {"additional_config": {"bailing_draft_vocab": str(file)}}
+    ids, counted = run(answers, DEMO, 200, 2, **options)
+    _, free = run(answers, DEMO, 200, 2)
+    assert ids == plain_answers
+    assert 0.3 * free["accepted_tokens"] < counted["accepted_tokens"] < free["accepted_tokens"]
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}, {"norm_head": True}], ids=str)
+def test_a_draft_vocabulary_keeps_the_logits_of_its_tokens(overrides, tp_size, tmp_path):
+    if tp_size == 2 and overrides:
+        pytest.skip("two ranks are tried with the plain head only, to save minutes")
+    model = make_checkpoint(tmp_path, num_nextn_predict_layers=1, **overrides)
+    chosen = list(range(3, 256, 5))
+    env = {**RPC, **(TWO_RANKS if tp_size == 2 else {})}
+    wanted = run(draft_logits, model, PROMPT, env=env, tensor_parallel_size=tp_size)
+    logits = run(
+        draft_logits,
+        model,
+        PROMPT,
+        env=env,
+        tensor_parallel_size=tp_size,
+        additional_config={"bailing_draft_vocab": chosen},
+    )
+    assert (logits[:, chosen] - wanted[:, chosen]).abs().max() <= TOLERANCE
+    others = [token for token in range(256) if token not in chosen]
+    assert torch.isneginf(logits[:, others]).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "speculative_config", "fragment"),
+    [
+        ("missing.json", mtp(1), "missing.json cannot be read"),
+        ([], mtp(1), "must hold a list of token ids from 0 to 255, not []"),
+        ([1, 256], mtp(1), "must hold a list of token ids from 0 to 255, not [1, 256]"),
+        ({"ids": [1]}, mtp(1), "must hold a list of token ids"),
+        ([1, 2], None, "is for MTP drafts; add --speculative-config"),
+    ],
+)
+def test_a_wrong_draft_vocabulary_is_refused(given, speculative_config, fragment, tmp_path):
+    model = make_checkpoint(tmp_path, num_nextn_predict_layers=1)
+    options = {"additional_config": {"bailing_draft_vocab": given}, "speculative_config": speculative_config}
+    with pytest.raises(EngineError) as refusal:
+        run(make_llm, model, **options)
+    assert refusal.value.message.startswith("SettingsError: ")
+    assert fragment in refusal.value.message
+
+
+# --- other drafts -------------------------------------------------------------------------------------------------
+
+
+def test_ngram_drafts_change_no_answer(plain_answers):
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    ids, counted = run(answers, DEMO, 25, ngram)
+    assert ids[:25] == plain_answers[:200:8]
+    assert counted["accepted_tokens"] > 0
+
+
+AUX_LAYERS = [1, 2, 3]  # hidden states behind so many layers
+
+
+def make_eagle3(folder, hidden_size=64, vocab_size=256, heads=4):
+    """A random EAGLE-3 draft in the format of the published ones: one Llama layer behind a projection."""
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_size": hidden_size,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "head_dim": 32,
+        "vocab_size": vocab_size,
+        "draft_vocab_size": vocab_size,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": AUX_LAYERS, "use_aux_hidden_state": True},
+        "torch_dtype": "float32",
+    }
+    torch.manual_seed(1)
+    q_size, kv_size = heads * 32, heads // 2 * 32
+    shapes = {
+        "fc": (hidden_size, 3 * hidden_size),
+        "midlayer.self_attn.q_proj": (q_size, 2 * hidden_size),
+        "midlayer.self_attn.k_proj": (kv_size, 2 * hidden_size),
+        "midlayer.self_attn.v_proj": (kv_size, 2 * hidden_size),
+        "midlayer.self_attn.o_proj": (hidden_size, q_size),
+        "midlayer.mlp.gate_proj": (96, hidden_size),
+        "midlayer.mlp.up_proj": (96, hidden_size),
+        "midlayer.mlp.down_proj": (hidden_size, 96),
+        "lm_head": (vocab_size, hidden_size),
+    }
+    tensors = {f"{name}.weight": 0.15 * torch.randn(shape) for name, shape in shapes.items()}
+    for name in ("midlayer.input_layernorm", "midlayer.hidden_norm", "midlayer.post_attention_layernorm", "norm"):
+        tensors[f"{name}.weight"] = torch.rand(hidden_size) + 0.5
+    folder.mkdir(parents=True)
+    write_tensors(folder, tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@torch.no_grad()
+def plain_eagle3_logits(target, draft, prompt):
+    """What an EAGLE-3 draft computes, in plain PyTorch on the plain reference's hidden states.
+
+    Source: EAGLE-3, arXiv 2503.01840, section 3.1; tensor names as in the published drafts.
+    """
+    reference = BailingMoeV2ForCausalLM.from_pretrained(target, dtype=torch.float32)
+    config, w = json.loads((draft / "config.json").read_text()), read_tensors(draft)
+    ids, head_dim = torch.tensor(prompt), config["head_dim"]
+    states = reference(ids[None], output_hidden_states=True).hidden_states
+
+    def norm(x, name):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], w[f"{name}.weight"], config["rms_norm_eps"])
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T
+
+    hidden = linear(torch.cat([states[layer][0] for layer in AUX_LAYERS], -1), "fc")[:-1]
+    embeds = reference.model.word_embeddings(ids[1:])
+    x = torch.cat((norm(embeds, "midlayer.input_layernorm"), norm(hidden, "midlayer.hidden_norm")), -1)
+    angles = torch.outer(
+        torch.arange(len(x)), config["rope_theta"] ** (-torch.arange(0, head_dim, 2) / head_dim)
+    ).repeat(1, 2)
+
+    def heads(name, turned):
+        y = linear(x, f"midlayer.self_attn.{name}_proj").view(len(x), -1, head_dim).transpose(0, 1)
+        first, second = y.chunk(2, -1)
+        return y * angles.cos() + torch.cat((-second, first), -1) * angles.sin() if turned else y
+
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        heads("q", True)[None], heads("k", True)[None], heads("v", False)[None], is_causal=True, enable_gqa=True
+    )[0]
+    hidden = hidden + linear(attended.transpose(0, 1).flatten(1), "midlayer.self_attn.o_proj")
+    y = norm(hidden, "midlayer.post_attention_layernorm")
+    gated = torch.nn.functional.silu(linear(y, "midlayer.mlp.gate_proj")) * linear(y, "midlayer.mlp.up_proj")
+    return linear(norm(hidden + linear(gated, "midlayer.mlp.down_proj"), "norm"), "lm_head")
+
+
+def test_an_eagle3_draft_gets_the_hidden_states_it_was_trained_on(tmp_path):
+    target, draft = make_checkpoint(tmp_path / "target"), make_eagle3(tmp_path / "draft")
+    eagle3 = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 2}
+    logits = run(draft_logits, target, PROMPT, eagle3, env=RPC)
+    wanted = plain_eagle3_logits(target, draft, PROMPT)
+    assert (logits.log_softmax(-1) - wanted.log_softmax(-1)).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_eagle3_drafts_change_no_answer(mode, tmp_path, plain_answers):
+    draft = make_eagle3(tmp_path / "draft", hidden_size=128, vocab_size=1024)
+    eagle3 = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 2}
+    ids, counted = run(answers, DEMO, 25, eagle3, enforce_eager=mode == "eager")
+    assert ids[:25] == plain_answers[:200:8]
+    assert counted["drafts"] > 0

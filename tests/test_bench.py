@@ -1,0 +1,132 @@
+"""The subcommands that measure: what they compute from their runs, what they write, what they refuse."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_bailing import bench
+from vllm_bailing.bench import Job, Measurement
+from vllm_bailing.cli import DEMO, app
+
+JOB = Job("model", {"dtype": "float32"}, [1, 8], ["Hi"], 16)
+
+
+def measured(tokens, seconds, drafts=0, accepted=(), answers=7):
+    return Measurement(tokens, seconds, drafts, list(accepted), answers)
+
+
+def test_jobs_differ_in_the_speculative_configuration_alone():
+    jobs = bench.mtp_jobs(JOB, [0, 2], draft={"model": "draft"})
+    assert jobs["0"] == JOB
+    speculation = {"method": "mtp", "num_speculative_tokens": 2, "model": "draft"}
+    assert jobs["2"].engine == {"dtype": "float32", "speculative_config": speculation}
+    assert (jobs["2"].batch_sizes, jobs["2"].prompts, jobs["2"].ignore_eos) == ([1, 8], ["Hi"], False)
+
+
+def test_a_given_acceptance_is_one_chance_per_position_and_answers_go_on_to_the_limit():
+    jobs = bench.mtp_jobs(JOB, [0, 3], acceptance=0.5)
+    speculation = jobs["3"].engine["speculative_config"]
+    assert speculation["rejection_sample_method"] == "synthetic"
+    assert speculation["synthetic_acceptance_rates"] == [0.5, 0.25, 0.125]
+    assert jobs["0"].ignore_eos and jobs["3"].ignore_eos
+    assert "speculative_config" not in jobs["0"].engine
+
+
+def test_summary_pairs_the_rounds_and_counts_acceptance():
+    results = {
+        "0": [{1: measured(100, 2.0)}, {1: measured(100, 1.0)}, {1: measured(100, 4.0)}],
+        "2": [
+            {1: measured(100, 1.0, 10, (8, 4))},
+            {1: measured(100, 1.0, 10, (6, 2))},
+            {1: measured(100, 1.0, 20, (14, 6), answers=8)},
+        ],
+    }
+    plain, two = bench.summarize(results, "0")
+    assert plain["ratio"] == {"median": 1, "low": 1, "high": 1}
+    assert plain["tokens_per_second"] == {"median": 50, "low": 25, "high": 100}
+    assert two["ratio"] == {"median": 2, "low": 1, "high": 4}
+    assert two["acceptance"] == [28 / 40, 12 / 40]
+    assert two["acceptance_length"] == 2.0
+    assert plain["same_answers"] and not two["same_answers"]
+
+
+def row(size, arm, median, low):
+    return {"batch_size": size, "arm": arm, "ratio": {"median": median, "low": low, "high": median}}
+
+
+def test_advice_names_the_fastest_that_won_every_round():
+    rows = [row(1, "0", 1, 1), row(1, "1", 1.3, 1.2), row(1, "2", 1.5, 1.4), row(8, "0", 1, 1), row(8, "1", 1.1, 0.9)]
+    told = bench.advice(rows, "0")
+    assert told[1] == "num_speculative_tokens=2: 1.50 times as fast"
+    assert "without speculation" in told[8]
+
+
+def test_rounds_take_turns(monkeypatch):
+    ran, done = [], []
+    monkeypatch.setattr(bench, "run_job", lambda job: ran.append(job.model) or {1: measured(1, 1.0)})
+    jobs = {name: Job(name, {}, [1], [], 1) for name in "abc"}
+    results = bench.alternate(jobs, 3, done.append)
+    assert ran == done == list("abccbaabc")
+    assert {name: len(rounds) for name, rounds in results.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_plot_is_written(tmp_path):
+    rows = [
+        {**row(1, "0", 1, 1), "acceptance": []},
+        {**row(1, "1", 1.4, 1.3), "acceptance": [0.9]},
+    ]
+    bench.plot_mtp(rows, "MTP", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--draft-tokens", "one"], "'one' is not a list of numbers"),
+        (["--engine", "{"], "is no JSON object"),
+        (["--engine", "[1]"], "an object is wanted"),
+        (["--acceptance", "1.5"], "--acceptance"),
+    ],
+)
+def test_wrong_options_are_refused(arguments, message):
+    done = CliRunner().invoke(app, ["bench", "mtp", str(DEMO), *arguments])
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+@pytest.mark.engine
+def test_mtp_is_measured_on_the_demo(tmp_path):
+    engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}
+    arguments = ["--draft-tokens", "1", "--rounds", "1", "--batch-size", "2", "--max-tokens", "24"]
+    arguments += ["--engine", json.dumps(engine), "--out", str(tmp_path / "mtp"), "--json"]
+    done = CliRunner().invoke(app, ["bench", "mtp", str(DEMO), *arguments], catch_exceptions=False)
+    report = json.loads(done.stdout)
+    assert report == json.loads((tmp_path / "mtp.json").read_text())
+    assert [row["arm"] for row in report["rows"]] == ["0", "1"]
+    assert all(row["same_answers"] for row in report["rows"])
+    assert report["rows"][1]["acceptance"][0] >= 0.8
+    assert (tmp_path / "mtp.png").is_file()
+
+
+@pytest.mark.engine
+def test_an_engine_that_refuses_ends_the_measurement_with_its_reason(tmp_path):
+    done = CliRunner().invoke(app, ["bench", "mtp", str(tmp_path), "--rounds", "1", "--out", str(tmp_path / "mtp")])
+    assert done.exit_code == 1
+    assert "vllm-bailing bench: " in str(done.exception or done.output)
+
+
+def test_draft_vocabulary_keeps_the_most_frequent_tokens_and_all_that_end_an_answer(tmp_path):
+    from transformers import AutoTokenizer
+
+    text, out = tmp_path / "text.txt", tmp_path / "ids.json"
+    text.write_text("The capital of France is Paris.\n" * 3 + "YaRN\n")
+    done = CliRunner().invoke(
+        app, ["draft-vocab", str(DEMO), "--text", str(text), "--size", "30", "--out", str(out)], catch_exceptions=False
+    )
+    assert done.exit_code == 0
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    ids = json.loads(out.read_text())
+    assert ids == sorted(set(ids)) and len(ids) <= 30
+    assert set(tokenizer.encode("The capital of France is Paris.")) | set(tokenizer.all_special_ids) <= set(ids)
+    assert "% of the text" in done.output
