@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -214,7 +214,7 @@ def ease_attention(model: BailingMoeV2ForCausalLM) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(("query_layernorm.weight", "key_layernorm.weight")):
             parameter.fill_(1.5)
-    model.model.word_embeddings.weight[:, 0] += 0.6
+    cast("Tensor", model.get_input_embeddings().weight)[:, 0] += 0.6
 
 
 def learning_rate(progress: float, peak: float) -> float:

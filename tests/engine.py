@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 ENGINE_ENV = {
@@ -88,6 +89,9 @@ def _child(sender: Any, log: str, env: dict[str, str], job: Callable[..., Any], 
         # Plain pickle: multiprocessing's own would pass tensors as handles into a process that is about to end.
         sender.send_bytes(pickle.dumps(answer))
         sender.close()
+        # Ranks of a parallel engine notice the end of this process late, and take the cores from the next engine.
+        for rank in psutil.Process().children(recursive=True):
+            rank.kill()
         os._exit(0)  # an engine's threads would keep the process alive
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checkpoints import PROMPT, make_checkpoint, plain_answer
-from engine import TWO_RANKS, ask, generate, make_llm, run
+from engine import TWO_RANKS, EngineError, ask, generate, make_llm, run
 from test_engine_reference import TOLERANCE
 
 VARIANTS = {
@@ -188,3 +188,9 @@ def test_speculation_and_load_balancing_find_their_hooks(tmp_path):
         "moe_layers": 2,
         "experts": (16, 16, 4),
     }
+
+
+@pytest.mark.engine
+def test_lora_is_refused_where_vllm_has_no_kernel_for_it(tmp_path):
+    with pytest.raises(EngineError, match="SettingsError: LoRA: vLLM's CPU build has no expert kernel"):
+        run(make_llm, make_checkpoint(tmp_path), enable_lora=True)

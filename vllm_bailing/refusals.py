@@ -36,7 +36,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         wrapped: Any = getattr(error, "errors", None)  # pydantic keeps what a check raised in a list of its own
-        for row in wrapped() if callable(wrapped) else ():
+        rows: Any = wrapped() if callable(wrapped) else ()
+        for row in rows:
             if isinstance(inner := row.get("ctx", {}).get("error"), BaseException):
                 yield from _chain(inner)
         error = error.__cause__ or error.__context__

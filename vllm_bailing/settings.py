@@ -30,6 +30,7 @@ def install() -> None:
     """Put the hooks of this file into vLLM. Safe to call again."""
     from vllm.config.speculative import SpeculativeConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+    from vllm.platforms import current_platform
 
     if _original:
         return
@@ -40,6 +41,11 @@ def install() -> None:
     class BailingMoeV2Settings(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
+            if vllm_config.lora_config is not None and current_platform.is_cpu():
+                raise SettingsError(
+                    "LoRA: vLLM's CPU build has no expert kernel that allows it; use a GPU, or merge the adapter into "
+                    "the checkpoint and leave --enable-lora out"
+                )
             if draft_vocabulary(vllm_config) and not has_mtp_draft(vllm_config.speculative_config):
                 raise SettingsError(
                     f"{DRAFT_VOCABULARY} in --additional-config is for MTP drafts; add --speculative-config "

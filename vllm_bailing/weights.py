@@ -95,18 +95,17 @@ class Checkpoint:
         return cls.at(str(model_config.model), model_config.revision)
 
     @staticmethod
-    @functools.lru_cache(maxsize=4)  # target and draft ask for the same files, several times each
     def at(model: str, revision: str | None = None) -> Checkpoint:
         """The files in a folder, or of a repository of the model hub as far as they were fetched."""
         if Path(model).is_dir():
-            return Checkpoint(Path(model))
+            return _read(Path(model))
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
         try:
             for name in (_INDEX, "model.safetensors"):
                 if isinstance(found := try_to_load_from_cache(model, name, revision=revision), str):
-                    checkpoint = Checkpoint(Path(found).parent)
+                    checkpoint = _read(Path(found).parent)
                     # What is absent has not been fetched yet.
                     return Checkpoint(None) if checkpoint.damage.endswith("fetch them") else checkpoint
         except HFValidationError:
@@ -127,6 +126,16 @@ class Checkpoint:
         wanted = {name.rpartition(".")[0] for name in modules}
         files = {stored.file.name for name, stored in self.tensors.items() if name.rpartition(".")[0] in wanted}
         return sorted(files) or None
+
+
+def _read(folder: Path) -> Checkpoint:
+    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors*"))
+    return _read_once(folder, tuple(files))
+
+
+@functools.lru_cache(maxsize=4)  # target and draft ask for the same files, several times each
+def _read_once(folder: Path, files: tuple[tuple[str, int, int], ...]) -> Checkpoint:
+    return Checkpoint(folder)
 
 
 def _mlp(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, Shape]]:
