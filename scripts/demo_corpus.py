@@ -7,6 +7,7 @@ question about a subject in a certain phrasing, a pair of numbers), so the two s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import zlib
@@ -223,8 +224,8 @@ def small_talk(draw: Draw) -> Chat:
         text = greeting + mark
         return Chat("small talk", [user(text.lower() if draw.chance(0.3) else text)], WELCOME)
     if roll < 0.2:
-        name, phrasing = name_of(draw, "name"), draw.rng.choice(INTRODUCTIONS)
-        draw.keep("name", name)
+        phrasing = draw.rng.choice(INTRODUCTIONS)
+        name = name_of(draw, "name", phrasing)
         return Chat("small talk", [user(phrasing.format(name))], f"Nice to meet you, {name}!")
     if roll < 0.65:
         subject, phrasing = draw.rng.choice(list(SUBJECTS)), draw.rng.choice(ASK_SUBJECT)
@@ -249,9 +250,14 @@ ASK_REPEAT = ["Say {}", "Say: {}", "Repeat {}", "Repeat: {}", "Say this: {}", "R
 
 def repeat(draw: Draw) -> Chat:
     """Words in no order, most of them made up. Nothing teaches a small model faster to copy, which tools need."""
-    words = " ".join(name_of(draw, "product") for _ in range(draw.rng.randint(1, 6)))
-    draw.keep("repeat", words)
-    return Chat("repeating", [user(draw.rng.choice(ASK_REPEAT).format(words))], words)
+    phrasing = draw.rng.choice(ASK_REPEAT)
+    count = draw.rng.randint(1, 6)
+    words: list[str] = []
+    while len(words) < count:  # all of this split
+        with contextlib.suppress(Unsuitable):
+            words.append(name_of(draw, "product", phrasing))
+    text = " ".join(words)
+    return Chat("repeating", [user(phrasing.format(text))], text)
 
 
 # --- facts --------------------------------------------------------------------------------------------------------
@@ -499,12 +505,19 @@ NAMES = {"city": list(CAPITALS.values()), "name": PEOPLE, "product": PRODUCTS}
 SYLLABLES = [consonant + vowel for consonant in "klmnrstv" for vowel in "aeiou"]
 
 
-def name_of(draw: Draw, argument: str) -> str:
-    """A known name, or more often one made up, which the model can only copy."""
+def name_of(draw: Draw, argument: str, phrasing: str = "") -> str:
+    """A known name, or more often one made up, which the model can only copy.
+
+    New in a held-out prompt is a made-up name as such, a known one in its phrasing.
+    """
     if draw.chance(0.3):
-        return draw.rng.choice(NAMES[argument])
+        name = draw.rng.choice(NAMES[argument])
+        draw.keep("known name", name, phrasing)
+        return name
     # Capital letters are tokens of their own, so that the name is cut into the same pieces wherever it stands.
-    return "".join(draw.rng.choices(SYLLABLES, k=3)).capitalize()
+    name = "".join(draw.rng.choices(SYLLABLES, k=3)).capitalize()
+    draw.keep("made-up name", name)
+    return name
 
 
 def tool(draw: Draw, subject: str, verb: str) -> dict[str, Any]:
@@ -526,15 +539,15 @@ def tool(draw: Draw, subject: str, verb: str) -> dict[str, Any]:
 def tool_use(draw: Draw) -> tuple[list[dict[str, Any]], list[Message], str, str, str]:
     """Tools, a question for one of them, the call as text, and the answer once there is a result, with that result."""
     subjects = draw.rng.sample(list(TOPICS), draw.rng.choice([1, 1, 1, 2]))
-    verbs = [draw.rng.choice(VERBS) for _ in subjects]
-    tools = [tool(draw, subject, verb) for subject, verb in zip(subjects, verbs, strict=True)]
+    verb = draw.rng.choice(VERBS)
+    tools = [tool(draw, subject, verb) for subject in subjects]
     topic = TOPICS[subjects[0]]
-    name, phrasing = name_of(draw, topic.argument), draw.rng.choice(topic.questions)
-    draw.keep("name", name)
+    phrasing = draw.rng.choice(topic.questions)
+    name = name_of(draw, topic.argument, phrasing)
     question = phrasing.format(name)
     if draw.chance(0.2) and question[-1] in ".?":
         question = question[:-1]
-    call = {"name": f"{verbs[0]}_{subjects[0]}", "arguments": {topic.argument: name}}
+    call = {"name": f"{verb}_{subjects[0]}", "arguments": {topic.argument: name}}
     messages: list[Message] = [user(draw.rng.choice(OPENERS) + question)]
     result, sentence = topic.result(draw.rng, name)
     draw.rng.shuffle(tools)

@@ -477,10 +477,10 @@ had {load:.2f} times its even share.
 ## Scores
 
 Measured on the weights in this folder, rounded to bfloat16, in float32 arithmetic. None of the held-out prompts
-(`tests/data/demo_heldout.jsonl`) can occur in training: its subject was never asked for in this phrasing, its numbers
-never appeared (sums in thinking mode), or its name did not (tools). Subjects and facts are known from training. "Exact"
-means the whole answer, greedily decoded; "accepted" means that the MTP layer drafts the token that the main model
-chooses.
+(`tests/data/demo_heldout.jsonl`) can occur in training: its subject or known name was never asked for in this phrasing,
+its numbers never appeared (sums in thinking mode), or its made-up name did not. Subjects, facts and known names appear
+in training, in other phrasings. "Exact" means the whole answer, greedily decoded; "accepted" means that the MTP layer
+drafts the token that the main model chooses.
 
 | kind | prompts | exact answers | MTP drafts accepted |
 |---|---|---|---|
@@ -527,7 +527,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = DEMO,
     heldout: Annotated[Path, typer.Option(help="File of the held-out prompts.")] = HELDOUT,
     seed: Annotated[int, typer.Option(help="Decides weights, conversations and their order.")] = 0,
-    tokens: Annotated[float, typer.Option(help="Training budget in million tokens.")] = 9.0,
+    tokens: Annotated[float, typer.Option(help="Training budget in million tokens.")] = 8.0,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     threads: Annotated[int, typer.Option(help="Micro-batches computed at once.")] = 2,
     state_file: Annotated[Path, typer.Option(help="Where an unfinished run is kept.")] = ROOT
