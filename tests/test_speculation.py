@@ -224,7 +224,6 @@ MIXED = {  # name -> (prompt, sampling parameters)
             }
         },
     ),
-    "bias": ("Hello!", {"logit_bias": {100: 5.0}}),
     "bad words": ("Hello!", {"bad_words": ["demo"]}),
     "min tokens": ("What is 3+4?", {"min_tokens": 20}),
     "one token": ("What is 3+4?", {"max_tokens": 1}),
