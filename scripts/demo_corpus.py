@@ -493,7 +493,7 @@ TOPICS = {
         _price,
     ),
 }
-VERBS = ["get", "find", "look_up"]
+VERBS = ["get", "look_up"]
 NO_TOOL = "I cannot look that up without a tool."
 
 PEOPLE = (

@@ -527,7 +527,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = DEMO,
     heldout: Annotated[Path, typer.Option(help="File of the held-out prompts.")] = HELDOUT,
     seed: Annotated[int, typer.Option(help="Decides weights, conversations and their order.")] = 0,
-    tokens: Annotated[float, typer.Option(help="Training budget in million tokens.")] = 8.0,
+    tokens: Annotated[float, typer.Option(help="Training budget in million tokens.")] = 7.0,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     threads: Annotated[int, typer.Option(help="Micro-batches computed at once.")] = 2,
     state_file: Annotated[Path, typer.Option(help="Where an unfinished run is kept.")] = ROOT

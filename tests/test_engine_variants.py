@@ -1,8 +1,11 @@
 """Configurations without recorded vectors, through the engine, against the plain PyTorch reference in fp32."""
 
+import json
+import tempfile
+
 import pytest
 import torch
-from checkpoints import PROMPT, make_checkpoint, plain_answer
+from checkpoints import PROMPT, make_checkpoint, plain_answer, quantize_linears, read_tensors, write_tensors
 from engine import TWO_RANKS, EngineError, ask, generate, make_llm, run
 from test_engine_reference import TOLERANCE
 
@@ -141,6 +144,94 @@ def test_routing_stays_in_fp32_whatever_the_model_computes_in(dtype, tmp_path):
     torch.testing.assert_close(
         seen["weights"].gather(1, order.indices), weights.gather(1, plain_order.indices), atol=1e-5, rtol=0
     )
+
+
+def _gate_as_on_a_gpu(model, updates, **options):
+    """What a gate of a bf16 model holds after each of `updates`, on a machine with vLLM's bf16 product.
+
+    The product itself needs that machine; which weights the gate keeps does not.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.engine.arg_utils import EngineArgs
+
+    import vllm_bailing.model as ours
+
+    class GpuPlatform:
+        is_cuda_alike = staticmethod(lambda: True)
+
+    build = ours.GateLinear.__init__
+
+    def build_with_product(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        self.allow_cublas_router_gemm = self.weight.dtype == torch.bfloat16
+
+    ours.current_platform, ours.GateLinear.__init__ = GpuPlatform, build_with_product
+    arguments = EngineArgs(str(model), dtype="bfloat16", skip_tokenizer_init=True, **options)
+    vllm_config = arguments.create_engine_config()
+    seen = []
+    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(vllm_config):
+        init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        torch.set_default_dtype(torch.bfloat16)
+        gate = ours.BailingMoeV2Gate(vllm_config.model_config.hf_config, vllm_config, "model.layers.1.mlp.gate")
+        for update in updates:
+            try:
+                gate.weight.weight_loader(gate.weight, update)
+                error = ""
+            except RuntimeError as refusal:
+                error = str(refusal)
+            seen.append((gate.weight.data.clone(), gate.allow_cublas_router_gemm, error))
+    return seen
+
+
+@pytest.mark.engine
+def test_a_router_that_bf16_cannot_hold_is_kept_in_fp32(tmp_path):
+    model = make_checkpoint(tmp_path)
+    torch.manual_seed(0)
+    needs_fp32 = torch.randn(16, 64)
+    exact = needs_fp32.bfloat16()
+    (first, in_bf16, _), (kept, _, error) = run(_gate_as_on_a_gpu, model, [exact, needs_fp32])
+    assert first.dtype == torch.bfloat16 and torch.equal(first, exact) and in_bf16
+    assert torch.equal(kept, exact) and "bailing_fp32_router" in error
+    ((weight, in_bf16, _), (later, _, error)) = run(_gate_as_on_a_gpu, model, [needs_fp32, exact])
+    assert torch.equal(weight, needs_fp32) and not in_bf16
+    assert torch.equal(later, exact.float()) and not error
+    additional = {"additional_config": {"bailing_fp32_router": True}}
+    ((weight, in_bf16, _), (later, _, error)) = run(_gate_as_on_a_gpu, model, [exact, needs_fp32], **additional)
+    assert torch.equal(weight, exact.float()) and not in_bf16
+    assert torch.equal(later, needs_fp32) and not error
+    ((_, _, error),) = run(_gate_as_on_a_gpu, model, [needs_fp32], load_format="dummy")
+    assert "bailing_fp32_router" in error
+
+
+def _cache_scales(model):
+    found = []
+
+    def look(module):
+        for layer in module.model.layers:
+            found.append((layer.attention.attn._k_scale_float, layer.attention.attn._v_scale_float))
+
+    llm = make_llm(model, kv_cache_dtype="fp8")
+    llm.apply_model(look)
+    ask(llm, [PROMPT], max_tokens=2, logprobs=False)
+    return found
+
+
+@pytest.mark.engine
+def test_scales_of_the_kv_cache_reach_every_attention_layer(tmp_path):
+    model = quantize_linears(make_checkpoint(tmp_path))
+    tensors = read_tensors(model)
+    for layer in range(3):
+        prefix = f"model.layers.{layer}.attention"
+        tensors[f"{prefix}.k_scale"], tensors[f"{prefix}.v_scale"] = torch.tensor([[0.5 + layer], [0.25 + layer]])
+    write_tensors(model, tensors)
+    config = json.loads((model / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    config["quantization_config"]["kv_cache_scheme"] = scheme
+    (model / "config.json").write_text(json.dumps(config))
+    scales = run(_cache_scales, model, env={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
+    assert scales == [(0.5 + layer, 0.25 + layer) for layer in range(3)]
 
 
 def _parameter_names(model):

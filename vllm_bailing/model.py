@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import CacheConfig, ParallelConfig, VllmConfig
+from vllm.config import CacheConfig, VllmConfig
 from vllm.distributed import get_ep_group, get_pp_group, get_tensor_model_parallel_world_size
 from vllm.distributed.communication_op import tensor_model_parallel_all_gather
 from vllm.logger import init_logger
@@ -54,7 +54,8 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_bailing.compat import repack_experts_on_reload, rope_parameters
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.weights import HEAD, Audit, main_tensors
+from vllm_bailing.settings import FP32_ROUTER, keeps_fp32_router
+from vllm_bailing.weights import HEAD, Audit, CheckpointError, main_tensors
 
 # A child of vLLM's logger, whose level and format its users have set up.
 logger = init_logger("vllm.plugins.bailing.model")
@@ -171,14 +172,19 @@ class BailingMoeV2Gate(GateLinear):
 
     The official code multiplies in fp32. A bf16 weight gives the same products (a product of two bf16 numbers is exact
     in fp32, where they are summed) at half the bytes, so a bf16 model keeps the gate in bf16 where vLLM has a bf16
-    product with fp32 result. Elsewhere, and for weights that bf16 cannot hold, the gate is fp32.
+    product with fp32 result. Elsewhere, and for weights that bf16 cannot hold, the gate is fp32. The first weights
+    decide: later, CUDA graphs hold on to the parameter as it is.
+
+    Raises:
+        CheckpointError: From the weight loader, if later weights need fp32 and the first did not.
     """
 
     weight: Any  # torch declares every attribute of a module as "Tensor | Module"
 
-    def __init__(self, config: BailingMoeV2Config, prefix: str) -> None:
+    def __init__(self, config: BailingMoeV2Config, vllm_config: VllmConfig, prefix: str) -> None:
         model_dtype = torch.get_default_dtype()
-        try_bf16 = model_dtype == torch.bfloat16 and current_platform.is_cuda_alike()
+        wants_fp32 = keeps_fp32_router(vllm_config)
+        try_bf16 = model_dtype == torch.bfloat16 and current_platform.is_cuda_alike() and not wants_fp32
         super().__init__(
             config.hidden_size,
             config.num_experts,
@@ -189,6 +195,8 @@ class BailingMoeV2Gate(GateLinear):
         # This path takes any number of tokens; without it GateLinear would round the logits to bf16.
         if try_bf16 and not self.allow_cublas_router_gemm:
             self._keep_fp32()
+        # Dummy weights are never loaded, and the model runs before real ones replace them.
+        self._is_settled = vllm_config.load_config.load_format == "dummy"
         self.weight.weight_loader = self._load_weight
         self.expert_bias = nn.Parameter(torch.zeros(config.num_experts, dtype=torch.float32), requires_grad=False)
 
@@ -199,9 +207,15 @@ class BailingMoeV2Gate(GateLinear):
 
     def _load_weight(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
         if param.dtype == torch.bfloat16 and not torch.equal(loaded_weight.bfloat16().float(), loaded_weight.float()):
+            if self._is_settled:
+                raise CheckpointError(
+                    "the new router weights need fp32, and the running model keeps them in bf16, as the first ones "
+                    f"allowed; start it with --additional-config '{{\"{FP32_ROUTER}\": true}}'"
+                )
             logger.info_once("The router weights of this checkpoint need fp32 and are kept so.")
             self._keep_fp32()
         param.data.copy_(loaded_weight)
+        self._is_settled = True
 
 
 class BailingMoeV2MoE(nn.Module):
@@ -209,17 +223,17 @@ class BailingMoeV2MoE(nn.Module):
 
     def __init__(
         self,
+        vllm_config: VllmConfig,
         config: BailingMoeV2Config,
-        parallel_config: ParallelConfig,
-        quant_config: QuantizationConfig | None,
         prefix: str,
     ) -> None:
         super().__init__()
+        parallel_config, quant_config = vllm_config.parallel_config, vllm_config.quant_config
         self.num_redundant_experts = parallel_config.eplb_config.num_redundant_experts
         self.num_physical_experts = config.num_experts + self.num_redundant_experts
         self.num_local_physical_experts = self.num_physical_experts // get_ep_group().world_size
         self.is_sequence_parallel = parallel_config.use_sequence_parallel_moe
-        self.gate = BailingMoeV2Gate(config, prefix=f"{prefix}.gate")
+        self.gate = BailingMoeV2Gate(config, vllm_config, prefix=f"{prefix}.gate")
         self.shared_experts = (
             BailingMoeV2MLP(
                 config,
@@ -283,7 +297,7 @@ class BailingMoeV2DecoderLayer(nn.Module):
         if extract_layer_index(prefix) < config.first_k_dense_replace:
             self.mlp = BailingMoeV2MLP(config, config.intermediate_size, quant_config, prefix=f"{prefix}.mlp")
         else:
-            self.mlp = BailingMoeV2MoE(config, vllm_config.parallel_config, quant_config, prefix=f"{prefix}.mlp")
+            self.mlp = BailingMoeV2MoE(vllm_config, config, prefix=f"{prefix}.mlp")
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None

@@ -8,6 +8,7 @@ Source: inclusionAI/Ling-V2, `modeling_bailing_moe_v2.py`, class `BailingMoeV2MT
 """
 
 # No postponed annotations in this file: vLLM's compile decorator reads them as types.
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -20,8 +21,13 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.interfaces import SupportsQuant
-from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, maybe_prefix
+from vllm.model_executor.model_loader.utils import configure_quant_config
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    PPMissingLayer,
+    get_draft_quant_config,
+    maybe_prefix,
+)
 from vllm.sequence import IntermediateTensors
 
 from vllm_bailing.config import BailingMoeV2Config
@@ -33,7 +39,16 @@ from vllm_bailing.model import (
     normalized_head,
 )
 from vllm_bailing.settings import draft_vocabulary
-from vllm_bailing.weights import EMBEDDING, HEAD, Audit, Checkpoint, CheckpointError, main_tensors, mtp_tensors
+from vllm_bailing.weights import (
+    EMBEDDING,
+    HEAD,
+    Audit,
+    Checkpoint,
+    CheckpointError,
+    layer_of,
+    main_tensors,
+    mtp_tensors,
+)
 
 
 class DraftHead(nn.Module):
@@ -43,11 +58,14 @@ class DraftHead(nn.Module):
     reads.
     """
 
+    token_ids: torch.Tensor
+
     def __init__(self, vllm_config: VllmConfig, token_ids: list[int], prefix: str) -> None:
         super().__init__()
         config: BailingMoeV2Config = vllm_config.model_config.hf_config
         assert vllm_config.speculative_config is not None
         self.config, self.target = config, vllm_config.speculative_config.target_model_config
+        self.rows = token_ids
         self.head = ParallelLMHead(len(token_ids), config.hidden_size, prefix=f"{prefix}.head")
         self.logits_processor = LogitsProcessor(len(token_ids))
         self.register_buffer("token_ids", torch.tensor(token_ids), persistent=False)
@@ -58,6 +76,10 @@ class DraftHead(nn.Module):
         if logits is None:
             return None
         return logits.new_full((len(logits), self.config.vocab_size), -torch.inf).index_copy_(1, self.token_ids, logits)
+
+    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Most likely token [T] of those that may be proposed."""
+        return self.token_ids[self.logits_processor.get_top_tokens(self.head, hidden_states)]
 
     def load_from_target(self) -> None:
         """Read the rows from the target's files, which are there: it was loaded before."""
@@ -70,10 +92,9 @@ class DraftHead(nn.Module):
             )
         with safe_open(stored.file, framework="pt") as file:
             weight = normalized_head(self.config, file.get_tensor(name), self.target.dtype)
-        self.head.weight_loader(self.head.weight, weight[self.token_ids.to(weight.device)])
+        self.head.weight_loader(self.head.weight, weight[self.rows])
 
 
-@support_torch_compile
 class BailingMoeV2MTPLayer(BailingMoeV2DecoderLayer):
     """A decoder layer over a hidden state joined with the next token's embedding."""
 
@@ -102,6 +123,13 @@ class BailingMoeV2MTPLayer(BailingMoeV2DecoderLayer):
         return output
 
 
+def _has_one_layer(vllm_config: VllmConfig) -> bool:
+    return len(vllm_config.model_config.hf_config.mtp_layer_ids) == 1
+
+
+# A compiled graph keeps the layer that it was traced with. The embedding belongs inside: CUDA graphs read their inputs
+# from where vLLM keeps its own buffers, which an embedding computed outside is not.
+@support_torch_compile(enable_if=_has_one_layer)
 class BailingMoeV2MTPStack(nn.Module):
     """The MTP layers, under their numbers in the checkpoint, and the embedding they share with the target."""
 
@@ -134,8 +162,8 @@ class BailingMoeV2MTPStack(nn.Module):
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         hidden_states: torch.Tensor,
-        inputs_embeds: torch.Tensor | None,
-        spec_step_idx: int,
+        inputs_embeds: torch.Tensor | None = None,
+        spec_step_idx: int = 0,
     ) -> torch.Tensor:
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -147,7 +175,18 @@ class BailingMoeV2MTPStack(nn.Module):
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
 
 
-class BailingMoeV2MTPModel(nn.Module, SupportsQuant, BailingMoeV2MixtureOfExperts):
+def _of_the_draft(vllm_config: VllmConfig) -> VllmConfig:
+    """`vllm_config` with the draft's model and quantisation, where vLLM leaves the target's."""
+    assert vllm_config.speculative_config is not None
+    own = copy.copy(vllm_config)  # the layers register in the parts that both share
+    own.model_config = vllm_config.speculative_config.draft_model_config
+    own.quant_config = get_draft_quant_config(vllm_config)
+    if own.quant_config is not None:
+        configure_quant_config(own.quant_config, BailingMoeV2MTPModel)
+    return own
+
+
+class BailingMoeV2MTPModel(nn.Module, BailingMoeV2MixtureOfExperts):
     """Draft model of `--speculative-config '{"method": "mtp", ...}'`.
 
     Raises:
@@ -159,7 +198,7 @@ class BailingMoeV2MTPModel(nn.Module, SupportsQuant, BailingMoeV2MixtureOfExpert
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        # vLLM builds a draft with the target's VllmConfig in which model_config is the draft's.
+        vllm_config = _of_the_draft(vllm_config)
         config: BailingMoeV2Config = vllm_config.model_config.hf_config
         self.config, self.vllm_config = config, vllm_config
         self.quant_config = vllm_config.quant_config
@@ -173,8 +212,11 @@ class BailingMoeV2MTPModel(nn.Module, SupportsQuant, BailingMoeV2MixtureOfExpert
         if get_pp_group().world_size > 1:
             self.has_own_embed_tokens = True
             self.expected[EMBEDDING] = main_tensors(config)[EMBEDDING]
-        # Only these files are read; a large target would otherwise be read from disk twice.
-        self.allow_patterns_overrides = Checkpoint.of(vllm_config.model_config).files_with(self.expected)
+        self._expect_complete = vllm_config.load_config.load_format != "dummy"
+
+    def is_unused_checkpoint_weight(self, name: str) -> bool:
+        """Whether this is another model's tensor. vLLM passes over files that hold nothing else."""
+        return layer_of(name) not in self.config.mtp_layer_ids and name not in self.expected
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)
@@ -202,6 +244,12 @@ class BailingMoeV2MTPModel(nn.Module, SupportsQuant, BailingMoeV2MixtureOfExpert
             return self.draft_head(hidden_states)
         return self.logits_processor(self.lm_head, hidden_states)
 
+    def get_top_tokens(self, hidden_states: torch.Tensor, spec_step_idx: int = 0) -> torch.Tensor:
+        """Most likely token [T], for `use_local_argmax_reduction`: ranks exchange two numbers instead of logits."""
+        if self.draft_head is not None:
+            return self.draft_head.get_top_tokens(hidden_states)
+        return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the MTP layers of a checkpoint; what belongs to the target is passed over."""
         audit = Audit(
@@ -213,8 +261,9 @@ class BailingMoeV2MTPModel(nn.Module, SupportsQuant, BailingMoeV2MixtureOfExpert
             elsewhere=main_tensors(self.config),
         )
         loaded = AutoWeightsLoader(self).load_weights(audit.passed(weights), mapper=self.hf_to_vllm_mapper)
-        audit.finish(complete=self.vllm_config.load_config.load_format != "dummy")
-        if self.draft_head is not None:
+        audit.finish(complete=self._expect_complete)
+        if self.draft_head is not None and self._expect_complete:
             self.draft_head.load_from_target()
             loaded.add("draft_head.head.weight")
+        self._expect_complete = False
         return loaded

@@ -18,7 +18,9 @@ MTP_ARCHITECTURE = "BailingMoeV2MTPModel"
 # vLLM takes a draft for an MTP layer by its model type, and its list of types is closed. This one has no meaning beyond
 # that list and the converter that counts the layers of a draft, which fits.
 MTP_MODEL_TYPE = "glm4_moe_mtp"
-DRAFT_VOCABULARY = "bailing_draft_vocab"  # key of --additional-config
+# Keys of --additional-config.
+DRAFT_VOCABULARY = "bailing_draft_vocab"
+FP32_ROUTER = "bailing_fp32_router"
 _SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 
 # The SpeculativeConfig that is being made, while its draft's configuration is read.
@@ -46,11 +48,9 @@ def install() -> None:
                     "LoRA: vLLM's CPU build has no expert kernel that allows it; use a GPU, or merge the adapter into "
                     "the checkpoint and leave --enable-lora out"
                 )
-            if draft_vocabulary(vllm_config) and not has_mtp_draft(vllm_config.speculative_config):
-                raise SettingsError(
-                    f"{DRAFT_VOCABULARY} in --additional-config is for MTP drafts; add --speculative-config "
-                    '\'{"method": "mtp", "num_speculative_tokens": 1}\' or leave it out'
-                )
+            keeps_fp32_router(vllm_config)
+            if draft_vocabulary(vllm_config):
+                _check_draft_head(vllm_config)
             check_files(vllm_config)
 
     MODELS_CONFIG_MAP["BailingMoeV2ForCausalLM"] = BailingMoeV2Settings
@@ -105,7 +105,7 @@ def hf_config_override(hf_config: Any, *args: Any, **kwargs: Any) -> Any:
         {
             "model_type": MTP_MODEL_TYPE,
             "architectures": [MTP_ARCHITECTURE],
-            "n_predict": draft.num_nextn_predict_layers,
+            "n_predict": 1,  # a pass drafts one token, so that any number of them may be asked for
         }
     )
     return draft
@@ -138,14 +138,30 @@ def _no_mtp_layer(draft: BailingMoeV2Config, speculation: Any, shares_checkpoint
     return f"{model} has no MTP layer (num_nextn_predict_layers=0), as usual for the chat models; {NAME_ANOTHER_DRAFT}"
 
 
+def _additional(vllm_config: Any, key: str) -> Any:
+    given = vllm_config.additional_config
+    return given.get(key) if isinstance(given, dict) else None
+
+
+def keeps_fp32_router(vllm_config: Any) -> bool:
+    """Whether `--additional-config` asks for router weights in fp32 whatever the first ones need.
+
+    Raises:
+        SettingsError: If it is neither true nor false.
+    """
+    given = _additional(vllm_config, FP32_ROUTER)
+    if given not in (None, True, False):
+        raise SettingsError(f"{FP32_ROUTER}={given!r} in --additional-config must be true or false")
+    return bool(given)
+
+
 def draft_vocabulary(vllm_config: Any) -> list[int] | None:
     """Token ids that an MTP draft may propose, from `--additional-config`; None for all.
 
     Raises:
         SettingsError: If they are no list of token ids, or no file with one.
     """
-    given = vllm_config.additional_config
-    given = given.get(DRAFT_VOCABULARY) if isinstance(given, dict) else None
+    given = _additional(vllm_config, DRAFT_VOCABULARY)
     if given is None:
         return None
     source, vocab_size = DRAFT_VOCABULARY, vllm_config.model_config.hf_config.vocab_size
@@ -162,6 +178,19 @@ def draft_vocabulary(vllm_config: Any) -> list[int] | None:
             "make one by `vllm-bailing draft-vocab`"
         )
     return ids
+
+
+def _check_draft_head(vllm_config: Any) -> None:
+    if not has_mtp_draft(vllm_config.speculative_config):
+        raise SettingsError(
+            f"{DRAFT_VOCABULARY} in --additional-config is for MTP drafts; add --speculative-config "
+            '\'{"method": "mtp", "num_speculative_tokens": 1}\' or leave it out'
+        )
+    if Checkpoint.of(vllm_config.model_config).has_scales("lm_head"):
+        raise SettingsError(
+            f"{DRAFT_VOCABULARY} in --additional-config takes rows of the head, and that of "
+            f"{vllm_config.model_config.model} is quantised; leave it out"
+        )
 
 
 def check_files(vllm_config: Any) -> None:

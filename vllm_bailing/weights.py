@@ -11,12 +11,14 @@ import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_bailing.config import BailingMoeV2Config
+
+if TYPE_CHECKING:  # registering must not import it
+    import torch
 
 Shape = tuple[int, ...]
 # Buffers that some exporters write; they are computed from the configuration.
@@ -120,12 +122,6 @@ class Checkpoint:
         """Numbers of the layers behind the main ones, which can only be MTP layers."""
         layers = {layer for name in self.tensors if (layer := layer_of(name)) is not None}
         return sorted(layer for layer in layers if layer >= config.num_hidden_layers)
-
-    def files_with(self, modules: Collection[str]) -> list[str] | None:
-        """Names of the files that hold anything of the modules of these weights; None if that is not known."""
-        wanted = {name.rpartition(".")[0] for name in modules}
-        files = {stored.file.name for name, stored in self.tensors.items() if name.rpartition(".")[0] in wanted}
-        return sorted(files) or None
 
 
 def _read(folder: Path) -> Checkpoint:
@@ -285,7 +281,7 @@ class Audit:
             self.misshapen.append(f"{name} is {list(shape)}, config.json asks for {list(wanted)}")
             return False
         module, _, leaf = name.rpartition(".")
-        if self.quantized and leaf in _KV_SCALES and ".attention" in module:
+        if self.quantized and leaf in _KV_SCALES and module.endswith((".attention", ".attention.attn")):
             return True
         if self.quantized and f"{module}.weight" in self.expected:
             if leaf in ("qweight", "weight_packed"):

@@ -1,0 +1,137 @@
+"""Measure MTP speculation at set acceptance rates and plot it: `python scripts/bench_mtp.py`.
+
+How much speculation gains depends on how often drafts are accepted, and that on the text: the demo checkpoint accepts
+nearly every draft, real text 60 to 85 per cent. So this takes a random model, large enough for its weights to be what a
+step reads, and lets vLLM accept drafts by chance (its synthetic rejection sampling). Every engine runs in a process of
+its own, in turns. Writes docs/mtp.json and docs/mtp.png.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from vllm_bailing import bench  # noqa: E402
+from vllm_bailing.cli import DEMO, collect_info  # noqa: E402
+from vllm_bailing.config import BailingMoeV2Config  # noqa: E402
+from vllm_bailing.reference import BailingMoeV2ForCausalLM  # noqa: E402
+
+BASELINE = "0"
+CONFIG: dict[str, Any] = {  # the proportions of Ling-mini-2.0 at a hundredth of its size
+    "vocab_size": 32768,
+    "hidden_size": 768,
+    "intermediate_size": 1920,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "partial_rotary_factor": 0.5,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 192,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 1,
+    "max_position_embeddings": 4096,
+}
+
+
+def make_model(folder: Path) -> float:
+    """Write a random bf16 checkpoint with the demo's tokenizer; returns its parameters in millions."""
+    torch.manual_seed(0)
+    model = BailingMoeV2ForCausalLM(BailingMoeV2Config(**CONFIG)).bfloat16()
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO / name, folder)
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e6
+
+
+def plot(rows: list[dict[str, Any]], acceptances: list[float], path: Path) -> None:
+    """One panel per batch size: speed over draft tokens, a line for each acceptance rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
+    figure, panels = pyplot.subplots(
+        1, len(sizes), figsize=(4.5 * len(sizes), 3.4), dpi=100, sharey=True, squeeze=False
+    )
+    for panel, size in zip(panels[0], sizes, strict=True):
+        found = {row["arm"]: row["ratio"] for row in rows if row["batch_size"] == size}
+        for acceptance in acceptances:
+            arms = [arm for arm in found if arm.endswith(f"@{acceptance}")]
+            x = [int(arm.partition("@")[0]) for arm in arms]
+            y = [found[arm]["median"] for arm in arms]
+            spread = [
+                [middle - found[arm]["low"] for arm, middle in zip(arms, y, strict=True)],
+                [found[arm]["high"] - middle for arm, middle in zip(arms, y, strict=True)],
+            ]
+            panel.errorbar(x, y, yerr=spread, marker="o", capsize=3, label=f"{100 * acceptance:.0f} % accepted")
+        panel.axhline(1, color="grey", linewidth=0.8)
+        panel.set(title=f"batch {size}", xlabel="draft tokens per step", ylim=(0, None))
+        panel.set_xticks(sorted({int(arm.partition("@")[0]) for arm in found} - {0}))
+        panel.grid(alpha=0.3)
+    panels[0][0].set(ylabel="tokens/s, times no speculation")
+    panels[0][0].legend(loc="lower left")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="How often each engine is measured, in turns.", min=1)] = 3,
+    max_tokens: Annotated[int, typer.Option(help="Length of every answer.", min=2)] = 64,
+    out: Annotated[Path, typer.Option(help="Where to write NAME.json and NAME.png.")] = ROOT / "docs" / "mtp",
+) -> None:
+    acceptances, draft_tokens = [0.6, 0.7, 0.8], [1, 2, 3]
+    folder = ROOT / "build" / "bench-model"
+    parameters = make_model(folder)
+    job = bench.Job(str(folder), {"max_model_len": 1024}, [1, 8], list(bench.DEFAULT_PROMPTS), max_tokens)
+    jobs = {BASELINE: bench.mtp_jobs(job, [0], acceptance=1.0)["0"]}
+    for acceptance in acceptances:
+        for count, one in bench.mtp_jobs(job, draft_tokens, acceptance).items():
+            jobs[f"{count}@{acceptance}"] = one
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("engines", total=rounds * len(jobs))
+        results = bench.alternate(jobs, rounds, lambda name: progress.advance(task))
+    rows = bench.summarize(results, BASELINE)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        "million_parameters": round(parameters),
+        "config": CONFIG,
+        "rounds": rounds,
+        "max_tokens": max_tokens,
+        "versions": collect_info(),
+        "rows": rows,
+    }
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    plot(rows, acceptances, out.with_suffix(".png"))
+    for row in rows:
+        ratio = row["ratio"]
+        console.print(
+            f"batch {row['batch_size']}  {row['arm']:>6}  {row['tokens_per_second']['median']:6.1f} tokens/s  "
+            f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})  {row['acceptance_length']:.2f} per step",
+            highlight=False,
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
