@@ -20,6 +20,7 @@ import inspect
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,8 @@ USE_INTREE = "VLLM_BAILING_USE_INTREE"
 ARCHITECTURES = {"BailingMoeV2ForCausalLM": "vllm_bailing.model:BailingMoeV2ForCausalLM"}
 DRAFT_ARCHITECTURES = {"BailingMoeV2MTPModel": "vllm_bailing.mtp:BailingMoeV2MTPModel"}  # vLLM has none of its own
 
-# What model.py takes from vLLM: file or folder below vllm/, symbol, the arguments it passes by name.
+# The arguments that model.py passes by name: file or folder below vllm/, symbol, arguments. That every imported name is
+# there is looked up besides, see `imported_names`.
 REQUIRED = (
     (
         "model_executor/layers/fused_moe",
@@ -43,7 +45,6 @@ REQUIRED = (
         "quant_config prefix scoring_func routed_scaling_factor e_score_correction_bias enable_eplb "
         "num_redundant_experts is_sequence_parallel router_logits_dtype gate shared_experts",
     ),
-    ("model_executor/layers/fused_moe", "MoERunner", ""),
     ("model_executor/layers/fused_moe", "GateLinear", "input_size output_size out_dtype params_dtype prefix"),
     ("model_executor/layers/rotary_embedding", "get_rope", "head_size max_position is_neox_style rope_parameters"),
     ("model_executor/layers/attention", "Attention", "num_kv_heads cache_config quant_config prefix"),
@@ -51,13 +52,8 @@ REQUIRED = (
     ("model_executor/layers/linear", "RowParallelLinear", "bias quant_config reduce_results prefix"),
     ("model_executor/layers/linear", "MergedColumnParallelLinear", "bias quant_config prefix"),
     ("model_executor/layers", "ParallelLMHead", "quant_config prefix"),
-    ("model_executor/models", "AutoWeightsLoader", ""),
-    ("model_executor/models", "WeightsMapper", ""),
-    ("model_executor/models", "EagleModelMixin", ""),
-    ("model_executor/models", "SupportsQuant", ""),
-    ("model_executor/models", "MixtureOfExperts", ""),
-    ("compilation", "support_torch_compile", ""),
 )
+_MODEL_FILES = ("model.py", "mtp.py")
 
 
 @dataclass
@@ -207,9 +203,24 @@ def probe(vllm_root: Path | None = None) -> list[str]:
         import vllm
 
         vllm_root = Path(vllm.__path__[0])
-    return [
+    problems = [
         problem for where, name, wanted in REQUIRED if (problem := _missing(vllm_root / where, name, wanted.split()))
     ]
+    for module, name in imported_names():
+        base = vllm_root.joinpath(*module.split(".")[1:])
+        files = [file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()]
+        if not any(re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")) for file in files):
+            problems.append(f"{name} is gone from {module}")
+    return problems
+
+
+def imported_names() -> list[tuple[str, str]]:
+    """(module, name) of all that the model classes import from vLLM."""
+    folder = Path(__file__).parent
+    trees = [ast.parse((folder / file).read_text(encoding="utf-8")) for file in _MODEL_FILES]
+    imports = [node for tree in trees for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
+    found = {(node.module, one.name) for node in imports for one in node.names if node.module.startswith("vllm.")}
+    return sorted(found)
 
 
 def _missing(where: Path, name: str, wanted: list[str]) -> str:

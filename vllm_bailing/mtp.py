@@ -16,16 +16,18 @@ from safetensors import safe_open
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.utils import configure_quant_config
+from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
     PPMissingLayer,
     get_draft_quant_config,
+    make_empty_intermediate_tensors_factory,
     maybe_prefix,
 )
 from vllm.sequence import IntermediateTensors
@@ -186,7 +188,7 @@ def _of_the_draft(vllm_config: VllmConfig) -> VllmConfig:
     return own
 
 
-class BailingMoeV2MTPModel(nn.Module, BailingMoeV2MixtureOfExperts):
+class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
     """Draft model of `--speculative-config '{"method": "mtp", ...}'`.
 
     Raises:
@@ -208,6 +210,10 @@ class BailingMoeV2MTPModel(nn.Module, BailingMoeV2MixtureOfExperts):
         draft_ids = draft_vocabulary(vllm_config)
         self.draft_head = DraftHead(vllm_config, draft_ids, maybe_prefix(prefix, "draft_head")) if draft_ids else None
         self.collect_moe_layers(self.model.layers.values(), config)
+        # The draft is whole on the last stage, but vLLM asks for this wherever the target has stages.
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], config.hidden_size
+        )
         self.expected = mtp_tensors(config)
         if get_pp_group().world_size > 1:
             self.has_own_embed_tokens = True
