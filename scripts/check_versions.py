@@ -148,7 +148,8 @@ def run_suite(version: str, pytest_arguments: list[str]) -> bool:
     python = venv / "bin" / "python"
     report = venv / "report.xml"
     # What the README says about the results can only be right after they are recorded.
-    command = [str(python), "-m", "pytest", f"--junitxml={report}", "--deselect", README_TEST, *pytest_arguments]
+    command = [str(python), "-m", "pytest", "-n", "2", "--dist", "loadgroup", f"--junitxml={report}"]
+    command += ["--durations=25", "--deselect", README_TEST, *pytest_arguments]
     say(f"vLLM {version}: running the tests")
     report.unlink(missing_ok=True)
     subprocess.run(command, env=environment, cwd=ROOT, check=False)
@@ -346,8 +347,8 @@ def overlay_plan(version: str) -> Iterator[None]:
     vllm_config = pickle.loads(pickle.dumps(vllm_config))  # as it reaches the engine's process
     speculative_config: Any = vllm_config.speculative_config
     ensure(speculative_config.method == "mtp", f"the method is {speculative_config.method}")
-    vllm_config.model_config = speculative_config.draft_model_config
-    resolved, _ = ModelRegistry.resolve_model_cls(vllm_config.model_config.architectures, vllm_config.model_config)
+    draft = speculative_config.draft_model_config
+    resolved, _ = ModelRegistry.resolve_model_cls(draft.architectures, draft)
     ensure(resolved.__module__ == "vllm_bailing.mtp", f"the draft's class comes from {resolved.__module__}")
     with set_current_vllm_config(vllm_config):
         torch.set_default_dtype(torch.float32)

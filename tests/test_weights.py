@@ -166,6 +166,24 @@ def test_headers_tell_names_shapes_and_files(tmp_path):
     assert not checkpoint.has_scales("model.layers.3.eh_proj")
 
 
+def test_one_pattern_finds_the_files_of_a_layer(tmp_path):
+    model = make_checkpoint(tmp_path, shards=23, num_nextn_predict_layers=1)
+    index = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
+    checkpoint = Checkpoint(model)
+
+    def found(wanted):
+        return {file.name for file in model.glob(str(checkpoint.files_with(wanted)))}
+
+    for name in index:
+        assert found(name.__eq__) == {index[name]}
+    for name in ("enorm", "mlp.gate", "mlp.experts.1."):
+        files = {index[one] for one in index if f"model.layers.3.{name}" in one}
+        assert files <= found(lambda one, name=name: f"model.layers.3.{name}" in one)
+    norms = {index[f"model.layers.3.{name}.weight"] for name in ("enorm", "hnorm")}
+    assert norms <= found(lambda one: one.endswith(("enorm.weight", "hnorm.weight"))) < set(index.values())
+    assert checkpoint.files_with(lambda name: False) is None
+
+
 def test_a_scale_beside_the_projection_makes_it_quantised(tmp_path):
     write_tensors(tmp_path, {"model.layers.3.eh_proj.weight_scale_inv": torch.ones(1)})
     assert Checkpoint(tmp_path).has_scales("model.layers.3.eh_proj")

@@ -218,9 +218,9 @@ def imported_names() -> list[tuple[str, str]]:
     """(module, name) of all that the model classes import from vLLM."""
     folder = Path(__file__).parent
     trees = [ast.parse((folder / file).read_text(encoding="utf-8")) for file in _MODEL_FILES]
-    imports = [node for tree in trees for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
-    found = {(node.module, one.name) for node in imports for one in node.names if node.module.startswith("vllm.")}
-    return sorted(found)
+    imports = [node for tree in trees for node in tree.body if isinstance(node, ast.ImportFrom)]
+    found = {(node.module or "", one.name) for node in imports for one in node.names}
+    return sorted((module, name) for module, name in found if module.startswith("vllm."))
 
 
 def _missing(where: Path, name: str, wanted: list[str]) -> str:

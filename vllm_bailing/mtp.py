@@ -218,11 +218,12 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
         if get_pp_group().world_size > 1:
             self.has_own_embed_tokens = True
             self.expected[EMBEDDING] = main_tensors(config)[EMBEDDING]
+        # The other files of a large target would be read from disk a second time.
+        files = Checkpoint.of(vllm_config.model_config).files_with(
+            lambda name: name in self.expected or layer_of(name) in config.mtp_layer_ids
+        )
+        self.allow_patterns_overrides = [files] if files else None
         self._expect_complete = vllm_config.load_config.load_format != "dummy"
-
-    def is_unused_checkpoint_weight(self, name: str) -> bool:
-        """Whether this is another model's tensor. vLLM passes over files that hold nothing else."""
-        return layer_of(name) not in self.config.mtp_layer_ids and name not in self.expected
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,6 +122,17 @@ class Checkpoint:
         """Numbers of the layers behind the main ones, which can only be MTP layers."""
         layers = {layer for name in self.tensors if (layer := layer_of(name)) is not None}
         return sorted(layer for layer in layers if layer >= config.num_hidden_layers)
+
+    def files_with(self, wanted: Callable[[str], bool]) -> str | None:
+        """A glob for every file that holds a tensor whose name is `wanted`, and hardly any other; None if unknown.
+
+        One pattern, since vLLM stops at the first that matches anything.
+        """
+        names = sorted({stored.file.name for name, stored in self.tensors.items() if wanted(name)})
+        if len({len(name) for name in names}) != 1:
+            return None
+        columns = [sorted(set(column)) for column in zip(*names, strict=True)]
+        return "".join(column[0] if len(column) == 1 else f"[{''.join(column)}]" for column in columns)
 
 
 def _read(folder: Path) -> Checkpoint:
