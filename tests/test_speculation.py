@@ -283,7 +283,8 @@ def test_sampled_tokens_keep_their_distribution(tmp_path):
     wanted, _ = run(first_tokens, model, 0, prompt, 4000)
     for tokens in (1, 3):
         drawn, counted = run(first_tokens, model, tokens, prompt, 4000)
-        assert 0.01 < counted["accepted_tokens"] / counted["draft_tokens"] < 0.99
+        # Both happened: nothing is proved by drafts that were all accepted, or all thrown away.
+        assert 0.01 * counted["drafts"] < counted["accepted_tokens"] < 0.99 * counted["draft_tokens"]
         for position in range(3):
             column = [row[position] for row in drawn]
             assert p_value(column, [row[position] for row in wanted]) > 1e-4

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -135,6 +136,8 @@ def run_job(job: Job, env: dict[str, str] | None = None) -> dict[int, Measuremen
     Raises:
         BenchError: If that failed.
     """
+    # GiB for the KV cache of vLLM's CPU build, which otherwise wants nearly all memory; GPUs do not look at it.
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "4"}
     with tempfile.TemporaryDirectory() as folder:
         job.out = str(Path(folder) / "result.json")
         log = Path(folder) / "log"
@@ -145,13 +148,14 @@ def run_job(job: Job, env: dict[str, str] | None = None) -> dict[int, Measuremen
                 text=True,
                 stdout=stream,
                 stderr=stream,
-                env={**os.environ, **(env or {})},
+                env={**defaults, **os.environ, **(env or {})},
                 check=False,
             )
         if done.returncode or not Path(job.out).is_file():
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            reasons = [line for line in lines if "Error: " in line]
-            raise BenchError("\n".join(reasons[-1:] or lines[-5:]))
+            found = [match[0] for line in lines if (match := re.search(r"\w+Error: .*", line))]
+            # The engine's own error comes first; what follows only says that the engine is gone.
+            raise BenchError("\n".join(found[:1] or lines[-5:]))
         return {int(size): Measurement(**row) for size, row in json.loads(Path(job.out).read_text()).items()}
 
 
