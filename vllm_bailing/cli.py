@@ -143,7 +143,7 @@ def bench_mtp(
     max_tokens: Annotated[int, typer.Option(help="Limit of an answer.", min=2)] = 128,
     acceptance: Annotated[
         float | None,
-        typer.Option(help="Let vLLM accept each draft token by chance instead, such as 0.7.", min=0.0, max=1.0),
+        typer.Option(help="Let vLLM accept each draft token by chance, such as 0.7 (GPUs only).", min=0.0, max=1.0),
     ] = None,
     draft_model: Annotated[str | None, typer.Option(help="A checkpoint of its own for the MTP layer.")] = None,
     draft_vocab: Annotated[Path | None, typer.Option(help="Result of `vllm-bailing draft-vocab`.", exists=True)] = None,
@@ -208,23 +208,31 @@ def bench_mtp(
 
 
 def _print_mtp(rows: list[dict[str, Any]], told: dict[int, str]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("batch", "draft tokens", "tokens/s", "times none", "accepted", "by position", "answers")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)  # fits into 80 columns
+    for heading in ("batch", "draft", "tokens/s", "times none", "step", "accepted"):
+        table.add_column(heading, no_wrap=True)
     for row in rows:
         speed, ratio = row["tokens_per_second"], row["ratio"]
         table.add_row(
             str(row["batch_size"]),
             row["arm"],
-            f"{speed['median']:.1f} ({speed['low']:.1f}-{speed['high']:.1f})",
-            f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
+            f"{speed['median']:.0f} ({speed['low']:.0f}-{speed['high']:.0f})",
+            f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if row["arm"] != "0" else "1",
             f"{row['acceptance_length']:.2f}",
             " ".join(f"{100 * share:.0f}%" for share in row["acceptance"]),
-            "same" if row["same_answers"] else "differ",
         )
     console = Console()
     console.print(table)
+    console.print("step: tokens that one step of the model yields; accepted: drafts, by position", highlight=False)
+    # Rounding depends on how many tokens are computed at once, so answers in bf16 may part where two tokens are close.
+    differ = ", ".join(f"{row['arm']} at batch {row['batch_size']}" for row in rows if not row["same_answers"])
+    console.print(
+        f"answers differ with draft tokens {differ}" if differ else "all answers are the same", highlight=False
+    )
     for size, words in told.items():
         console.print(f"batch {size}: {words}", highlight=False)
 
