@@ -9,6 +9,8 @@ architecture:
 - `vllm.config.speculative.SpeculativeConfig.hf_config_override` and `.__post_init__`: wrapped, see `settings`;
 - `vllm.model_executor.models.config.MODELS_CONFIG_MAP`: an entry for the architecture, see `settings.check_files`;
 - `sys.excepthook` in the `vllm` command: wrapped, see `refusals`;
+- `vllm.v1.sample.rejection_sampler.expand_batch_to_tokens` in CPU engines that speculate for this model: see
+  `sample_drafts_right_on_cpu`;
 - the quantisation method of this model's own expert layers on CPU: see `repack_experts_on_reload`.
 """
 
@@ -289,3 +291,26 @@ def repack_experts_on_reload(routed_experts: Any) -> None:
         process(layer)
 
     method.process_weights_after_loading = process_weights_after_loading
+
+
+def sample_drafts_right_on_cpu() -> None:
+    """Make sampled answers keep their distribution when a CPU engine speculates.
+
+    Differs:  vLLM's stand-in for a Triton kernel writes float results, such as the temperature of every draft token,
+              into a copy that is dropped. Logits are then divided by whatever was in memory, with any kind of draft.
+    Upstream: `_expand_kernel_impl` in `vllm/utils/cpu_triton_utils.py`, in 0.32.
+    Remove:   when that returns floats; tests/test_speculation.py compares the distributions.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import rejection_sampler
+
+    if current_platform.is_cpu():
+        rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
+
+
+def _expand_batch_to_tokens(
+    x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> Any:
+    """Values [num_tokens] of the request that each token belongs to, from `x` [batch], one value replaced."""
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)

@@ -52,7 +52,7 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from vllm_bailing.compat import repack_experts_on_reload, rope_parameters
+from vllm_bailing.compat import repack_experts_on_reload, rope_parameters, sample_drafts_right_on_cpu
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.settings import FP32_ROUTER, keeps_fp32_router
 from vllm_bailing.weights import HEAD, Audit, CheckpointError, main_tensors
@@ -444,6 +444,8 @@ class BailingMoeV2ForCausalLM(
         config: BailingMoeV2Config = vllm_config.model_config.hf_config
         self.config, self.vllm_config = config, vllm_config
         self.quant_config = vllm_config.quant_config
+        if vllm_config.speculative_config is not None:
+            sample_drafts_right_on_cpu()
         self.model = BailingMoeV2Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
