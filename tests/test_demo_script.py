@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -23,18 +24,20 @@ SH = shutil.which("bash") or "bash"
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     """An empty home folder, a temporary folder of its own, and this Python's environment taken as it is."""
-    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    home = tmp_path / "home"
     home.mkdir()
-    temporary.mkdir()
-    return os.environ | {
-        "HOME": str(home),
-        "TMPDIR": str(temporary),
-        "VENV": sys.prefix,
-        "SKIP_SETUP": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+    # vLLM's processes talk through sockets in TMPDIR, whose paths the system limits to 107 characters.
+    with tempfile.TemporaryDirectory(prefix="demo.") as temporary:
+        (tmp_path / "tmp").symlink_to(temporary)
+        yield os.environ | {
+            "HOME": str(home),
+            "TMPDIR": temporary,
+            "VENV": sys.prefix,
+            "SKIP_SETUP": "1",
+            "PYTHONPATH": str(ROOT),
+        }
 
 
 @pytest.fixture
