@@ -29,7 +29,7 @@ from vllm_bailing.config import BailingMoeV2Config  # noqa: E402
 from vllm_bailing.reference import BailingMoeV2ForCausalLM  # noqa: E402
 
 ACCEPTANCES = (0.6, 0.7, 0.8)
-CONFIG: dict[str, Any] = {  # the proportions of Ling-mini-2.0 at a hundredth of its size
+CONFIG: dict[str, Any] = {  # the proportions of Ling-mini-2.0, at a fiftieth of its size
     "vocab_size": 32768,
     "hidden_size": 768,
     "intermediate_size": 1920,
