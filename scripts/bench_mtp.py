@@ -17,8 +17,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -111,12 +109,7 @@ def main(
     job = bench.Job(str(folder), engine, [1, 8], list(bench.DEFAULT_PROMPTS), max_tokens, ignore_eos=True)
     jobs = bench.mtp_jobs(job, [0, 1, 2, 3])
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("engines", total=rounds * len(jobs))
-        results = bench.alternate(jobs, rounds, lambda name: progress.advance(task))
-    rows = bench.summarize(results, "0")
+    rows = bench.summarize(bench.alternate(jobs, rounds), "0")
     out.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "million_parameters": round(parameters),
@@ -135,7 +128,7 @@ def main(
             for acceptance, one in zip(ACCEPTANCES, found, strict=True)
         )
         steps = row["tokens_per_second"]["median"] / row["acceptance_length"] / row["batch_size"]
-        console.print(f"batch {row['batch_size']}  {row['arm']} drafts  {steps:5.1f} steps/s  {gains}", highlight=False)
+        typer.echo(f"batch {row['batch_size']}  {row['arm']} drafts  {steps:5.1f} steps/s  {gains}")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ ENGINE_ENV = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# Two ranks, a core each; forking them from this process saves two imports of vLLM.
+# Two ranks, a core each. Forking them from the engine's process saves an import of vLLM for each.
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+TWO_SPAWNED_RANKS = {**TWO_RANKS, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["vllm", "vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm_bailing.model"])
 
@@ -80,6 +81,8 @@ def _child(sender: Any, log: str, env: dict[str, str], job: Callable[..., Any], 
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
         sys.stdout = sys.stderr = stream
+        if env.get("VLLM_WORKER_MULTIPROC_METHOD") == "fork":
+            _fork_ranks()
         try:
             answer = ("ok", job(*args, **kwargs))
         except BaseException as error:
@@ -95,6 +98,17 @@ def _child(sender: Any, log: str, env: dict[str, str], job: Callable[..., Any], 
         os._exit(0)  # an engine's threads would keep the process alive
 
 
+def _fork_ranks() -> None:
+    """Let the ranks of a parallel engine be forked, where vLLM's CPU platform overrules the environment variable."""
+    from vllm.v1.executor import multiproc_executor
+
+    torch.set_num_threads(1)
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+
+
+_engines: list[Any] = []  # keeps engines: one that is dropped waits some seconds for its ranks to end
+
+
 def make_llm(model: str | Path, **options: Any) -> Any:
     """An offline engine with the options that the comparisons need; `options` override them."""
     from vllm import LLM
@@ -107,7 +121,8 @@ def make_llm(model: str | Path, **options: Any) -> Any:
         "disable_log_stats": True,
         "skip_tokenizer_init": not (Path(model) / "tokenizer.json").exists(),
     }
-    return LLM(str(model), **{**defaults, **options})
+    _engines.append(LLM(str(model), **{**defaults, **options}))
+    return _engines[-1]
 
 
 def generate(

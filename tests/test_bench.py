@@ -62,13 +62,14 @@ def test_advice_names_the_fastest_that_won_every_round():
     assert "without speculation" in told[8]
 
 
-def test_rounds_take_turns(monkeypatch):
-    ran, done = [], []
+def test_rounds_take_turns_and_show_how_far_they_are(monkeypatch, capsys):
+    ran = []
     monkeypatch.setattr(bench, "run_job", lambda job: ran.append(job.model) or {1: measured(1, 1.0)})
     jobs = {name: Job(name, {}, [1], [], 1) for name in "abc"}
-    results = bench.alternate(jobs, 3, done.append)
-    assert ran == done == list("abccbaabc")
+    results = bench.alternate(jobs, 3)
+    assert ran == list("abccbaabc")
     assert {name: len(rounds) for name, rounds in results.items()} == {"a": 3, "b": 3, "c": 3}
+    assert "9/9" in capsys.readouterr().err
 
 
 def test_plot_is_written(tmp_path):

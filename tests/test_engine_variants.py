@@ -6,7 +6,7 @@ import tempfile
 import pytest
 import torch
 from checkpoints import PROMPT, make_checkpoint, plain_answer, quantize_linears, read_tensors, write_tensors
-from engine import TWO_RANKS, EngineError, ask, generate, make_llm, run
+from engine import TWO_RANKS, TWO_SPAWNED_RANKS, EngineError, ask, generate, make_llm, run
 from test_engine_reference import TOLERANCE
 
 VARIANTS = {
@@ -66,7 +66,7 @@ def test_pipeline_stages_compute_the_same(tmp_path):
     model = make_checkpoint(tmp_path, tie_word_embeddings=True)
     wanted, wanted_ids = plain_answer(model, PROMPT)
     # vLLM's CPU worker prepares the tensors between stages only while it warms up a really compiled model.
-    env = {**TWO_RANKS, "VLLM_CPU_CI_ENV": "0"}
+    env = {**TWO_SPAWNED_RANKS, "VLLM_CPU_CI_ENV": "0"}
     ((logprobs, token_ids),) = run(generate, model, [PROMPT], env=env, enforce_eager=False, pipeline_parallel_size=2)
     assert (logprobs - wanted).abs().max() <= TOLERANCE
     assert token_ids == wanted_ids

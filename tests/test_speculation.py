@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import PROMPT, make_checkpoint, quantize_linears, read_tensors, write_tensors
-from engine import TWO_RANKS, EngineError, ask, make_llm, run
+from engine import TWO_RANKS, TWO_SPAWNED_RANKS, EngineError, ask, make_llm, run
 from reference_cases import load_case
 from scipy.stats import chi2_contingency
 from test_engine_reference import TOLERANCE
@@ -172,7 +172,7 @@ def test_greedy_answers_to_200_prompts_stay_the_same(tokens, plain_answers):
         ({"async_scheduling": False}, {}),
         ({"enforce_eager": False}, {}),
         ({"tensor_parallel_size": 2}, TWO_RANKS),
-        ({"tensor_parallel_size": 2, "enforce_eager": False}, TWO_RANKS),
+        ({"tensor_parallel_size": 2, "enforce_eager": False}, TWO_SPAWNED_RANKS),
     ],
     ids=["chunked", "no_prefix_cache", "preemption", "async", "sync", "compiled", "tp2", "tp2_compiled"],
 )
@@ -468,8 +468,6 @@ def test_a_draft_vocabulary_changes_no_answer_and_only_the_chosen_tokens_are_pro
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}, {"norm_head": True}], ids=str)
 def test_a_draft_vocabulary_keeps_the_logits_of_its_tokens(overrides, tp_size, tmp_path):
-    if tp_size == 2 and overrides:
-        pytest.skip("two ranks are tried with the plain head only, to save minutes")
     model = make_checkpoint(tmp_path, num_nextn_predict_layers=1, **overrides)
     chosen = list(range(3, 256, 5))
     env = {**RPC, **(TWO_RANKS if tp_size == 2 else {})}
@@ -507,6 +505,12 @@ def test_a_wrong_draft_vocabulary_is_refused(given, speculative_config, fragment
 
 
 # --- other drafts -------------------------------------------------------------------------------------------------
+
+
+def test_pipeline_stages_with_a_draft_are_refused_where_vllm_has_none():
+    with pytest.raises(EngineError, match="looks for the draft model in every stage") as failed:
+        run(make_llm, DEMO, speculative_config=mtp(1), pipeline_parallel_size=2, env=TWO_RANKS)
+    assert "leave --speculative-config out" in failed.value.message
 
 
 def test_ngram_drafts_change_no_answer(plain_answers):

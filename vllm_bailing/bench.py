@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,15 +158,23 @@ def run_job(job: Job, env: dict[str, str] | None = None) -> dict[int, Measuremen
         return {int(size): Measurement(**row) for size, row in json.loads(Path(job.out).read_text()).items()}
 
 
-def alternate(
-    jobs: dict[str, Job], rounds: int, done: Callable[[str], None] = lambda name: None
-) -> dict[str, list[dict[int, Measurement]]]:
-    """Run every job once a round, in turned order every other round; calls `done` after each."""
+def alternate(jobs: dict[str, Job], rounds: int) -> dict[str, list[dict[int, Measurement]]]:
+    """Run every job once a round, in turned order every other round, with a progress bar on standard error.
+
+    Raises:
+        BenchError: If one of them failed.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results: dict[str, list[dict[int, Measurement]]] = {name: [] for name in jobs}
-    for number in range(rounds):
-        for name in list(jobs) if number % 2 == 0 else list(jobs)[::-1]:
-            results[name].append(run_job(jobs[name]))
-            done(name)
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("engines", total=rounds * len(jobs))
+        for number in range(rounds):
+            for name in list(jobs) if number % 2 == 0 else list(jobs)[::-1]:
+                results[name].append(run_job(jobs[name]))
+                progress.advance(task)
     return results
 
 

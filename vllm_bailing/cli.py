@@ -155,9 +155,6 @@ def bench_mtp(
 
     The same prompts run with each number of draft tokens, in fresh processes that take turns.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from vllm_bailing import bench
 
     counts = sorted({0, *_numbers(draft_tokens)})
@@ -173,14 +170,10 @@ def bench_mtp(
     job = bench.Job(model, options, _numbers(batch_size), [line for line in lines if line.strip()], max_tokens)
     jobs = bench.mtp_jobs(job, counts, acceptance, {"model": draft_model} if draft_model else None)
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("engines", total=rounds * len(jobs))
-        try:
-            results = bench.alternate(jobs, rounds, lambda name: progress.advance(task))
-        except bench.BenchError as error:
-            raise SystemExit(f"vllm-bailing bench: {error}") from None
+    try:
+        results = bench.alternate(jobs, rounds)
+    except bench.BenchError as error:
+        raise SystemExit(f"vllm-bailing bench: {error}") from None
     rows = bench.summarize(results, "0")
     told = bench.advice(rows, "0")
     report = {
@@ -199,7 +192,7 @@ def bench_mtp(
         bench.plot_mtp(rows, f"MTP on {Path(model).name}", out.with_suffix(".png"))
         written.append(out.with_suffix(".png"))
     except ImportError:
-        console.print("no plot: `pip install 'vllm-bailing[bench]'`", markup=False)
+        typer.echo("no plot: `pip install 'vllm-bailing[bench]'`", err=True)
     if as_json:
         typer.echo(json.dumps(report))
         return

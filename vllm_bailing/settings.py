@@ -48,6 +48,14 @@ def install() -> None:
                     "LoRA: vLLM's CPU build has no expert kernel that allows it; use a GPU, or merge the adapter into "
                     "the checkpoint and leave --enable-lora out"
                 )
+            speculation = vllm_config.speculative_config
+            stages = vllm_config.parallel_config.pipeline_parallel_size
+            if current_platform.is_cpu() and stages > 1 and speculation is not None and speculation.use_eagle():
+                raise SettingsError(
+                    f"speculation by {speculation.method!r} with {stages} pipeline stages: the model runner of vLLM's "
+                    "CPU build looks for the draft model in every stage, and only the last has it; use "
+                    "--tensor-parallel-size, or leave --speculative-config out"
+                )
             keeps_fp32_router(vllm_config)
             if draft_vocabulary(vllm_config):
                 _check_draft_head(vllm_config)
