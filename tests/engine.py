@@ -7,6 +7,7 @@ forked from there, before anything in it used threads. Engines run one at a time
 
 from __future__ import annotations
 
+import glob
 import multiprocessing
 import os
 import pickle
@@ -93,8 +94,13 @@ def _child(sender: Any, log: str, env: dict[str, str], job: Callable[..., Any], 
         sender.send_bytes(pickle.dumps(answer))
         sender.close()
         # Ranks of a parallel engine notice the end of this process late, and take the cores from the next engine.
-        for rank in psutil.Process().children(recursive=True):
+        ranks = psutil.Process().children(recursive=True)
+        shared = {Path(part.path) for rank in ranks for part in rank.memory_maps() if part.path.endswith("cpushm_0")}
+        for rank in ranks:
             rank.kill()
+        for memory in shared:  # under a name that older vLLM may use again
+            for file in memory.parent.glob(f"{glob.escape(memory.name[:-1])}*"):
+                file.unlink(missing_ok=True)
         os._exit(0)  # an engine's threads would keep the process alive
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -251,7 +252,8 @@ def test_the_server_ends_with_one_line_when_it_refuses(damage, flags, message, t
         [vllm, "serve", str(model), *flags], env=env, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 1
-    last = done.stderr.rstrip().splitlines()[-1]
+    # Older vLLM puts the name of the process before every line.
+    last = re.sub(r"^\(APIServer pid=\d+\) ", "", done.stderr.rstrip().splitlines()[-1])
     assert last.startswith("vllm-bailing: ") and message in last
     assert "Traceback" not in done.stdout + done.stderr
 

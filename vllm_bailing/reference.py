@@ -354,6 +354,7 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: DynamicCache | None = None,
         **kwargs: Any,
     ) -> BailingMoeV2Output:
         """Run the main layers.
@@ -367,12 +368,14 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
                 them behind the final norm.
             output_router_logits: Also return the routing of every MoE layer.
             logits_to_keep: Compute logits of the last so many positions only; 0 for all.
+            cache: What `generate` of transformers 5.24 and later calls `past_key_values`.
 
         Returns:
             Logits [B, T, vocab] and, as asked for, cache, hidden states and routing.
         """
         hidden_states = self.model.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         tokens = hidden_states.shape[1]
+        past_key_values = cache if cache is not None else past_key_values
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
