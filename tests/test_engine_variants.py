@@ -1,5 +1,6 @@
 """Configurations without recorded vectors, through the engine, against the plain PyTorch reference in fp32."""
 
+import importlib.util
 import json
 import tempfile
 
@@ -120,6 +121,20 @@ def _watch_router(model, dtype):
 
         mlp.experts.router.select_experts = select_experts
 
+    def watch_older_vllm():
+        """There the kernel for CPUs chooses the experts itself, layer after layer."""
+        kernel = importlib.import_module("vllm.model_executor.layers.fused_moe.cpu_fused_moe")
+        select = kernel.select_experts
+
+        def select_experts(*args, **kwargs):
+            weights, ids = select(*args, **kwargs)
+            seen.setdefault("weights", weights), seen.setdefault("ids", ids)
+            return weights, ids
+
+        kernel.select_experts = select_experts
+
+    if importlib.util.find_spec("vllm.model_executor.layers.fused_moe.cpu_fused_moe"):
+        watch_older_vllm()
     llm.apply_model(watch)
     ask(llm, [PROMPT], max_tokens=1, logprobs=False)
     return {name: tensor.clone() for name, tensor in seen.items()}

@@ -200,6 +200,11 @@ class BailingMoeV2Gate(GateLinear):
         self.weight.weight_loader = self._load_weight
         self.expert_bias = nn.Parameter(torch.zeros(config.num_experts, dtype=torch.float32), requires_grad=False)
 
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Logits [N, E] fp32 of hidden states [N, H], in the form of a vLLM linear layer."""
+        # GateLinear casts to its weight's dtype, but on CPUs vLLM packs the weight and may leave an empty one in bf16.
+        return super().forward(x.float() if current_platform.is_cpu() else x)
+
     def _keep_fp32(self) -> None:
         self.weight.data = self.weight.data.float()
         # Both take bf16 weights only; without them GateLinear multiplies in the weight's dtype.
