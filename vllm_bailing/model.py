@@ -202,8 +202,10 @@ class BailingMoeV2Gate(GateLinear):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Logits [N, E] fp32 of hidden states [N, H], in the form of a vLLM linear layer."""
+        if not current_platform.is_cpu():
+            return super().forward(x)
         # GateLinear casts to its weight's dtype, but on CPUs vLLM packs the weight and may leave an empty one in bf16.
-        return super().forward(x.float() if current_platform.is_cpu() else x)
+        return super(GateLinear, self).forward(x.float())
 
     def _keep_fp32(self) -> None:
         self.weight.data = self.weight.data.float()
