@@ -62,6 +62,13 @@ def test_advice_names_the_fastest_that_won_every_round():
     assert "without speculation" in told[8]
 
 
+def test_only_jobs_that_speculate_get_the_draft_vocabulary():
+    job = Job("model", {"additional_config": {"other": 1}}, [1], ["Hi"], 8)
+    jobs = bench.mtp_jobs(job, [0, 2], draft_vocab="ids.json")
+    assert jobs["0"].engine == job.engine == {"additional_config": {"other": 1}}
+    assert jobs["2"].engine["additional_config"] == {"other": 1, "bailing_draft_vocab": "ids.json"}
+
+
 def test_rounds_take_turns_and_show_how_far_they_are(monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(bench, "run_job", lambda job: ran.append(job.model) or {1: measured(1, 1.0)})

@@ -182,7 +182,11 @@ def alternate(jobs: dict[str, Job], rounds: int) -> dict[str, list[dict[int, Mea
 
 
 def mtp_jobs(
-    job: Job, draft_tokens: list[int], acceptance: float | None = None, draft: dict[str, Any] | None = None
+    job: Job,
+    draft_tokens: list[int],
+    acceptance: float | None = None,
+    draft: dict[str, Any] | None = None,
+    draft_vocab: str | None = None,
 ) -> dict[str, Job]:
     """`job` with each number of draft tokens; 0 does not speculate.
 
@@ -190,6 +194,7 @@ def mtp_jobs(
         acceptance: Chance of a draft token to be accepted after those before it; vLLM then draws instead of comparing,
             and answers mean nothing.
         draft: Further keys of the speculative configuration, such as `model`.
+        draft_vocab: File of `vllm-bailing draft-vocab`, for the jobs that speculate.
     """
     jobs = {}
     for count in draft_tokens:
@@ -198,6 +203,8 @@ def mtp_jobs(
             speculation["rejection_sample_method"] = "synthetic"
             speculation["synthetic_acceptance_rates"] = [acceptance ** (i + 1) for i in range(count)]
         engine = {**job.engine, "speculative_config": speculation} if count else job.engine
+        if count and draft_vocab is not None:
+            engine["additional_config"] = {**engine.get("additional_config", {}), "bailing_draft_vocab": draft_vocab}
         jobs[str(count)] = Job(
             job.model, engine, job.batch_sizes, job.prompts, job.max_tokens, job.ignore_eos or acceptance is not None
         )

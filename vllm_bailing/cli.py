@@ -164,11 +164,11 @@ def bench_mtp(
             raise ValueError("an object is wanted")
     except ValueError as error:
         raise typer.BadParameter(f"--engine {engine!r} is no JSON object: {error}") from None
-    if draft_vocab is not None:
-        options.setdefault("additional_config", {})["bailing_draft_vocab"] = str(draft_vocab.resolve())
     lines = prompts.read_text(encoding="utf-8").splitlines() if prompts else bench.DEFAULT_PROMPTS
     job = bench.Job(model, options, _numbers(batch_size), [line for line in lines if line.strip()], max_tokens)
-    jobs = bench.mtp_jobs(job, counts, acceptance, {"model": draft_model} if draft_model else None)
+    draft = {"model": draft_model} if draft_model else None
+    vocabulary = str(draft_vocab.resolve()) if draft_vocab else None
+    jobs = bench.mtp_jobs(job, counts, acceptance, draft, vocabulary)
 
     try:
         results = bench.alternate(jobs, rounds)
