@@ -241,7 +241,7 @@ MIXED = {  # name -> (prompt, sampling parameters)
 
 
 def cuts_ids_at_a_stop_string():
-    """Older vLLM cuts only the text there and returns the ids of every draft token accepted behind it, of any method."""
+    """Older vLLM cuts only the text there and returns the ids of all drafts accepted behind it, of any method."""
     return Version(version("vllm")) >= Version("0.32")
 
 
