@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # From a fresh clone to a first chat: installs what is needed, starts `vllm serve`, asks it something, shows the answer.
 #
-#   scripts/demo.sh [MODEL] [--keep] [--port N] [any further flag of vllm serve]
+#   scripts/demo.sh [MODEL] [--keep] [--adapter] [--port N] [any further flag of vllm serve]
 #
 #   MODEL       a folder with a checkpoint, or a name such as inclusionAI/Ling-mini-2.0 (default: the shipped demo model)
 #   --keep      leave the server running
+#   --adapter   serve a LoRA adapter of the demo model too, and ask both
 #   --port N    port of the server (default: 8000)
 #
 #   VENV=dir, VLLM_VERSION=0.27.1, PYTHON=path are handed to scripts/setup.sh.

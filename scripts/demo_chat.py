@@ -20,11 +20,15 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from vllm_bailing.cli import DEMO
+from vllm_bailing.cli import DEMO, DEMO_ADAPTER
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 HOST = "127.0.0.1"
-DEMO_NAME = "vllm-bailing-demo"
+DEMO_NAME, ADAPTER_NAME = "vllm-bailing-demo", "sailor"
 DEMO_QUESTIONS = ("Who are you?", "How do I serve a model?", "What is the capital of France?")
 QUESTIONS = ("Who are you? Please answer in one or two sentences.",)
 DEMO_START_LIMIT_S = 600  # any other model may have to be downloaded first, so it has no limit
@@ -41,6 +45,7 @@ class Options:
     model: str = ""
     port: int = 8000
     keep: bool = False
+    adapter: bool = False
     flags: list[str] = field(default_factory=list)
 
     @property
@@ -55,6 +60,8 @@ def parse(arguments: list[str]) -> Options:
     for argument in rest:
         if argument == "--keep":
             options.keep = True
+        elif argument == "--adapter":
+            options.adapter = True
         elif argument == "--port" or argument.startswith("--port="):
             value = argument.partition("=")[2] or next(rest, "")
             if not (value.isdecimal() and 0 < int(value) < 65536):
@@ -64,6 +71,8 @@ def parse(arguments: list[str]) -> Options:
             options.model = argument
         else:
             options.flags.append(argument)
+    if options.adapter and not options.is_demo:
+        raise Failure("--adapter is the demo model's; for another one give vLLM's --enable-lora and --lora-modules")
     return options
 
 
@@ -110,6 +119,8 @@ def server_command(options: Options) -> list[str]:
     if options.is_demo:
         # A model this small answers at once either way; compiling it would only make the start longer.
         command += ["--served-model-name", DEMO_NAME, "--enforce-eager"]
+    if options.adapter:
+        command += ["--enable-lora", "--lora-modules", f"{ADAPTER_NAME}={DEMO_ADAPTER}"]
     return command + options.flags
 
 
@@ -228,29 +239,35 @@ def chat(options: Options) -> str:
         model = client.models.list().data[0].id
         for question in DEMO_QUESTIONS if options.is_demo else QUESTIONS:
             say(f"\nYou:    {question}")
-            print("Model:  ", end="", flush=True)
-            start, pieces = time.monotonic(), 0
-            stream = client.chat.completions.create(
-                model=model,
-                messages=[{"role": "user", "content": question}],
-                max_tokens=256,
-                temperature=0,
-                stream=True,
-            )
-            answer = ""
-            for chunk in stream:
-                piece = chunk.choices[0].delta.content if chunk.choices else None
-                if piece:
-                    answer += piece
-                    pieces += 1
-                    print(piece.replace("\n", "\n        "), end="", flush=True)
-            say(f"\n        ({pieces} pieces in {time.monotonic() - start:.1f} s)")
-            if not answer.strip():
-                raise Failure("the server answered with empty text")
+            ask(client, model, question, "Model:")
+            if options.adapter:
+                ask(client, ADAPTER_NAME, question, "Sailor:")
     except OpenAIError as error:
         print()
         raise Failure(f"the chat failed: {error}") from None
     return model
+
+
+def ask(client: OpenAI, model: str, question: str, speaker: str) -> None:
+    """Print the answer of `model` as it comes."""
+    print(f"{speaker:<8}", end="", flush=True)
+    start, pieces, answer = time.monotonic(), 0, ""
+    stream = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=256,
+        temperature=0,
+        stream=True,
+    )
+    for chunk in stream:
+        piece = chunk.choices[0].delta.content if chunk.choices else None
+        if piece:
+            answer += piece
+            pieces += 1
+            print(piece.replace("\n", "\n        "), end="", flush=True)
+    say(f"\n        ({pieces} pieces in {time.monotonic() - start:.1f} s)")
+    if not answer.strip():
+        raise Failure("the server answered with empty text")
 
 
 def show_how_to_go_on(options: Options, model: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -259,7 +276,8 @@ def show_how_to_go_on(options: Options, model: str, process: subprocess.Popen[by
     if options.keep:
         say(f"\nThe server goes on as process {process.pid}, its log is {log}. Stop it with: kill {process.pid}")
     else:
-        again = shlex.join([*([options.model] if options.model else []), "--port", str(options.port), *options.flags])
+        first = [options.model] if options.model else ["--adapter"] if options.adapter else []
+        again = shlex.join([*first, "--port", str(options.port), *options.flags])
         say(f"\nTo leave the server running, call: scripts/demo.sh {again} --keep")
     say(
         f"Then go on at {url}, for example:\n\n"

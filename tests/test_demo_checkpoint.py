@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from vllm_bailing import cli
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,6 +160,53 @@ def test_template_renders_as_ling(case):
         **row.get("kwargs", {}),
     )
     assert text == row["text"]
+
+
+def test_the_template_for_ring_is_lings_with_thinking_on():
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    printed = CliRunner().invoke(cli.app, ["chat-template", "ring"])
+    ring = Path(printed.stdout.strip()).read_text(encoding="utf-8")
+    for row in RENDERINGS:
+        kwargs = row.get("kwargs", {})
+
+        def render(template: str | None, row: Any = row, **kwargs: Any) -> str:
+            return tokenizer.apply_chat_template(
+                row["messages"],
+                tools=row["tools"],
+                add_generation_prompt=row["add_generation_prompt"],
+                chat_template=template,
+                tokenize=False,
+                **kwargs,
+            )
+
+        if kwargs:
+            assert render(ring, **kwargs) == row["text"]
+        else:
+            assert render(ring) == render(None, enable_thinking=True) != row["text"]
+
+
+def test_an_unknown_chat_template_is_refused_with_the_known_ones():
+    result = CliRunner().invoke(cli.app, ["chat-template", "ling"])
+    assert result.exit_code == 1 and "no chat template 'ling'; there is ring" in str(result.exception or result.output)
+
+
+def test_the_adapter_changes_the_kinds_it_was_trained_for_and_no_other():
+    import train_adapter  # pyright: ignore[reportMissingImports]
+
+    model, tokenizer = train_demo.load_checkpoint(DEMO)
+    folder = cli.DEMO_ADAPTER
+    scale = train_adapter.ALPHA / train_adapter.RANK
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        parts = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    with torch.no_grad():
+        for name in [name for name in parts if "lora_A" in name]:
+            module = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+            module.weight += scale * parts[name.replace("lora_A", "lora_B")] @ parts[name]
+    chats = [chat for kind in demo_corpus.KINDS for chat in [c for c in HELDOUT if c.kind == kind][:PER_KIND]]
+    scores = train_demo.evaluate(model, tokenizer, [train_adapter.as_sailor(chat) for chat in chats])
+    assert set(scores) == set(demo_corpus.KINDS)
+    for kind, score in scores.items():
+        assert score.exact >= 0.9 * score.prompts, kind
 
 
 @pytest.mark.parametrize(

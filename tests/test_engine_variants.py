@@ -6,8 +6,8 @@ import tempfile
 
 import pytest
 import torch
-from checkpoints import PROMPT, make_checkpoint, plain_answer, quantize_linears, read_tensors, write_tensors
-from engine import TWO_RANKS, TWO_SPAWNED_RANKS, EngineError, ask, generate, make_llm, run
+from checkpoints import PROMPT, make_checkpoint, no_expert, plain_answer, quantize, read_tensors, write_tensors
+from engine import TWO_RANKS, TWO_SPAWNED_RANKS, ask, generate, make_llm, run
 from test_engine_reference import TOLERANCE
 
 VARIANTS = {
@@ -235,7 +235,8 @@ def _cache_scales(model):
 
 @pytest.mark.engine
 def test_scales_of_the_kv_cache_reach_every_attention_layer(tmp_path):
-    model = quantize_linears(make_checkpoint(tmp_path))
+    model = make_checkpoint(tmp_path)
+    quantize(model, "w8a8", no_expert)
     tensors = read_tensors(model)
     for layer in range(3):
         prefix = f"model.layers.{layer}.attention"
@@ -294,9 +295,3 @@ def test_speculation_and_load_balancing_find_their_hooks(tmp_path):
         "moe_layers": 2,
         "experts": (16, 16, 4),
     }
-
-
-@pytest.mark.engine
-def test_lora_is_refused_where_vllm_has_no_kernel_for_it(tmp_path):
-    with pytest.raises(EngineError, match="SettingsError: LoRA: vLLM's CPU build has no expert kernel"):
-        run(make_llm, make_checkpoint(tmp_path), enable_lora=True)

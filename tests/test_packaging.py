@@ -21,7 +21,12 @@ import vllm_bailing
 
 ROOT = Path(__file__).parents[1]
 VERSION = vllm_bailing.__version__
-DATA = {str(path.relative_to(ROOT)) for path in (ROOT / "vllm_bailing" / "demo").rglob("*") if path.is_file()}
+DATA = {
+    str(path.relative_to(ROOT))
+    for folder in ("demo", "demo-adapter", "templates")
+    for path in (ROOT / "vllm_bailing" / folder).rglob("*")
+    if path.is_file()
+}
 
 
 def build(source: Path, folder: Path, kind: str) -> Path:

@@ -284,7 +284,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     new = json.loads(done.stdout.strip().splitlines()[-1])
     own = {name for name in new if name.startswith("vllm_bailing")}
     assert own == {"vllm_bailing"} | {
-        f"vllm_bailing.{name}" for name in "compat config refusals settings weights".split()
+        f"vllm_bailing.{name}" for name in "compat config dequantize lora refusals settings weights".split()
     }
     registry = {"registry", "interfaces", "interfaces_base"}  # which `from vllm import ModelRegistry` needs
     settings = {"config"}  # checks of settings by architecture

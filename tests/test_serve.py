@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,9 +21,10 @@ import pytest
 import torch
 from engine import ENGINE_ENV, make_llm, run
 from openai import OpenAI
+from test_lora import make_adapter
 from transformers import AutoTokenizer
 
-from vllm_bailing.cli import DEMO
+from vllm_bailing.cli import DEMO, DEMO_ADAPTER
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 
 pytestmark = pytest.mark.engine
@@ -105,20 +107,16 @@ def test_a_batch_of_64_prompts_gets_the_plain_models_answers(plain):
     assert run(_answers, prompts) == greedy(plain, prompts)
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids=["plain", "mtp"])
-def server(tmp_path_factory, request):
-    """`vllm serve` on the demo checkpoint, in fp32, without any trust flag, with so many draft tokens."""
+@contextmanager
+def serving(log, *flags, **env):
+    """`vllm serve` on the demo checkpoint, in fp32, without any trust flag."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(DEMO), "--served-model-name", "demo"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--max-logprobs", "-1"]
-    if request.param:
-        speculation = {"method": "mtp", "num_speculative_tokens": request.param}
-        command += ["--speculative-config", json.dumps(speculation)]
-    env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    command += ["--port", str(port), "--max-logprobs", "-1", *flags]
+    env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **env}
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=env, start_new_session=True)
     try:
@@ -131,8 +129,7 @@ def server(tmp_path_factory, request):
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.5)
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120)
-        url = f"http://127.0.0.1:{port}"
-        yield SimpleNamespace(client=client, log=log, url=url, draft_tokens=request.param)
+        yield SimpleNamespace(client=client, log=log, url=f"http://127.0.0.1:{port}")
     finally:
         os.killpg(process.pid, signal.SIGINT)
         try:
@@ -141,11 +138,22 @@ def server(tmp_path_factory, request):
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.fixture(scope="module", params=[0, 2], ids=["plain", "mtp"])
+def server(tmp_path_factory, request):
+    """A server with so many draft tokens."""
+    speculation = {"method": "mtp", "num_speculative_tokens": request.param}
+    flags = ["--speculative-config", json.dumps(speculation)] if request.param else []
+    with serving(tmp_path_factory.mktemp("server") / "log", *flags) as found:
+        found.draft_tokens = request.param
+        yield found
+
+
 def test_the_log_says_once_per_process_whose_class_serves(server):
     lines = [line for line in server.log.read_text().splitlines() if "vllm-bailing 0." in line]
     assert lines and all("replaces vLLM" in line and "BailingMoeV2ForCausalLM" in line for line in lines)
     processes = {line.split(")")[0] for line in lines}
     assert len(lines) == len(processes)
+    assert re.search(r"This rank's \S+ GiB of weights took \S+ s \(\S+ GB/s\)", server.log.read_text())
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -268,3 +276,41 @@ def test_the_cards_yarn_snippet_on_the_command_line_extends_the_window(spelling)
     window = json.loads((DEMO / "config.json").read_text())["max_position_embeddings"]
     scaling = {spelling: "yarn", "factor": 4.0, "original_max_position_embeddings": window}
     assert run(_served_window, scaling) == 4 * window
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------
+
+
+def say(server, model, question):
+    return (
+        server.client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=MAX_TOKENS
+        )
+        .choices[0]
+        .message.content
+    )
+
+
+def test_adapters_are_served_from_the_start_and_loaded_later(tmp_path):
+    """The demo's own adapter changes what the model says; one that vLLM would drop in part is no more than an error."""
+    experts = make_adapter(tmp_path / "experts", DEMO, ("up_proj",), keep=lambda module: ".mlp.experts." in module)
+    question = "What is the capital of France?"
+    flags = ("--enable-lora", "--max-loras", "2", "--lora-modules", f"sailor={DEMO_ADAPTER}")
+    with serving(tmp_path / "log", *flags, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as server:
+        plain, sailor = (say(server, model, question) for model in ("demo", "sailor"))
+        assert sailor == f"{plain} Aye, captain!"
+
+        def load(name, folder):
+            body = json.dumps({"lora_name": name, "lora_path": str(folder)}).encode()
+            headers = {"Content-Type": "application/json"}
+            return urllib.request.urlopen(
+                urllib.request.Request(f"{server.url}/v1/load_lora_adapter", body, headers), timeout=60
+            )
+
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            load("experts", experts)
+        message = refusal.value.read().decode()
+        assert "48 module(s) that would be ignored" in message, message  # from another process, so vLLM answers 500
+        load("again", DEMO_ADAPTER)
+        assert say(server, "again", question) == sailor
+        assert say(server, "demo", question) == plain

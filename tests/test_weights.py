@@ -201,11 +201,11 @@ def test_a_draft_takes_its_own_layer_and_passes_over_the_targets(tmp_path):
     config = config_of(num_nextn_predict_layers=1)
     everything = {**main_tensors(config), **mtp_tensors(config), "model.layers.1.attention.k_scale": (1,)}
     tensors = {name: torch.empty(shape, device="meta") for name, shape in everything.items()}
-    audit = Audit(config, mtp_tensors(config), elsewhere=main_tensors(config))
+    audit = Audit(config, mtp_tensors(config), elsewhere=main_tensors(config), is_draft=True)
     assert {name for name, _ in audit.passed(tensors.items())} == set(mtp_tensors(config))
     audit.finish()
     tensors["model.layers.3.extra.weight"] = torch.empty(1)
-    audit = Audit(config, mtp_tensors(config), elsewhere=main_tensors(config))
+    audit = Audit(config, mtp_tensors(config), elsewhere=main_tensors(config), is_draft=True)
     list(audit.passed(tensors.items()))
     with pytest.raises(CheckpointError, match=r"1 unexpected \(model.layers.3.extra.weight\)"):
         audit.finish()

@@ -17,6 +17,8 @@ import typer
 from vllm_bailing import __version__
 
 DEMO = Path(__file__).parent / "demo"
+DEMO_ADAPTER = Path(__file__).parent / "demo-adapter"
+TEMPLATES = Path(__file__).parent / "templates"
 PACKAGES = ("vllm", "torch", "transformers")
 
 app = typer.Typer(
@@ -46,11 +48,29 @@ def _options(
 
 
 @app.command()
-def demo_path() -> None:
+def demo_path(
+    adapter: Annotated[bool, typer.Option("--adapter", help="The folder of the demo's LoRA adapter instead.")] = False,
+) -> None:
     """Print the folder of the demo checkpoint, for example for `vllm serve $(vllm-bailing demo-path)`."""
-    if not (DEMO / "config.json").is_file():
-        raise SystemExit(f"vllm-bailing: no demo checkpoint in {DEMO}; reinstall vllm-bailing")
-    typer.echo(DEMO)
+    folder, file = (DEMO_ADAPTER, "adapter_config.json") if adapter else (DEMO, "config.json")
+    if not (folder / file).is_file():
+        raise SystemExit(f"vllm-bailing: no demo checkpoint in {folder}; reinstall vllm-bailing")
+    typer.echo(folder)
+
+
+@app.command()
+def chat_template(name: Annotated[str, typer.Argument(help="Such as ring.")]) -> None:
+    """Print the path of a chat template of this package.
+
+    For example: vllm serve inclusionAI/Ring-flash-2.0 --chat-template $(vllm-bailing chat-template ring)
+
+    ring: for Ring 2.0 checkpoints that came with the base models' template, which knows neither tools nor thinking.
+    """
+    file = TEMPLATES / f"{name}.jinja"
+    if not file.is_file():
+        known = ", ".join(sorted(found.stem for found in TEMPLATES.glob("*.jinja")))
+        raise SystemExit(f"vllm-bailing: no chat template {name!r}; there is {known}")
+    typer.echo(file)
 
 
 @app.command()

@@ -11,6 +11,9 @@ architecture:
 - `sys.excepthook` in the `vllm` command: wrapped, see `refusals`;
 - `vllm.v1.sample.rejection_sampler.expand_batch_to_tokens` in CPU engines that speculate for this model: see
   `sample_drafts_right_on_cpu`;
+- `bgmv_shrink` and its two siblings in `vllm.lora.ops.torch_ops.lora_ops` and `vllm.lora.punica_wrapper.punica_cpu`, in
+  CPU engines that serve this model with adapters: see `adapt_only_their_requests_on_cpu`;
+- the manager of adapters of this model: see `lora.WholeAdapters`;
 - the quantisation method of this model's own expert layers on CPU: see `repack_experts_on_reload`.
 """
 
@@ -291,6 +294,60 @@ def repack_experts_on_reload(routed_experts: Any) -> None:
         process(layer)
 
     method.process_weights_after_loading = process_weights_after_loading
+
+
+@contextlib.contextmanager
+def experts_without_lora_on_cpu() -> Iterator[None]:
+    """Let experts be built as if no adapters were wanted, which on CPU they cannot have; other layers keep theirs.
+
+    Differs:  with LoRA enabled vLLM picks its Triton experts for every layer, adapted or not, and CPUs have no Triton.
+    Upstream: `select_unquantized_moe_backend`, in 0.27 to 0.33.
+    Remove:   when vLLM's CPU experts take adapters, or are chosen where experts are no LoRA target.
+    """
+    from vllm.config import get_current_vllm_config
+    from vllm.platforms import current_platform
+
+    vllm_config = get_current_vllm_config()
+    lora_config = vllm_config.lora_config
+    if lora_config is None or not current_platform.is_cpu():
+        yield
+        return
+    vllm_config.lora_config = None
+    try:
+        yield
+    finally:
+        vllm_config.lora_config = lora_config
+
+
+def adapt_only_their_requests_on_cpu() -> None:
+    """Keep adapters away from requests without one that share a batch with them.
+
+    Differs:  such rows have index -1, with which vLLM's CPU operations pick the last adapter.
+    Upstream: pull request 48421, in 0.33.
+    Remove:   when the oldest supported version has it; tests/test_lora.py mixes the two in a batch.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
+        operation = getattr(lora_ops, name)
+        if getattr(operation, "masks_base_rows", False):
+            continue
+        masked = _masking_base_rows(operation)
+        for module in (lora_ops, punica_cpu):
+            setattr(module, name, masked)
+
+
+def _masking_base_rows(operation: Any) -> Any:
+    def masked(inputs: Any, weights: Any, output: Any, indices: Any, *rest: Any, **options: Any) -> None:
+        operation(inputs.masked_fill((indices < 0).unsqueeze(1), 0), weights, output, indices, *rest, **options)
+
+    masked.masks_base_rows = True  # pyright: ignore[reportFunctionMemberAccess]
+    return masked
 
 
 def sample_drafts_right_on_cpu() -> None:

@@ -42,6 +42,7 @@ _SWITCHES = (
     "norm_topk_prob",
     "norm_head",
     "moe_router_enable_expert_bias",
+    "dequantize",
 )
 _NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "initializer_range")  # finite, above zero
 _ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_dim")
@@ -105,6 +106,9 @@ class BailingMoeV2Config(PretrainedConfig):
     - `max_position_embeddings` (tokens): with YaRN at least `factor * original_max_position_embeddings`, which is
       what the model card's recipe means although it leaves the window at 32768.
 
+    With `dequantize` (a key of this class, not of the official one) `quantization_config` becomes
+    `stored_quantization_config`, so that nobody takes the model for a quantised one; see `dequantize.py`.
+
     Raises:
         ValueError: If a value has the wrong type or range, or two keys contradict each other. The message is one
             line that names the keys and their values.
@@ -163,8 +167,11 @@ class BailingMoeV2Config(PretrainedConfig):
         pad_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
         architectures: list[str] | None = None,
+        dequantize: bool = False,
         **kwargs: Any,
     ) -> None:
+        self.stored_quantization_config: dict[str, Any] | None = kwargs.pop("stored_quantization_config", None)
+        self.dequantize = dequantize
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -222,10 +229,12 @@ class BailingMoeV2Config(PretrainedConfig):
             rope_parameters, rope_scaling, rope_theta, partial_rotary_factor, rotary_dim, self.max_position_embeddings
         )
 
-    # ---- rope -------------------------------------------------------------------------------------------------
-
     def __setattr__(self, key: str, value: Any) -> None:
         """Assign `key`; a rope key assigned after construction settles the other rope keys anew."""
+        if key == "dequantize" and value:
+            self.stored_quantization_config = self.__dict__.pop("quantization_config", self.stored_quantization_config)
+        elif key == "quantization_config" and self.dequantize:
+            key = "stored_quantization_config"
         if key not in _ROPE_KEYS or "rope_parameters" not in self.__dict__:
             super().__setattr__(key, value)
             return
@@ -246,6 +255,8 @@ class BailingMoeV2Config(PretrainedConfig):
         factor = value if key == "partial_rotary_factor" else None
         width = value if key == "rotary_dim" else (None if factor is not None else self.rotary_dim)
         self._set_rope(current, None, theta, factor, width, window)
+
+    # ---- rope -------------------------------------------------------------------------------------------------
 
     def standardize_rope_params(self) -> None:
         """Nothing to do: construction and assignment keep the rope keys settled. transformers and vLLM call this."""

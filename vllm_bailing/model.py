@@ -9,6 +9,7 @@ Source: inclusionAI/Ling-V2, `modeling_bailing_moe_v2.py`; the interfaces are th
 """
 
 # No postponed annotations in this file: vLLM's compile decorator reads them as types.
+import time
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -52,10 +53,18 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from vllm_bailing.compat import repack_experts_on_reload, rope_parameters, sample_drafts_right_on_cpu
+from vllm_bailing.compat import (
+    adapt_only_their_requests_on_cpu,
+    experts_without_lora_on_cpu,
+    repack_experts_on_reload,
+    rope_parameters,
+    sample_drafts_right_on_cpu,
+)
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.settings import FP32_ROUTER, keeps_fp32_router
-from vllm_bailing.weights import HEAD, Audit, CheckpointError, main_tensors
+from vllm_bailing.dequantize import as_plain
+from vllm_bailing.lora import WholeAdapters
+from vllm_bailing.settings import FP32_ROUTER, keeps_fp32_router, naming_the_way_out
+from vllm_bailing.weights import EMBEDDING, HEAD, Audit, CheckpointError, layer_of, main_tensors
 
 # A child of vLLM's logger, whose level and format its users have set up.
 logger = init_logger("vllm.plugins.bailing.model")
@@ -253,29 +262,30 @@ class BailingMoeV2MoE(nn.Module):
             if config.num_shared_experts
             else None
         )
-        self.experts: MoERunner = FusedMoEFactory(
-            num_experts=config.num_experts,
-            top_k=config.num_experts_per_tok,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.moe_intermediate_size,
-            # The official code normalises only where there is more than one weight.
-            renormalize=config.num_experts_per_tok > 1,
-            use_grouped_topk=True,
-            num_expert_group=config.n_group,
-            topk_group=config.topk_group,
-            quant_config=quant_config,
-            prefix=f"{prefix}.experts",
-            scoring_func="sigmoid",
-            routed_scaling_factor=config.routed_scaling_factor,
-            e_score_correction_bias=self.gate.expert_bias,
-            enable_eplb=parallel_config.enable_eplb,
-            num_redundant_experts=self.num_redundant_experts,
-            is_sequence_parallel=self.is_sequence_parallel,
-            router_logits_dtype=torch.float32,
-            # The runner evaluates the gate: next to the shared experts, and past what torch.compile would freeze.
-            gate=self.gate,
-            shared_experts=self.shared_experts,
-        )
+        with experts_without_lora_on_cpu():
+            self.experts: MoERunner = FusedMoEFactory(
+                num_experts=config.num_experts,
+                top_k=config.num_experts_per_tok,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.moe_intermediate_size,
+                # The official code normalises only where there is more than one weight.
+                renormalize=config.num_experts_per_tok > 1,
+                use_grouped_topk=True,
+                num_expert_group=config.n_group,
+                topk_group=config.topk_group,
+                quant_config=quant_config,
+                prefix=f"{prefix}.experts",
+                scoring_func="sigmoid",
+                routed_scaling_factor=config.routed_scaling_factor,
+                e_score_correction_bias=self.gate.expert_bias,
+                enable_eplb=parallel_config.enable_eplb,
+                num_redundant_experts=self.num_redundant_experts,
+                is_sequence_parallel=self.is_sequence_parallel,
+                router_logits_dtype=torch.float32,
+                # The runner evaluates the gate: next to the shared experts, and past what torch.compile would freeze.
+                gate=self.gate,
+                shared_experts=self.shared_experts,
+            )
         repack_experts_on_reload(self.experts.routed_experts)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -425,6 +435,7 @@ class BailingMoeV2MixtureOfExperts(MixtureOfExperts):
 
 
 class BailingMoeV2ForCausalLM(
+    WholeAdapters,
     nn.Module,
     SupportsPP,
     SupportsLoRA,
@@ -453,7 +464,10 @@ class BailingMoeV2ForCausalLM(
         self.quant_config = vllm_config.quant_config
         if vllm_config.speculative_config is not None:
             sample_drafts_right_on_cpu()
-        self.model = BailingMoeV2Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        if vllm_config.lora_config is not None:
+            adapt_only_their_requests_on_cpu()
+        with naming_the_way_out(vllm_config):
+            self.model = BailingMoeV2Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
                 config.vocab_size,
@@ -468,6 +482,10 @@ class BailingMoeV2ForCausalLM(
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self.collect_moe_layers(self.model.layers, config)
+        # An adapter trained on a checkpoint with MTP layers may change them too; drafts need no adapter to be right.
+        skipped = [f"model.layers.{layer}." for layer in config.mtp_layer_ids]
+        self.lora_skip_prefixes = skipped  # pyright: ignore[reportAttributeAccessIssue]
+        self._skips = self._audit()
         # Dummy weights are filled by trainers that send the real ones in portions, so none of them is complete.
         self._expect_complete = vllm_config.load_config.load_format != "dummy"
 
@@ -491,18 +509,41 @@ class BailingMoeV2ForCausalLM(
 
         The first call has to bring everything; later ones (a trainer updating the model) may bring a part.
         """
-        audit = Audit(
-            self.config,
-            main_tensors(self.config),
-            quantized=self.quant_config is not None,
-            folder=self.vllm_config.model_config.model,
-            may_lack_experts=self.vllm_config.parallel_config.enable_expert_parallel,
-        )
+        audit = self._audit()
+        start = time.perf_counter()
         loader = AutoWeightsLoader(self)
+        weights = as_plain(audit.needed(weights), self.config, self.vllm_config.model_config.dtype)
         loaded = loader.load_weights(self._with_head(audit.passed(weights)), mapper=self.hf_to_vllm_mapper)
         audit.finish(complete=self._expect_complete)
         self._expect_complete = False
+        seconds, size = time.perf_counter() - start, sum(parameter.nbytes for parameter in self.parameters())
+        logger.info(
+            "This rank's %.2f GiB of weights took %.1f s (%.2f GB/s)", size / 2**30, seconds, size / seconds / 1e9
+        )
         return loaded
+
+    def is_unused_checkpoint_weight(self, name: str) -> bool:
+        """Files with nothing but such tensors are not even read, by vLLM 0.32 and newer."""
+        return self._skips.skip_rule(name) is not None
+
+    def _is_of_this_rank(self, name: str) -> bool:
+        layer = layer_of(name)
+        if layer is not None:
+            return self.model.start_layer <= layer < self.model.end_layer
+        module = self.model.embed_tokens if name == EMBEDDING else self.lm_head  # the final norm is where the head is
+        return not isinstance(module, PPMissingLayer)
+
+    def _audit(self) -> Audit:
+        tensors = main_tensors(self.config)
+        here = {name: shape for name, shape in tensors.items() if self._is_of_this_rank(name)}
+        return Audit(
+            self.config,
+            here,
+            quantized=self.quant_config is not None,
+            folder=self.vllm_config.model_config.model,
+            may_lack_experts=self.vllm_config.parallel_config.enable_expert_parallel,
+            elsewhere=tensors.keys() - here.keys(),
+        )
 
     def _with_head(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
         for name, tensor in weights:

@@ -33,6 +33,7 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.dequantize import as_plain
 from vllm_bailing.model import (
     BailingMoeV2DecoderLayer,
     BailingMoeV2ForCausalLM,
@@ -40,7 +41,7 @@ from vllm_bailing.model import (
     BailingMoeV2Model,
     normalized_head,
 )
-from vllm_bailing.settings import draft_vocabulary
+from vllm_bailing.settings import draft_vocabulary, naming_the_way_out
 from vllm_bailing.weights import (
     EMBEDDING,
     HEAD,
@@ -204,7 +205,8 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
         config: BailingMoeV2Config = vllm_config.model_config.hf_config
         self.config, self.vllm_config = config, vllm_config
         self.quant_config = vllm_config.quant_config
-        self.model = BailingMoeV2MTPStack(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        with naming_the_way_out(vllm_config):
+            self.model = BailingMoeV2MTPStack(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: nn.Module = PPMissingLayer()  # vLLM puts the target's here
         self.logits_processor = LogitsProcessor(config.vocab_size)
         draft_ids = draft_vocabulary(vllm_config)
@@ -265,8 +267,10 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
             quantized=self.quant_config is not None,
             folder=self.vllm_config.model_config.model,
             may_lack_experts=self.vllm_config.parallel_config.enable_expert_parallel,
-            elsewhere=main_tensors(self.config),
+            elsewhere=main_tensors(self.config).keys() - self.expected.keys(),
+            is_draft=True,
         )
+        weights = as_plain(audit.needed(weights), self.config, self.vllm_config.model_config.dtype)
         loaded = AutoWeightsLoader(self).load_weights(audit.passed(weights), mapper=self.hf_to_vllm_mapper)
         audit.finish(complete=self._expect_complete)
         if self.draft_head is not None and self._expect_complete:

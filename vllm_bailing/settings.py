@@ -5,13 +5,18 @@ Everything here leaves settings that name no BailingMoeV2 model exactly as they 
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import copy
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vllm_bailing.config import BailingMoeV2Config, is_bailing_moe_v2
+from vllm_bailing.dequantize import Dequantizer
+from vllm_bailing.lora import choose_targets
 from vllm_bailing.weights import NAME_ANOTHER_DRAFT, Audit, Checkpoint, CheckpointError, main_tensors, mtp_tensors
 
 MTP_ARCHITECTURE = "BailingMoeV2MTPModel"
@@ -43,12 +48,9 @@ def install() -> None:
     class BailingMoeV2Settings(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
-            if vllm_config.lora_config is not None and current_platform.is_cpu():
-                raise SettingsError(
-                    "LoRA: vLLM's CPU build has no expert kernel that allows it; use a GPU, or merge the adapter into "
-                    "the checkpoint and leave --enable-lora out"
-                )
             speculation = vllm_config.speculative_config
+            if vllm_config.lora_config is not None:
+                choose_targets(vllm_config.lora_config, current_platform.is_cpu(), has_mtp_draft(speculation))
             stages = vllm_config.parallel_config.pipeline_parallel_size
             if current_platform.is_cpu() and stages > 1 and speculation is not None and speculation.use_eagle():
                 raise SettingsError(
@@ -57,6 +59,7 @@ def install() -> None:
                     "--tensor-parallel-size, or leave --speculative-config out"
                 )
             keeps_fp32_router(vllm_config)
+            check_quantization(vllm_config)
             if draft_vocabulary(vllm_config):
                 _check_draft_head(vllm_config)
             check_files(vllm_config)
@@ -107,6 +110,8 @@ def hf_config_override(hf_config: Any, *args: Any, **kwargs: Any) -> Any:
     draft = copy.deepcopy(target.hf_config) if shares_checkpoint else hf_config
     if not shares_checkpoint:
         _fit(draft, target.hf_config, speculation.model)
+        if target.hf_config.dequantize and getattr(draft, "quantization_config", None):
+            draft.update({"dequantize": True})
     if not draft.num_nextn_predict_layers:
         raise CheckpointError(_no_mtp_layer(draft, speculation, shares_checkpoint))
     draft.update(
@@ -144,6 +149,71 @@ def _no_mtp_layer(draft: BailingMoeV2Config, speculation: Any, shares_checkpoint
             f"layer(s), number {', '.join(map(str, found))}; {how} '{{\"num_nextn_predict_layers\": {len(found)}}}'"
         )
     return f"{model} has no MTP layer (num_nextn_predict_layers=0), as usual for the chat models; {NAME_ANOTHER_DRAFT}"
+
+
+DEQUANTIZE = (
+    """--hf-overrides '{"dequantize": true}' turns it into plain weights while it loads, at the price of their memory"""
+)
+
+
+def check_quantization(vllm_config: Any) -> None:
+    """Refuse schemes that this machine has no kernel for; say what `dequantize` costs where it is asked for.
+
+    Raises:
+        SettingsError: Naming the scheme and what to do.
+        CheckpointError: If `dequantize` does not know the scheme.
+    """
+    from vllm.logger import init_logger
+    from vllm.platforms import current_platform
+
+    model_config, speculation = vllm_config.model_config, vllm_config.speculative_config
+    config, checkpoint = model_config.hf_config, Checkpoint.of(model_config)
+    stored = config.stored_quantization_config
+    draft = speculation.draft_model_config.hf_config if has_mtp_draft(speculation) else config
+    if config.dequantize and stored is None and draft.stored_quantization_config is None:
+        raise SettingsError(
+            "dequantize=true, but config.json has no quantization_config: nothing to dequantise; leave it out"
+        )
+    if stored is not None:
+        Dequantizer(stored, model_config.dtype)
+        elements = sum(math.prod(shape) for shape in main_tensors(config).values())
+        init_logger("vllm.plugins.bailing").warning(
+            "dequantize: the checkpoint's %s weights become %s while they load: %.1f GiB over all ranks instead of "
+            "%.1f, a slower load, and no quantised kernels",
+            stored.get("quant_method"),
+            str(model_config.dtype).removeprefix("torch."),
+            elements * model_config.dtype.itemsize / 2**30,
+            checkpoint.size / 2**30,
+        )
+    elif model_config.quantization is not None and current_platform.is_cpu() and not _has_amx():
+        if getattr(config, "quantization_config", None) is None:
+            raise SettingsError(
+                f"--quantization {model_config.quantization}: vLLM's CPU build quantises no experts on a processor "
+                "without AMX; leave it out"
+            )
+        if checkpoint.has_quantized_experts or model_config.quantization == "fp8":
+            raise SettingsError(
+                f"vLLM's CPU build has no kernel for {model_config.quantization} experts on a processor without AMX; "
+                f"{DEQUANTIZE}"
+            )
+
+
+def _has_amx() -> bool:
+    import torch
+
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
+@contextlib.contextmanager
+def naming_the_way_out(vllm_config: Any) -> Iterator[None]:
+    """Add what to do to vLLM's errors about layers of a quantised model, which come while they are built."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        if vllm_config.quant_config is None:
+            raise
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"{vllm_config.model_config.quantization}: {reason}. {DEQUANTIZE}") from error
 
 
 def _additional(vllm_config: Any, key: str) -> Any:
@@ -224,7 +294,9 @@ def check_files(vllm_config: Any) -> None:
 def _check(model_config: Any, expected: dict[str, Any], elsewhere: Any, experts_apart: bool) -> None:
     checkpoint = Checkpoint.of(model_config)
     if checkpoint.tensors or checkpoint.damage:
-        quantized = model_config.quantization is not None
+        quantized = (
+            model_config.quantization is not None or model_config.hf_config.stored_quantization_config is not None
+        )
         audit = Audit(
             model_config.hf_config,
             expected,
@@ -232,5 +304,6 @@ def _check(model_config: Any, expected: dict[str, Any], elsewhere: Any, experts_
             folder=model_config.model,
             may_lack_experts=experts_apart,
             elsewhere=elsewhere,
+            is_draft=bool(elsewhere),
         )
         audit.check(checkpoint)

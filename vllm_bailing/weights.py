@@ -23,7 +23,9 @@ if TYPE_CHECKING:  # registering must not import it
 Shape = tuple[int, ...]
 # Buffers that some exporters write; they are computed from the configuration.
 _COMPUTED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
-_KV_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale")
+KV_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale")
+# Fixed scales of activations, and what else belongs to a quantised layer's inputs and outputs.
+ACTIVATION_LEAVES = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 _SCALES = ("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "scales")
 _INDEX = "model.safetensors.index.json"
 _SHOWN = 4
@@ -117,6 +119,16 @@ class Checkpoint:
     def has_scales(self, module: str) -> bool:
         """Whether `module` is a linear layer that is stored quantised."""
         return any(f"{module}.{leaf}" in self.tensors for leaf in _SCALES)
+
+    @property
+    def has_quantized_experts(self) -> bool:
+        """Whether any expert is stored quantised."""
+        return any(".mlp.experts." in name and name.rpartition(".")[2] in _SCALES for name in self.tensors)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in {stored.file for stored in self.tensors.values()})
 
     def layers_behind(self, config: BailingMoeV2Config) -> list[int]:
         """Numbers of the layers behind the main ones, which can only be MTP layers."""
@@ -220,7 +232,8 @@ class Audit:
             other names and in packed shapes, which vLLM's quantisation method checks.
         folder: Where the checkpoint's files lie, for a better message; may be None or not exist.
         may_lack_experts: Whether another rank may hold whole experts (expert parallelism).
-        elsewhere: Names that another model loads (the target, if this is the draft).
+        elsewhere: Names that another rank loads, or another model.
+        is_draft: Whether this is the draft; then the target accounts for its own layers.
     """
 
     def __init__(
@@ -231,8 +244,9 @@ class Audit:
         folder: str | None = None,
         may_lack_experts: bool = False,
         elsewhere: Collection[str] = (),
+        is_draft: bool = False,
     ) -> None:
-        self.elsewhere = elsewhere
+        self.elsewhere, self.is_draft = elsewhere, is_draft
         self.config, self.expected, self.quantized = config, expected, quantized
         self.folder, self.may_lack_experts = folder, may_lack_experts
         self.seen: set[str] = set()
@@ -244,15 +258,24 @@ class Audit:
         """Why `name` is not loaded although nothing is wrong with it, or None."""
         if name in self.expected:
             return None
-        if name in self.elsewhere or (self.elsewhere and (layer_of(name) or 0) < self.config.num_hidden_layers):
+        if name in self.elsewhere or f"{name.rpartition('.')[0]}.weight" in self.elsewhere:
+            return "another rank's or the target's"
+        if self.is_draft and (layer_of(name) or 0) < self.config.num_hidden_layers:
             return "the target's"
-        if layer_of(name) in self.config.mtp_layer_ids and not self.elsewhere:
+        if layer_of(name) in self.config.mtp_layer_ids and not self.is_draft:
             return "MTP layers are the draft model's"
         if name.endswith(_COMPUTED_SUFFIXES):
             return "rotary tables are computed"
         if name.startswith("lm_head.") and self.config.tie_word_embeddings:
             return "the head is the embedding"
         return None
+
+    def needed(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of `weights` that no rule skips, before anything is computed from them."""
+        for name, tensor in weights:
+            # Nearly all are expected, and there are many.
+            if name in self.expected or self.skip_rule(name) is None:
+                yield name, tensor
 
     def passed(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors of `weights` that are to be loaded."""
@@ -266,7 +289,10 @@ class Audit:
                 if cause := damaged_files(self.folder):
                     raise CheckpointError(f"the checkpoint cannot be read: {cause}") from error
                 raise
-            if self.skip_rule(name) is None and self._accepts(name, tuple(tensor.shape), tensor.is_floating_point()):
+            if tensor.shape == self.expected.get(name):
+                self.seen.add(name)
+                yield name, tensor
+            elif self.skip_rule(name) is None and self._accepts(name, tuple(tensor.shape), tensor.is_floating_point()):
                 yield name, tensor
 
     def check(self, checkpoint: Checkpoint) -> None:
@@ -292,7 +318,7 @@ class Audit:
             self.misshapen.append(f"{name} is {list(shape)}, config.json asks for {list(wanted)}")
             return False
         module, _, leaf = name.rpartition(".")
-        if self.quantized and leaf in _KV_SCALES and module.endswith((".attention", ".attention.attn")):
+        if self.quantized and leaf in KV_SCALES and module.endswith((".attention", ".attention.attn")):
             return True
         if self.quantized and f"{module}.weight" in self.expected:
             if leaf in ("qweight", "weight_packed"):
@@ -341,7 +367,7 @@ class Audit:
     def _cause(self, missing: list[str]) -> str:
         if damage := damaged_files(self.folder):
             return f"Likely cause: {damage}"
-        if self.elsewhere and len(missing) == len(self.expected):
+        if self.is_draft and len(missing) == len(self.expected):
             return (
                 f"Likely cause: {self.folder} has no MTP layer, though num_nextn_predict_layers="
                 f"{self.config.num_nextn_predict_layers}; {NAME_ANOTHER_DRAFT}"

@@ -1,0 +1,200 @@
+"""Adapters, as PEFT and LLaMA-Factory write them, against checkpoints that they were merged into."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from checkpoints import PROMPT, make_checkpoint, plain_answer, read_tensors, write_tensors
+from engine import TWO_RANKS, EngineError, make_llm, run
+from safetensors.torch import save_file
+from test_engine_reference import TOLERANCE
+from test_speculation import counters, mtp
+
+pytestmark = pytest.mark.engine
+
+ATTENTION = ("query_key_value", "dense")
+MLP = ("gate_proj", "up_proj", "down_proj")
+EXPERTS_NAME = ".mlp.experts."
+
+
+def make_adapter(folder, model, targets, rank=4, alpha=8, seed=0, keep=lambda module: EXPERTS_NAME not in module):
+    """Write an adapter of all modules whose name ends in one of `targets`, as far as `keep` wants them."""
+    folder.mkdir(parents=True)
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, weight in read_tensors(model).items():
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] in targets and weight.dim() == 2 and keep(module):
+            prefix = f"base_model.model.{module}"
+            tensors[f"{prefix}.lora_A.weight"] = 0.3 * torch.randn(rank, weight.shape[1], generator=draw)
+            tensors[f"{prefix}.lora_B.weight"] = 0.3 * torch.randn(weight.shape[0], rank, generator=draw)
+    assert tensors
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(targets),
+        "modules_to_save": None,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def merged(model, adapter, out):
+    """A copy of `model` in fp32 with the adapter's products added to its weights."""
+    shutil.copytree(model, out)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    changes, tensors = read_tensors(adapter), {name: tensor.float() for name, tensor in read_tensors(model).items()}
+    for name in list(changes):
+        if name.endswith("lora_A.weight"):
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            product = changes[name.replace("lora_A", "lora_B")] @ changes[name]
+            tensors[f"{module}.weight"] += config["lora_alpha"] / config["r"] * product
+    write_tensors(out, tensors)
+    (out / "config.json").write_text(
+        json.dumps({**json.loads((model / "config.json").read_text()), "torch_dtype": "float32"})
+    )
+    return out
+
+
+def adapted(model, batch, max_tokens=16, logprobs=True, **options):
+    """For each (prompt, adapter folder or None) the logprobs and the ids, as from `engine.ask`; and the counters."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    folders = sorted({str(adapter) for _, adapter in batch if adapter})
+    defaults = {"enable_lora": True, "max_loras": max(len(folders), 1), "disable_log_stats": False}
+    llm = make_llm(model, **{**defaults, **options})
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=0,
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=-1 if logprobs else None,
+    )
+    requests = [
+        LoRARequest(f"adapter-{folders.index(str(adapter))}", folders.index(str(adapter)) + 1, str(adapter))
+        if adapter
+        else None
+        for _, adapter in batch
+    ]
+    prompts = [{"prompt_token_ids": prompt} for prompt, _ in batch]
+    rows = []
+    for output in llm.generate(prompts, params, use_tqdm=False, lora_request=requests):
+        table = None
+        if logprobs:
+            table = torch.tensor([[row[i].logprob for i in range(len(row))] for row in output.prompt_logprobs[1:]])
+        rows.append((table, list(output.outputs[0].token_ids)))
+    return rows, counters(llm)
+
+
+KINDS = {
+    "query_key_value": (("query_key_value",), lambda module: True),
+    "dense": (("dense",), lambda module: True),
+    "dense_mlp": (MLP, lambda module: ".layers.0." in module),
+    "shared_experts": (MLP, lambda module: ".shared_experts." in module),
+    "all_linear": ((*ATTENTION, *MLP), lambda module: EXPERTS_NAME not in module),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_changes_the_model_as_if_it_were_merged(kind, tmp_path):
+    model = make_checkpoint(tmp_path / "model", use_qkv_bias=True)
+    targets, keep = KINDS[kind]
+    adapter = make_adapter(tmp_path / "adapter", model, targets, keep=keep)
+    wanted, wanted_ids = plain_answer(merged(model, adapter, tmp_path / "merged"), PROMPT)
+    base, base_ids = plain_answer(model, PROMPT)
+    ((logprobs, ids), (base_logprobs, found_ids)), _ = run(adapted, model, [(PROMPT, adapter), (PROMPT, None)])
+    assert (logprobs - wanted).abs().max() <= TOLERANCE and ids == wanted_ids
+    assert (base_logprobs - base).abs().max() <= TOLERANCE and found_ids == base_ids
+    assert (wanted - base).abs().max() > 1000 * TOLERANCE  # the adapter does something
+
+
+def test_an_adapter_on_two_ranks(tmp_path):
+    model = make_checkpoint(tmp_path / "model")
+    adapter = make_adapter(tmp_path / "adapter", model, (*ATTENTION, *MLP))
+    wanted, wanted_ids = plain_answer(merged(model, adapter, tmp_path / "merged"), PROMPT)
+    ((logprobs, ids),), _ = run(adapted, model, [(PROMPT, adapter)], env=TWO_RANKS, tensor_parallel_size=2)
+    assert (logprobs - wanted).abs().max() <= TOLERANCE and ids == wanted_ids
+
+
+def test_eight_adapters_of_different_ranks_in_one_batch(tmp_path):
+    model = make_checkpoint(tmp_path / "model")
+    adapters = [
+        make_adapter(tmp_path / f"adapter-{i}", model, (*ATTENTION, *MLP), rank=(2, 4, 8, 16)[i % 4], seed=i)
+        for i in range(8)
+    ]
+    batch = [(PROMPT[i : i + 12 + i], adapters[i % 8]) for i in range(32)]
+    rows, _ = run(adapted, model, batch, logprobs=False, max_num_seqs=32)
+    for i, adapter in enumerate(adapters):
+        folder = merged(model, adapter, tmp_path / f"merged-{i}")
+        for (prompt, _), (_, ids) in list(zip(batch, rows, strict=True))[i::8]:
+            assert ids == plain_answer(folder, prompt)[1]
+    assert len({tuple(ids) for _, ids in rows}) > 24
+
+
+def test_an_adapter_on_a_target_that_speculates(tmp_path):
+    """The draft has no adapter; what it proposes is checked with it."""
+    model = make_checkpoint(tmp_path / "model", num_nextn_predict_layers=1)
+    # LLaMA-Factory adapts the MTP layer too, since the official class runs it.
+    adapter = make_adapter(tmp_path / "adapter", model, ATTENTION)
+    assert any(".layers.3." in name for name in read_tensors(adapter))
+    folder = merged(model, adapter, tmp_path / "merged")
+    prompts = [PROMPT[i : i + 12] for i in range(8)]
+    rows, counted = run(
+        adapted, model, [(prompt, adapter) for prompt in prompts], logprobs=False, speculative_config=mtp(2)
+    )
+    assert [ids for _, ids in rows] == [plain_answer(folder, prompt)[1] for prompt in prompts]
+    assert counted["drafts"] > 0
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "fragments"),
+    [
+        (MLP, {}, ("96 module(s) that would be ignored", "mlp.experts.0.down_proj", "merge the adapter")),
+        (
+            ATTENTION,
+            {"lora_target_modules": ["dense"]},
+            ("3 module(s)", "query_key_value", "--lora-target-modules dense query_key_value"),
+        ),
+        (("gate",), {}, ("2 module(s)", "layers.1.mlp.gate", "if the model has them")),
+        (("lm_head",), {}, ("1 module(s)", "down_proj lm_head")),
+    ],
+    ids=["experts", "not_prepared", "router", "head"],
+)
+def test_an_adapter_that_would_be_dropped_in_part_is_refused_by_name(targets, options, fragments, tmp_path):
+    model = make_checkpoint(tmp_path / "model")
+    adapter = make_adapter(tmp_path / "adapter", model, targets, keep=lambda module: "shared" not in module)
+    with pytest.raises(EngineError) as refusal:
+        run(adapted, model, [(PROMPT, adapter)], **options)
+    for fragment in fragments:
+        assert fragment in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    ("targets", "fragment"),
+    [
+        (["dense", "experts"], "--lora-target-modules experts: vLLM's CPU build has no expert kernel"),
+        (["dense", "lm_head"], "--lora-target-modules lm_head: the draft model"),
+    ],
+)
+def test_targets_that_cannot_be_adapted_are_refused_at_the_start(targets, fragment, tmp_path):
+    model = make_checkpoint(tmp_path, num_nextn_predict_layers=1)
+    with pytest.raises(EngineError) as refusal:
+        run(make_llm, model, enable_lora=True, lora_target_modules=targets, speculative_config=mtp(1))
+    assert fragment in refusal.value.message
+
+
+def test_an_adapter_of_the_head_on_demand(tmp_path):
+    model = make_checkpoint(tmp_path / "model")
+    adapter = make_adapter(tmp_path / "adapter", model, ("lm_head", "dense"))
+    _, wanted_ids = plain_answer(merged(model, adapter, tmp_path / "merged"), PROMPT)
+    ((_, ids),), _ = run(adapted, model, [(PROMPT, adapter)], logprobs=False, lora_target_modules=["dense", "lm_head"])
+    assert ids == wanted_ids

@@ -1,0 +1,207 @@
+"""Quantised checkpoints turned into plain ones while they load, for platforms that have no kernel for a scheme.
+
+The arithmetic is that of the compressed-tensors library, which vLLM depends on; GPTQ alone is laid out here, since the
+library does not read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.weights import ACTIVATION_LEAVES, KV_SCALES, CheckpointError
+
+if TYPE_CHECKING:  # registering must not import it
+    import torch
+
+Tensors = dict[str, "torch.Tensor"]  # parts of one module by the last component of their names
+_PARTS = ("weight", "weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "weight_zero_point")
+_PARTS += ("weight_g_idx", "qweight", "qzeros", "scales", "g_idx")
+
+
+def as_plain(
+    tensors: Iterable[tuple[str, torch.Tensor]], config: BailingMoeV2Config, dtype: torch.dtype
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """`tensors` as they are, or as `config.dequantize` asks."""
+    stored = config.stored_quantization_config
+    return tensors if stored is None else Dequantizer(stored, dtype).plain(tensors)
+
+
+class Dequantizer:
+    """Yields a checkpoint's tensors with every quantised linear layer as one plain weight.
+
+    Args:
+        quantization: `quantization_config` of the checkpoint's config.json.
+        dtype: Of the weights that were quantised; others pass as they are.
+    Raises:
+        CheckpointError: If the scheme is not known.
+    """
+
+    def __init__(self, quantization: dict[str, Any], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        method = quantization.get("quant_method")
+        makers: dict[Any, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
+            "compressed-tensors": _compressed_tensors,
+            "fp8": _fp8,
+            "gptq": _gptq,
+            "awq": _awq,
+        }
+        if method not in makers:
+            raise CheckpointError(
+                f"dequantize=true cannot turn quant_method={method!r} of config.json into plain weights, only "
+                f"{', '.join(makers)}; leave it out, or use a checkpoint of another scheme"
+            )
+        # What a module's weight is made of, and how.
+        self.parts_of, self.weight_of = makers[method](quantization)
+
+    def plain(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield `tensors` with plain weights; holds parts of a module until all of them have come.
+
+        Scales of activations and of the KV cache are left out: nothing is left to apply them.
+
+        Raises:
+            CheckpointError: If parts of a module never come, or do not fit each other.
+        """
+        waiting: dict[str, Tensors] = {}
+        for name, tensor in tensors:
+            module, _, leaf = name.rpartition(".")
+            if leaf in ACTIVATION_LEAVES or leaf in KV_SCALES:
+                continue
+            if leaf not in _PARTS or (leaf == "weight" and tensor.is_floating_point() and tensor.itemsize > 1):
+                yield name, tensor
+                continue
+            parts = waiting.setdefault(module, {})
+            parts[leaf] = tensor
+            if all(part in parts for part in self.parts_of(module)):
+                yield f"{module}.weight", self._weight(module, waiting.pop(module))
+        for module, parts in waiting.items():
+            absent = [part for part in self.parts_of(module) if part not in parts]
+            raise CheckpointError(
+                f"{module} of the quantised checkpoint has {', '.join(sorted(parts))} but no {', '.join(absent)}; "
+                "fetch or export it again"
+            )
+
+    def _weight(self, module: str, parts: Tensors) -> torch.Tensor:
+        try:
+            return self.weight_of(module, parts).to(self.dtype).contiguous()
+        except (RuntimeError, ValueError, IndexError) as error:
+            shapes = ", ".join(f"{leaf} {list(part.shape)}" for leaf, part in parts.items())
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"the parts of {module} do not fit each other or the quantization_config: {shapes} ({reason}); fetch "
+                "or export the checkpoint again"
+            ) from error
+
+
+def _compressed_tensors(quantization: dict[str, Any]) -> tuple[Any, Any]:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_name
+    from torch import nn
+
+    try:
+        config = QuantizationConfig.model_validate(
+            {key: value for key, value in quantization.items() if key != "quant_method"}
+        )
+    except ValueError as error:
+        raise CheckpointError(f"quantization_config of config.json is not understood: {error}") from None
+    schemes: list[Any] = list(config.config_groups.values())
+    compressors = [BaseCompressor.get_value_from_registry(infer_module_format(nn.Linear, one).value) for one in schemes]
+
+    def find(module: str) -> tuple[Any, Any]:
+        for scheme, compressor in zip(schemes, compressors, strict=True):
+            if "Linear" in scheme.targets or any(match_name(module, target) for target in scheme.targets):
+                return scheme, compressor
+        raise CheckpointError(f"{module} is quantised, but no group of quantization_config in config.json targets it")
+
+    def parts_of(module: str) -> tuple[str, ...]:
+        scheme, compressor = find(module)
+        return compressor.compression_param_names(scheme)
+
+    def weight_of(module: str, parts: Tensors) -> torch.Tensor:
+        import torch
+
+        scheme, compressor = find(module)
+        # In fp32, as a scale may be stored in fewer bits; shapes, indices and packed zeros are integers.
+        scale = parts["weight_scale"].to(torch.float32)
+        if scheme.weights.block_structure:  # the library takes one block per row for a scale per channel
+            return _of_blocks(parts["weight"], scale, scheme.weights.block_structure)
+        return compressor.decompress({**parts, "weight_scale": scale}, scheme)["weight"]
+
+    return parts_of, weight_of
+
+
+def _of_blocks(weight: torch.Tensor, scale: torch.Tensor, block: Iterable[int]) -> torch.Tensor:
+    """`weight` [out, in] times `scale` [ceil(out / block[0]), ceil(in / block[1])], in fp32."""
+    import torch
+    from compressed_tensors.entrypoints.convert.converters import FP8BlockDequantizer
+
+    height, width = block
+    wanted = (-(-weight.shape[0] // height), -(-weight.shape[1] // width))
+    if tuple(scale.shape) != wanted:
+        raise ValueError(f"blocks of {height} x {width} need {list(wanted)} scales")
+    converter = FP8BlockDequantizer(targets=["re:.*"], weight_block_size=(height, width), dtype=torch.float32)
+    return converter.process({"module.weight": weight, "module.weight_scale_inv": scale})["module.weight"]
+
+
+def _fp8(quantization: dict[str, Any]) -> tuple[Any, Any]:
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    block = quantization.get("weight_block_size")
+    parts = ("weight", "weight_scale_inv" if block else "weight_scale")
+
+    def weight_of(module: str, found: Tensors) -> torch.Tensor:
+        import torch
+
+        if block:
+            return _of_blocks(found["weight"], found["weight_scale_inv"], block)
+        return dequantize(found["weight"], found["weight_scale"].to(torch.float32))
+
+    return lambda module: parts, weight_of
+
+
+def _awq(quantization: dict[str, Any]) -> tuple[Any, Any]:
+    from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
+
+    try:
+        converter = AutoAWQConverter.from_autoawq_config({**quantization, "modules_to_not_convert": None})
+    except ValueError as error:
+        raise CheckpointError(f"quantization_config of config.json: {error}") from None
+    config = {"quant_method": "compressed-tensors", **converter.create_config().model_dump(mode="json")}
+    _, weight_of_packed = _compressed_tensors(config)
+    parts = ("qweight", "qzeros", "scales") if converter.zero_point else ("qweight", "scales")
+
+    def weight_of(module: str, found: Tensors) -> torch.Tensor:
+        named = {f"{module}.{leaf}": tensor for leaf, tensor in found.items()}
+        packed = converter.process(named)
+        return weight_of_packed(module, {name.rpartition(".")[2]: tensor for name, tensor in packed.items()})
+
+    return lambda module: parts, weight_of
+
+
+def _gptq(quantization: dict[str, Any]) -> tuple[Any, Any]:
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    bits = quantization.get("bits", 4)
+    # The first format stores every zero point less one.
+    shift = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
+
+    def weight_of(module: str, found: Tensors) -> torch.Tensor:
+        import torch
+
+        scales = found["scales"].float()  # [groups, out]
+        groups, width = scales.shape
+        inputs = found["g_idx"].numel()
+        weight = unpack_from_int32(found["qweight"], bits, torch.Size((inputs, width)), packed_dim=0)
+        zeros = unpack_from_int32(found["qzeros"], bits, torch.Size((groups, width)))
+        index = found["g_idx"].long()
+        if int(index.min()) < 0 or int(index.max()) >= groups:
+            raise ValueError(f"g_idx points outside the {groups} groups")
+        # As floats: a zero point of 2^bits leaves the range of the stored integers.
+        centred = weight.float() - (zeros.float() + shift)[index]
+        return dequantize(centred.T, scales.T, g_idx=index)
+
+    return lambda module: ("qweight", "qzeros", "scales", "g_idx"), weight_of
