@@ -198,3 +198,46 @@ def test_an_adapter_of_the_head_on_demand(tmp_path):
     _, wanted_ids = plain_answer(merged(model, adapter, tmp_path / "merged"), PROMPT)
     ((_, ids),), _ = run(adapted, model, [(PROMPT, adapter)], logprobs=False, lora_target_modules=["dense", "lm_head"])
     assert ids == wanted_ids
+
+
+def _landed(model, adapter):
+    """Factors of the first MoE layer's experts as vLLM's adapter manager placed them: by name, for each projection.
+
+    The CPU build has no kernel for them, so it is told that it had; nothing is computed with them.
+    """
+    from vllm.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA
+    from vllm.lora.request import LoRARequest
+    from vllm.model_executor.layers.fused_moe import modular_kernel
+
+    from vllm_bailing import lora, settings
+
+    settings.choose_targets = lambda config, on_cpu, has_draft: lora.choose_targets(config, False, has_draft)
+    modular_kernel.FusedMoEKernel.supports_lora = lambda self: True
+    FusedMoEWithLoRA.set_mapping = BaseLayerWithLoRA.set_mapping
+    llm = make_llm(model, enable_lora=True)
+    llm.llm_engine.add_lora(LoRARequest("experts", 1, str(adapter)))
+    found = {}
+
+    def look(worker):
+        manager = worker.model_runner.lora_manager._adapter_manager
+        experts = manager.modules["model.layers.1.mlp.experts"]
+        for name in ("w13_lora_a_stacked", "w13_lora_b_stacked", "w2_lora_a_stacked", "w2_lora_b_stacked"):
+            found[name] = [stacked[0].clone() for stacked in getattr(experts, name)]
+
+    llm.collective_rpc(look)
+    return found
+
+
+def test_factors_of_the_experts_land_where_they_belong(tmp_path):
+    model = make_checkpoint(tmp_path / "model")
+    adapter = make_adapter(tmp_path / "adapter", model, MLP, keep=lambda module: EXPERTS_NAME in module)
+    stored = read_tensors(adapter)
+    found = run(_landed, model, adapter, env={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
+    for expert in range(16):
+        prefix = f"base_model.model.model.layers.1.mlp.experts.{expert}"
+        for place, name in ((("w13", 0), "gate_proj"), (("w13", 1), "up_proj"), (("w2", 0), "down_proj")):
+            a, b = (stored[f"{prefix}.{name}.lora_{letter}.weight"] for letter in "AB")
+            found_a, found_b = (found[f"{place[0]}_lora_{letter}_stacked"][place[1]][expert] for letter in "ab")
+            rank = len(a)  # the rest of the slot stays zero
+            assert torch.equal(found_a[:rank], a) and not found_a[rank:].any()
+            assert torch.equal(found_b[:, :rank], 2 * b) and not found_b[:, rank:].any()  # alpha / rank
