@@ -15,6 +15,7 @@ from pathlib import Path
 
 import check_versions
 import pytest
+from filelock import FileLock
 from packaging.requirements import Requirement
 
 import vllm_bailing
@@ -31,7 +32,8 @@ DATA = {
 
 def build(source: Path, folder: Path, kind: str) -> Path:
     command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(folder), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with FileLock(ROOT / "build.lock"):  # builds write into the source tree, and two test processes may build at once
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = folder.iterdir()
     return built
