@@ -14,7 +14,9 @@ import pickle
 import sys
 import tempfile
 import traceback
+import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,47 @@ def _fork_ranks() -> None:
     multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 
+def run_ranks(job: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> list[Any]:
+    """`job(rank, ranks, init, *args)` of each rank, computed side by side; `init` is a file for `loaded_rank`."""
+    identity = uuid.uuid4().hex  # of the ranks' shared memory; vLLM's executors set it
+    with ThreadPoolExecutor() as pool:
+        jobs = [
+            pool.submit(run, job, rank, ranks, folder / identity, *args, env={"VLLM_DIST_IDENT": identity})
+            for rank in range(ranks)
+        ]
+        found = [one.result() for one in jobs]
+    for memory in Path("/dev/shm").glob(f"*{identity}*"):
+        memory.unlink(missing_ok=True)
+    return found
+
+
+def loaded_rank(rank: int, ranks: int, init: Path, options: dict[str, Any], watch: Callable = lambda weights: weights):
+    """(model, names that it loaded) of one rank as the loader leaves it, without an engine.
+
+    Args:
+        options: Of `vllm.EngineArgs`, with the way that the ranks are used.
+        watch: Passes the checkpoint's tensors on.
+    """
+    import vllm_bailing
+
+    vllm_bailing.register()
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    defaults = {"dtype": "bfloat16", "enforce_eager": True, "skip_tokenizer_init": True}
+    config = EngineArgs(**{**defaults, **options}).create_engine_config()
+    parallel = config.parallel_config
+    with set_current_vllm_config(config):
+        init_distributed_environment(ranks, rank, f"file://{init}", rank, "gloo")
+        initialize_model_parallel(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+        model = initialize_model(vllm_config=config, model_config=config.model_config)
+        weights = DefaultModelLoader(config.load_config).get_all_weights(config.model_config, model)
+        return model, model.load_weights(watch(weights))
+
+
 _engines: list[Any] = []  # keeps engines: one that is dropped waits some seconds for its ranks to end
 
 
@@ -142,8 +185,10 @@ def generate(
     return ask(make_llm(model, **options), prompts, max_tokens, logprobs)
 
 
-def ask(llm: Any, prompts: list[list[int]], max_tokens: int = 16, logprobs: bool = True) -> list:
-    """As `generate`, on an engine that is already there."""
+def ask(
+    llm: Any, prompts: list[list[int]], max_tokens: int = 16, logprobs: bool = True, adapters: list | None = None
+) -> list:
+    """As `generate`, on an engine that is already there; `adapters` has a LoRARequest or None for each prompt."""
     from vllm import SamplingParams
 
     params = SamplingParams(
@@ -154,7 +199,8 @@ def ask(llm: Any, prompts: list[list[int]], max_tokens: int = 16, logprobs: bool
         prompt_logprobs=-1 if logprobs else None,
     )
     answers = []
-    for output in llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False):
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    for output in llm.generate(requests, params, use_tqdm=False, lora_request=adapters):
         table = None
         if logprobs:
             rows = [[row[token].logprob for token in range(len(row))] for row in output.prompt_logprobs[1:]]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import uuid
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint, quantize, read_tensors, write_tensors
-from engine import run
+from engine import loaded_rank, run_ranks
 from packaging.version import Version
 
 SIZES = {
@@ -23,54 +20,22 @@ SIZES = {
 }
 
 
-def _read_by_rank(model, rank, ranks, init, overrides):
+def _read_by_rank(rank, ranks, init, model, overrides):
     """Bytes of the tensors that this rank took from the files, and names of the parameters it loaded."""
-    import vllm_bailing
+    taken = []
 
-    vllm_bailing.register()
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-    from vllm.model_executor.model_loader.utils import initialize_model
+    def counted(weights):
+        for name, tensor in weights:
+            taken.append(tensor.nbytes)
+            yield name, tensor
 
-    arguments = EngineArgs(
-        str(model),
-        dtype="bfloat16",
-        enforce_eager=True,
-        pipeline_parallel_size=ranks,
-        skip_tokenizer_init=True,
-        hf_overrides=overrides,
-    )
-    config = arguments.create_engine_config()
-    with set_current_vllm_config(config):
-        init_distributed_environment(ranks, rank, f"file://{init}", rank, "gloo")
-        initialize_model_parallel(1, ranks)
-        module = initialize_model(vllm_config=config, model_config=config.model_config)
-        taken = []
-
-        def counted(weights):
-            for name, tensor in weights:
-                taken.append(tensor.nbytes)
-                yield name, tensor
-
-        loader = DefaultModelLoader(config.load_config)
-        names = module.load_weights(counted(loader.get_all_weights(config.model_config, module)))
+    options = {"model": str(model), "pipeline_parallel_size": ranks, "hf_overrides": overrides}
+    _, names = loaded_rank(rank, ranks, init, options, counted)
     return sum(taken), sorted(names)
 
 
 def read_by_ranks(model, ranks, **overrides):
-    identity = {"VLLM_DIST_IDENT": uuid.uuid4().hex}
-    with ThreadPoolExecutor() as pool:
-        init = Path(model).parent / f"init-{ranks}-{len(overrides)}"
-        jobs = [
-            pool.submit(run, _read_by_rank, model, rank, ranks, init, overrides, env=identity, timeout=200)
-            for rank in range(ranks)
-        ]
-        found = [job.result() for job in jobs]
-    for file in Path("/dev/shm").glob(f"*{identity['VLLM_DIST_IDENT']}*"):
-        file.unlink(missing_ok=True)
-    return found
+    return run_ranks(_read_by_rank, ranks, model.parent, model, overrides)
 
 
 @pytest.mark.engine

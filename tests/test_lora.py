@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from checkpoints import PROMPT, make_checkpoint, plain_answer, read_tensors, write_tensors
-from engine import TWO_RANKS, EngineError, make_llm, run
+from engine import TWO_RANKS, EngineError, ask, make_llm, run
 from safetensors.torch import save_file
 from test_engine_reference import TOLERANCE
 from test_speculation import counters, mtp
@@ -65,34 +65,15 @@ def merged(model, adapter, out):
 
 
 def adapted(model, batch, max_tokens=16, logprobs=True, **options):
-    """For each (prompt, adapter folder or None) the logprobs and the ids, as from `engine.ask`; and the counters."""
-    from vllm import SamplingParams
+    """`engine.ask` for each (prompt, adapter folder or None), and the counters."""
     from vllm.lora.request import LoRARequest
 
     folders = sorted({str(adapter) for _, adapter in batch if adapter})
     defaults = {"enable_lora": True, "max_loras": max(len(folders), 1), "disable_log_stats": False}
     llm = make_llm(model, **{**defaults, **options})
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=0,
-        ignore_eos=True,
-        detokenize=False,
-        prompt_logprobs=-1 if logprobs else None,
-    )
-    requests = [
-        LoRARequest(f"adapter-{folders.index(str(adapter))}", folders.index(str(adapter)) + 1, str(adapter))
-        if adapter
-        else None
-        for _, adapter in batch
-    ]
-    prompts = [{"prompt_token_ids": prompt} for prompt, _ in batch]
-    rows = []
-    for output in llm.generate(prompts, params, use_tqdm=False, lora_request=requests):
-        table = None
-        if logprobs:
-            table = torch.tensor([[row[i].logprob for i in range(len(row))] for row in output.prompt_logprobs[1:]])
-        rows.append((table, list(output.outputs[0].token_ids)))
-    return rows, counters(llm)
+    known = {folder: LoRARequest(f"adapter-{i}", i + 1, folder) for i, folder in enumerate(folders)}
+    adapters = [known[str(adapter)] if adapter else None for _, adapter in batch]
+    return ask(llm, [prompt for prompt, _ in batch], max_tokens, logprobs, adapters), counters(llm)
 
 
 KINDS = {

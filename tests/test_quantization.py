@@ -9,8 +9,6 @@ import json
 import shutil
 import subprocess
 import sys
-import uuid
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +24,7 @@ from checkpoints import (
     read_tensors,
     write_tensors,
 )
-from engine import EngineError, generate, make_llm, run
+from engine import EngineError, generate, loaded_rank, make_llm, run, run_ranks
 from test_engine_reference import TOLERANCE
 from test_speculation import answers, mtp
 
@@ -259,22 +257,14 @@ def test_a_scheme_without_a_kernel_is_refused_with_the_way_out(scheme, options, 
 # --- where experts land -------------------------------------------------------------------------------------------
 
 
-def _loaded_experts(model, rank, ranks, init):
+def _loaded_experts(rank, ranks, init, model):
     """Expert parameters of the first MoE layer as the loader leaves them, before any kernel repacks them.
 
     vLLM finds no kernel for them on this machine, so it is spared the choice; nothing is computed.
     """
-    import vllm_bailing
-
-    vllm_bailing.register()
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.fused_moe.oracle import fp8, int8, int_wna16
     from vllm.model_executor.layers.quantization import auto_gptq, moe_wna16  # noqa: F401
     from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors  # noqa: F401
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-    from vllm.model_executor.model_loader.utils import initialize_model
 
     from vllm_bailing import settings
 
@@ -291,16 +281,7 @@ def _loaded_experts(model, rank, ranks, init):
         for name, stub in stubs.items():
             if name in getattr(module, "__dict__", {}):
                 setattr(module, name, stub)
-    config = EngineArgs(
-        str(model), dtype="bfloat16", enforce_eager=True, tensor_parallel_size=ranks
-    ).create_engine_config()
-    with set_current_vllm_config(config):
-        init_distributed_environment(ranks, rank, f"file://{init}", rank, "gloo")
-        initialize_model_parallel(ranks)
-        with torch.device("cpu"):
-            module = initialize_model(vllm_config=config, model_config=config.model_config)
-        loader = DefaultModelLoader(config.load_config)
-        module.load_weights(loader.get_all_weights(config.model_config, module))
+    module, _ = loaded_rank(rank, ranks, init, {"model": str(model), "tensor_parallel_size": ranks})
     experts = module.model.layers[1].mlp.experts.routed_experts
     found = {name: parameter.data for name, parameter in experts.named_parameters()}
     return {name: data.float() if data.is_floating_point() else data for name, data in found.items()}
@@ -318,15 +299,7 @@ def test_every_quantised_expert_lands_in_its_slice(scheme, ranks, tmp_path):
     else:
         quantize(model, scheme)
     stored = read_tensors(model)
-    identity = {"VLLM_DIST_IDENT": uuid.uuid4().hex}  # of the ranks' shared memory; vLLM's executors set it
-    with ThreadPoolExecutor() as pool:
-        jobs = [
-            pool.submit(run, _loaded_experts, model, rank, ranks, tmp_path / "init", env=identity, timeout=200)
-            for rank in range(ranks)
-        ]
-        found = [job.result() for job in jobs]
-    for file in Path("/dev/shm").glob(f"*{identity['VLLM_DIST_IDENT']}*"):
-        file.unlink(missing_ok=True)
+    found = run_ranks(_loaded_experts, ranks, tmp_path, model)
     prefix = "model.layers.1.mlp.experts"
     leaves = {name.rpartition(".")[2] for name in stored if name.startswith(prefix)} - {"weight_shape", "g_idx"}
     transposed = scheme in ("gptq", "awq")  # inputs first

@@ -10,7 +10,8 @@ Source: inclusionAI/Ling-V2, `modeling_bailing_moe_v2.py`; the interfaces are th
 
 # No postponed annotations in this file: vLLM's compile decorator reads them as types.
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -485,7 +486,6 @@ class BailingMoeV2ForCausalLM(
         # An adapter trained on a checkpoint with MTP layers may change them too; drafts need no adapter to be right.
         skipped = [f"model.layers.{layer}." for layer in config.mtp_layer_ids]
         self.lora_skip_prefixes = skipped  # pyright: ignore[reportAttributeAccessIssue]
-        self._skips = self._audit()
         # Dummy weights are filled by trainers that send the real ones in portions, so none of them is complete.
         self._expect_complete = vllm_config.load_config.load_format != "dummy"
 
@@ -524,7 +524,7 @@ class BailingMoeV2ForCausalLM(
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """Files with nothing but such tensors are not even read, by vLLM 0.32 and newer."""
-        return self._skips.skip_rule(name) is not None
+        return self._audit().skip_rule(name) is not None
 
     def _is_of_this_rank(self, name: str) -> bool:
         layer = layer_of(name)
@@ -533,16 +533,22 @@ class BailingMoeV2ForCausalLM(
         module = self.model.embed_tokens if name == EMBEDDING else self.lm_head  # the final norm is where the head is
         return not isinstance(module, PPMissingLayer)
 
-    def _audit(self) -> Audit:
+    @cached_property
+    def _tensors(self) -> tuple[dict[str, tuple[int, ...]], Set[str]]:
+        """Names and shapes of what this rank loads, and names of what others do."""
         tensors = main_tensors(self.config)
         here = {name: shape for name, shape in tensors.items() if self._is_of_this_rank(name)}
+        return here, tensors.keys() - here.keys()
+
+    def _audit(self) -> Audit:
+        here, elsewhere = self._tensors
         return Audit(
             self.config,
             here,
             quantized=self.quant_config is not None,
             folder=self.vllm_config.model_config.model,
             may_lack_experts=self.vllm_config.parallel_config.enable_expert_parallel,
-            elsewhere=tensors.keys() - here.keys(),
+            elsewhere=elsewhere,
         )
 
     def _with_head(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
