@@ -4,6 +4,7 @@ What this package changes in other packages' objects, all of it scoped to config
 architecture:
 
 - `vllm.ModelRegistry`: the architecture points at `vllm_bailing.model` (public API);
+- `ReasoningParserManager` and `ToolParserManager` of vLLM: the name "bailing" (public API);
 - `transformers.AutoConfig`: model type "bailing_moe_v2" (public API);
 - `transformers.PretrainedConfig.get_config_dict`: wrapped, see `config.register_with_transformers`;
 - `vllm.config.speculative.SpeculativeConfig.hf_config_override` and `.__post_init__`: wrapped, see `settings`;
@@ -14,18 +15,22 @@ architecture:
 - `bgmv_shrink` and its two siblings in `vllm.lora.ops.torch_ops.lora_ops` and `vllm.lora.punica_wrapper.punica_cpu`, in
   CPU engines that serve this model with adapters: see `adapt_only_their_requests_on_cpu`;
 - the manager of adapters of this model: see `lora.WholeAdapters`;
-- the quantisation method of this model's own expert layers on CPU: see `repack_experts_on_reload`.
+- the quantisation method of this model's own expert layers on CPU: see `repack_experts_on_reload`;
+- `VLLM_TUNED_CONFIG_FOLDER` in GPU processes that build this model: see `settings.use_shipped_tables`;
+- `current_platform.get_device_name`, for the length of a look-up by `vllm-bailing tune`: see `device_called`.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import inspect
 import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +41,7 @@ from vllm_bailing import __version__
 MINIMUM_VLLM = "0.27"
 CHECKED_VLLM = ("0.27", "0.33")  # first and last minor release checked; README says how each was
 USE_INTREE = "VLLM_BAILING_USE_INTREE"
+PARSER = "bailing"  # for --reasoning-parser and --tool-call-parser
 
 ARCHITECTURES = {"BailingMoeV2ForCausalLM": "vllm_bailing.model:BailingMoeV2ForCausalLM"}
 DRAFT_ARCHITECTURES = {"BailingMoeV2MTPModel": "vllm_bailing.mtp:BailingMoeV2MTPModel"}  # vLLM has none of its own
@@ -58,7 +64,7 @@ REQUIRED = (
     ("model_executor/layers/linear", "MergedColumnParallelLinear", "bias quant_config prefix"),
     ("model_executor/layers", "ParallelLMHead", "quant_config prefix"),
 )
-_MODEL_FILES = ("model.py", "mtp.py")
+_MODEL_FILES = ("model.py", "mtp.py", "fusion.py")
 
 
 @dataclass
@@ -115,6 +121,7 @@ def register() -> Status:
                 ModelRegistry.register_model(architecture, where)
         except (ImportError, AttributeError) as error:
             decided.warning = f"no MTP drafts on this vLLM, whose settings differ from the checked ones: {error}"
+    register_parsers()
     with _visible(logger):
         if decided.active:
             logger.info(
@@ -250,6 +257,44 @@ def _missing(where: Path, name: str, wanted: list[str]) -> str:
     return f"{name} is gone from vllm/{'/'.join(where.parts[-3:])}"
 
 
+def register_parsers() -> None:
+    """Make `--reasoning-parser bailing` and `--tool-call-parser bailing` known, where this process has such flags.
+
+    Importing vLLM's tool parsers takes seconds, so processes that do without them, the workers, are spared.
+    """
+    for module, manager, parser in (
+        ("vllm.reasoning", "ReasoningParserManager", "BailingReasoningParser"),
+        ("vllm.tool_parsers", "ToolParserManager", "BailingToolParser"),
+    ):
+        if module in sys.modules:
+            getattr(sys.modules[module], manager).register_lazy_module(PARSER, "vllm_bailing.parsers", parser)
+
+
+def protocol() -> Any:
+    """vLLM's module with `DeltaMessage` and the other parts of an answer.
+
+    Differs:  moved from the OpenAI server's folder in 0.29.
+    Remove:   when the oldest supported version has it at the new place.
+    """
+    return _first_of("vllm.entrypoints.generate.base.protocol", "vllm.entrypoints.openai.engine.protocol")
+
+
+def make_tool_call_id() -> str:
+    """A fresh id for a tool call, as vLLM makes them.
+
+    Differs:  moved to the renderers after 0.31.
+    Remove:   when the oldest supported version has it there.
+    """
+    return _first_of("vllm.renderers.chat_utils", "vllm.entrypoints.chat_utils").make_tool_call_id()
+
+
+def _first_of(*modules: str) -> Any:
+    for module in modules[:-1]:
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(module)
+    return importlib.import_module(modules[-1])
+
+
 def rope_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     """`parameters` as this vLLM's `get_rope` reads them.
 
@@ -294,6 +339,34 @@ def repack_experts_on_reload(routed_experts: Any) -> None:
         process(layer)
 
     method.process_weights_after_loading = process_weights_after_loading
+
+
+@contextlib.contextmanager
+def device_called(name: str | None) -> Iterator[None]:
+    """Let vLLM's look-up of tables of the fused experts take this machine's GPU for the one called `name`, if any.
+
+    Differs:  it takes the device's name from the machine that it runs on, and remembers what it found.
+    Upstream: `get_config_file_name` and `get_moe_configs`, in 0.27 to 0.33.
+    Remove:   when they take the name as an argument.
+    """
+    from unittest import mock
+
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_moe_configs
+    from vllm.platforms import current_platform
+    from vllm.utils.platform_utils import get_device_name_as_file_name
+
+    if name is None:
+        yield
+        return
+    remembering = (get_device_name_as_file_name, get_moe_configs)
+    try:
+        with mock.patch.object(current_platform, "get_device_name", lambda *_args: name):
+            for function in remembering:
+                function.cache_clear()
+            yield
+    finally:
+        for function in remembering:
+            function.cache_clear()
 
 
 @contextlib.contextmanager
