@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import CacheConfig, VllmConfig
+from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
 from vllm.distributed.communication_op import tensor_model_parallel_all_gather
 from vllm.distributed.parallel_state import get_ep_group, get_pp_group, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
@@ -63,8 +63,9 @@ from vllm_bailing.compat import (
 )
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.dequantize import as_plain
+from vllm_bailing.fusion import is_fused, norm_and_rotate
 from vllm_bailing.lora import WholeAdapters
-from vllm_bailing.settings import FP32_ROUTER, keeps_fp32_router, naming_the_way_out
+from vllm_bailing.settings import FP32_ROUTER, keeps_fp32_router, naming_the_way_out, use_shipped_tables
 from vllm_bailing.weights import EMBEDDING, HEAD, Audit, CheckpointError, layer_of, main_tensors
 
 # A child of vLLM's logger, whose level and format its users have set up.
@@ -119,6 +120,7 @@ class BailingMoeV2Attention(nn.Module):
             is_neox_style=True,
             rope_parameters=rope_parameters(config.rope_parameters),
         )
+        self.is_fused = is_fused(get_current_vllm_config(), self)
         self.attn = Attention(
             self.num_heads,
             self.head_dim,
@@ -131,10 +133,13 @@ class BailingMoeV2Attention(nn.Module):
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         qkv, _ = self.query_key_value(hidden_states)
+        if self.is_fused:
+            norm_and_rotate(self, positions, qkv)
         q, k, v = qkv.split((self.q_size, self.kv_size, self.kv_size), dim=-1)
-        q = self.query_layernorm(q.view(-1, self.num_heads, self.head_dim)).view(q.shape)
-        k = self.key_layernorm(k.view(-1, self.num_kv_heads, self.head_dim)).view(k.shape)
-        q, k = self.rotary_emb(positions, q, k)
+        if not self.is_fused:
+            q = self.query_layernorm(q.view(-1, self.num_heads, self.head_dim)).view(q.shape)
+            k = self.key_layernorm(k.view(-1, self.num_kv_heads, self.head_dim)).view(k.shape)
+            q, k = self.rotary_emb(positions, q, k)
         output, _ = self.dense(self.attn(q, k, v))
         return output
 
@@ -463,6 +468,7 @@ class BailingMoeV2ForCausalLM(
         config: BailingMoeV2Config = vllm_config.model_config.hf_config
         self.config, self.vllm_config = config, vllm_config
         self.quant_config = vllm_config.quant_config
+        use_shipped_tables()
         if vllm_config.speculative_config is not None:
             sample_drafts_right_on_cpu()
         if vllm_config.lora_config is not None:

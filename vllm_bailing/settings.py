@@ -10,6 +10,7 @@ import contextvars
 import copy
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ MTP_MODEL_TYPE = "glm4_moe_mtp"
 # Keys of --additional-config.
 DRAFT_VOCABULARY = "bailing_draft_vocab"
 FP32_ROUTER = "bailing_fp32_router"
+FUSED_QK_NORM_ROPE = "bailing_fused_qk_norm_rope"
+TABLE_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"  # vLLM looks for tables of the fused experts there, then among its own
+TABLES = Path(__file__).parent / "tables"  # this package's, made by `vllm-bailing tune`; missing if there are none
 _SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 
 # The SpeculativeConfig that is being made, while its draft's configuration is read.
@@ -59,6 +63,7 @@ def install() -> None:
                     "--tensor-parallel-size, or leave --speculative-config out"
                 )
             keeps_fp32_router(vllm_config)
+            wants_fused_qk_norm_rope(vllm_config)
             check_quantization(vllm_config)
             if draft_vocabulary(vllm_config):
                 _check_draft_head(vllm_config)
@@ -198,6 +203,17 @@ def check_quantization(vllm_config: Any) -> None:
             )
 
 
+def use_shipped_tables() -> None:
+    """Point vLLM at this package's tables of the fused experts, unless the user names a folder.
+
+    For processes that build this architecture on a GPU; vLLM reads the variable when the experts first run.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda_alike() and any(TABLES.glob("*.json")):
+        os.environ.setdefault(TABLE_FOLDER, str(TABLES))
+
+
 def _has_amx() -> bool:
     import torch
 
@@ -231,6 +247,18 @@ def keeps_fp32_router(vllm_config: Any) -> bool:
     if given not in (None, True, False):
         raise SettingsError(f"{FP32_ROUTER}={given!r} in --additional-config must be true or false")
     return bool(given)
+
+
+def wants_fused_qk_norm_rope(vllm_config: Any) -> bool | None:
+    """Whether `--additional-config` asks for the fused kernel, or rules it out; None if it leaves that open.
+
+    Raises:
+        SettingsError: If it is neither true nor false.
+    """
+    given = _additional(vllm_config, FUSED_QK_NORM_ROPE)
+    if given not in (None, True, False):
+        raise SettingsError(f"{FUSED_QK_NORM_ROPE}={given!r} in --additional-config must be true or false")
+    return given
 
 
 def draft_vocabulary(vllm_config: Any) -> list[int] | None:

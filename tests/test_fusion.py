@@ -1,0 +1,92 @@
+"""The fused kernel for norms and rotation, where it proves equal. The kernel is a stand-in: CPUs have none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine import EngineError, generate, run
+from reference_cases import load_case
+
+pytestmark = pytest.mark.engine
+
+
+def stand_in(damage=0.0, fails=False):
+    """Puts a kernel in plain PyTorch into vLLM's place, written from its documentation; counts its calls."""
+    from vllm import _custom_ops
+
+    from vllm_bailing import fusion
+
+    calls = []
+
+    def fused_qk_norm_rope(qkv, heads, kv_heads, v_heads, size, eps, q_weight, k_weight, cache, is_neox, positions):
+        assert is_neox and positions.dtype == torch.int64 and qkv.is_contiguous()
+        if fails:
+            raise RuntimeError("no kernel image")
+        calls.append(len(qkv))
+        x = qkv.view(len(qkv), -1, size)
+        half = cache.shape[1] // 2
+        cos, sin = cache[positions][:, None, :half].float(), cache[positions][:, None, half:].float()
+        for head, weight in [*((n, q_weight) for n in range(heads)), *((heads + n, k_weight) for n in range(kv_heads))]:
+            y = x[:, head : head + 1].float()
+            y = y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * weight.float()
+            y[..., :half], y[..., half : 2 * half] = (
+                y[..., :half] * cos - y[..., half : 2 * half] * sin,
+                y[..., half : 2 * half] * cos + y[..., :half] * sin,
+            )
+            y[..., 2 * half :] += damage
+            x[:, head : head + 1] = y.to(qkv.dtype)
+
+    _custom_ops.fused_qk_norm_rope = fused_qk_norm_rope
+    fusion._exists = lambda: True
+    fusion._HEAD_SIZES, fusion._DTYPES = range(1, 257), (torch.bfloat16, torch.float32)
+    return calls
+
+
+def _served(folder, prompt, additional=None, dtype="float32", **kernel):
+    import vllm_bailing
+
+    vllm_bailing.register()
+    calls = stand_in(**kernel)
+    table, _ = generate(folder, [prompt], dtype=dtype, additional_config=additional or {})[0]
+    return table, len(calls)
+
+
+@pytest.mark.parametrize("case", ["plain", "yarn", "full_rope"])
+def test_the_kernel_is_used_where_it_proves_equal(case):
+    folder, tensors = load_case(case)
+    prompt = tensors["input_ids"].reshape(-1, tensors["input_ids"].shape[-1])[0].tolist()
+    wanted, unused = run(_served, folder, prompt, {"bailing_fused_qk_norm_rope": False})
+    table, used = run(_served, folder, prompt)
+    assert not unused and used > 2
+    # In fp32, which the real kernel does not take: in bf16 the two differ by a rounding.
+    torch.testing.assert_close(table, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", [{"damage": 0.25}, {"fails": True}])
+def test_a_kernel_that_differs_or_fails_is_left_alone(kernel):
+    folder, tensors = load_case("plain")
+    prompt = tensors["input_ids"].reshape(-1, tensors["input_ids"].shape[-1])[0].tolist()
+    wanted, _ = run(_served, folder, prompt, {"bailing_fused_qk_norm_rope": False})
+    table, used = run(_served, folder, prompt, **kernel)
+    assert used <= 1 and torch.equal(table, wanted)
+    reason = "differs by up to" if "damage" in kernel else "no kernel image"
+    with pytest.raises(
+        EngineError, match=f"bailing_fused_qk_norm_rope=true in --additional-config: the kernel .*{reason}"
+    ):
+        run(_served, folder, prompt, {"bailing_fused_qk_norm_rope": True}, **kernel)
+
+
+def test_what_the_kernel_cannot_is_said():
+    folder, tensors = load_case("no_qk_norm")
+    prompt = tensors["input_ids"].reshape(-1, tensors["input_ids"].shape[-1])[0].tolist()
+    for case, dtype, reason in (
+        ("no_qk_norm", "bfloat16", "no norms"),
+        ("plain", "float16", "does not take torch.float16"),
+    ):
+        folder, tensors = load_case(case)
+        prompt = tensors["input_ids"].reshape(-1, tensors["input_ids"].shape[-1])[0].tolist()
+        assert run(_served, folder, prompt, dtype=dtype)[1] == 0
+        with pytest.raises(EngineError, match=reason):
+            run(_served, folder, prompt, {"bailing_fused_qk_norm_rope": True}, dtype)
+    with pytest.raises(EngineError, match="bailing_fused_qk_norm_rope='yes' in --additional-config must be true or"):
+        run(_served, folder, prompt, {"bailing_fused_qk_norm_rope": "yes"})
