@@ -1,20 +1,23 @@
 """Timed comparisons of vLLM engines that differ in one thing, each in a fresh process, alternating.
 
-Run as a module this file is the worker: it reads a `Job` as JSON from standard input and writes what it measured to the
-file that the job names.
+Run as a module this file is the worker: it reads a `Task` as JSON from standard input and writes what that measured to
+the file that the task names.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +38,28 @@ class BenchError(RuntimeError):
 
 
 @dataclass
-class Job:
-    """What one process measures.
+class Task(ABC):
+    """What one process measures; every field has to fit into JSON.
 
     Attributes:
         model: As for `vllm serve`.
         engine: Further arguments of `vllm.LLM`.
-        batch_sizes: Requests that run at once; each size is measured in turn.
-        prompts: User messages, sent through the chat template; without one, as plain text.
-        max_tokens: Limit of an answer.
-        ignore_eos: Whether answers go on to that limit.
+        env: Environment variables of the process, besides those of this one.
         out: File for the result.
     """
 
     model: str
     engine: dict[str, Any]
-    batch_sizes: list[int]
-    prompts: list[str]
-    max_tokens: int
-    ignore_eos: bool = False
-    out: str = ""
+    env: dict[str, str] = field(default_factory=dict, kw_only=True)
+    out: str = field(default="", kw_only=True)
+
+    @abstractmethod
+    def work(self) -> Any:
+        """Measure in this process, which needs vLLM; the result has to fit into JSON."""
+
+    def read(self, found: Any) -> Any:
+        """The result of `work`, back from JSON."""
+        return found
 
 
 @dataclass
@@ -75,7 +80,30 @@ class Measurement:
     answers: int = 0
 
 
-def work(job: Job) -> dict[int, Measurement]:
+@dataclass
+class Job(Task):
+    """Answers to the same prompts at each batch size.
+
+    Attributes:
+        batch_sizes: Requests that run at once; each size is measured in turn.
+        prompts: User messages, sent through the chat template; without one, as plain text.
+        max_tokens: Limit of an answer.
+        ignore_eos: Whether answers go on to that limit.
+    """
+
+    batch_sizes: list[int]
+    prompts: list[str]
+    max_tokens: int
+    ignore_eos: bool = False
+
+    def work(self) -> dict[int, dict[str, Any]]:
+        return {size: asdict(row) for size, row in answer(self).items()}
+
+    def read(self, found: dict[str, Any]) -> dict[int, Measurement]:
+        return {int(size): Measurement(**row) for size, row in found.items()}
+
+
+def answer(job: Job) -> dict[int, Measurement]:
     """Measure in this process; needs vLLM."""
     import zlib
 
@@ -129,7 +157,7 @@ def work(job: Job) -> dict[int, Measurement]:
     return results
 
 
-def run_job(job: Job, env: dict[str, str] | None = None) -> dict[int, Measurement]:
+def run_job(task: Task) -> Any:
     """Measure in a fresh process.
 
     Raises:
@@ -138,29 +166,35 @@ def run_job(job: Job, env: dict[str, str] | None = None) -> dict[int, Measuremen
     # GiB for the KV cache of vLLM's CPU build, which otherwise wants nearly all memory; GPUs do not look at it.
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "4"}
     with tempfile.TemporaryDirectory() as folder:
-        job.out = str(Path(folder) / "result.json")
+        task = replace(task, out=str(Path(folder) / "result.json"))
+        name = f"{type(task).__module__}:{type(task).__qualname__}"
         log = Path(folder) / "log"
         with log.open("w") as stream:
             done = subprocess.run(
                 [sys.executable, "-m", "vllm_bailing.bench"],
-                input=json.dumps(asdict(job)),
+                input=json.dumps({"task": name, "fields": asdict(task)}),
                 text=True,
                 stdout=stream,
                 stderr=stream,
-                env={**defaults, **os.environ, **(env or {})},
+                env={**defaults, **os.environ, **task.env},
                 check=False,
             )
-        if done.returncode or not Path(job.out).is_file():
+        if done.returncode or not Path(task.out).is_file():
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             found = [match[0] for line in lines if (match := re.search(r"\w+Error: .*", line))]
             # The engine's own error comes first; what follows only says that the engine is gone.
             raise BenchError("\n".join(found[:1] or lines[-5:]))
-        return {int(size): Measurement(**row) for size, row in json.loads(Path(job.out).read_text()).items()}
+        return task.read(json.loads(Path(task.out).read_text()))
 
 
-def alternate(jobs: dict[str, Job], rounds: int) -> dict[str, list[dict[int, Measurement]]]:
+def alternate(
+    jobs: Mapping[str, Task], rounds: int, check: Callable[[str, Any], None] | None = None, what: str = "engines"
+) -> dict[str, list[Any]]:
     """Run every job once a round, in turned order every other round, with a progress bar on standard error.
 
+    Args:
+        check: Is given the name and the result of every job that ran, and may raise.
+        what: Stands before the progress bar.
     Raises:
         BenchError: If one of them failed.
     """
@@ -168,13 +202,15 @@ def alternate(jobs: dict[str, Job], rounds: int) -> dict[str, list[dict[int, Mea
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    results: dict[str, list[dict[int, Measurement]]] = {name: [] for name in jobs}
+    results: dict[str, list[Any]] = {name: [] for name in jobs}
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("engines", total=rounds * len(jobs))
+        bar = progress.add_task(what, total=rounds * len(jobs))
         for number in range(rounds):
             for name in list(jobs) if number % 2 == 0 else list(jobs)[::-1]:
                 results[name].append(run_job(jobs[name]))
-                progress.advance(task)
+                if check is not None:
+                    check(name, results[name][-1])
+                progress.advance(bar)
     return results
 
 
@@ -205,9 +241,7 @@ def mtp_jobs(
         engine = {**job.engine, "speculative_config": speculation} if count else job.engine
         if count and draft_vocab is not None:
             engine["additional_config"] = {**engine.get("additional_config", {}), "bailing_draft_vocab": draft_vocab}
-        jobs[str(count)] = Job(
-            job.model, engine, job.batch_sizes, job.prompts, job.max_tokens, job.ignore_eos or acceptance is not None
-        )
+        jobs[str(count)] = replace(job, engine=engine, ignore_eos=job.ignore_eos or acceptance is not None)
     return jobs
 
 
@@ -295,6 +329,6 @@ def plot_mtp(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    todo = Job(**json.load(sys.stdin))
-    measured = {size: asdict(row) for size, row in work(todo).items()}
-    Path(todo.out).write_text(json.dumps(measured))
+    received = json.load(sys.stdin)
+    todo: Task = pkgutil.resolve_name(received["task"])(**received["fields"])
+    Path(todo.out).write_text(json.dumps(todo.work()))
