@@ -6,8 +6,12 @@ Heavy packages are imported inside the command that needs them, so that `--help`
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +20,7 @@ import typer
 
 from vllm_bailing import __version__
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-bailing"
 DEMO = Path(__file__).parent / "demo"
 DEMO_ADAPTER = Path(__file__).parent / "demo-adapter"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -30,6 +35,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@contextmanager
+def _output_aside() -> Iterator[None]:
+    """Standard output goes to standard error: vLLM logs there, as do the processes that it starts."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _print_version(wanted: bool) -> None:
@@ -98,11 +117,109 @@ def collect_info() -> dict[str, str | list[str] | None]:
     facts["python"] = sys.version.split()[0]
     if facts["vllm"] is None:
         return facts | {"active": [], "reason": "vllm is not installed", "warning": ""}
-    with redirect_stdout(sys.stderr):  # vLLM logs to standard output
+    with _output_aside():
         from vllm_bailing import compat
 
         decided = compat.status()
     return facts | {"active": list(decided.active), "reason": decided.reason, "warning": decided.warning}
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="Also check this checkpoint: a folder or a hub name.")] = None,
+    hf_overrides: Annotated[str, typer.Option(help="As they would be given to vLLM.")] = "{}",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+) -> None:
+    """Check this installation, and a checkpoint if one is named: each line is ok or says what to do.
+
+    Reads configuration and file headers, no weights. Exit code 1 if something is wrong.
+    """
+    from itertools import chain
+
+    from rich.console import Console
+
+    from vllm_bailing import doctor as checks
+    from vllm_bailing import screens
+
+    overrides = _json_object("--hf-overrides", hf_overrides)
+    console, found = Console(highlight=False), []
+    steps = chain(checks.environment(), checks.checkpoint(model, overrides) if model else ())
+    while True:
+        with _output_aside():
+            check = next(steps, None)
+        if check is None:
+            break
+        found.append(check)
+        if not as_json:
+            screens.show_check(console, check)
+    if as_json:
+        typer.echo(json.dumps([asdict(check) for check in found]))
+    wrong = sum(check.ok is False for check in found)
+    if not as_json:
+        console.print(f"[red]{wrong} to mend[/red]" if wrong else "[green]all is well[/green]")
+    raise typer.Exit(1 if wrong else 0)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A hub name, a folder or a config.json.")],
+    gpu: Annotated[str, typer.Option(help="Such as H100; any other with --memory-gib and --bandwidth.")],
+    gpus: Annotated[int, typer.Option(help="How many, over all nodes.")] = 1,
+    context: Annotated[int | None, typer.Option(help="Tokens of a request; the model's window if left out.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 32,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16, fp32, fp8, int8 or int4; else the checkpoint's.")
+    ] = None,
+    kv_dtype: Annotated[str, typer.Option(help="auto or fp8.")] = "auto",
+    mtp: Annotated[int, typer.Option(help="Draft tokens of the MTP layer.")] = 0,
+    draft_model: Annotated[str | None, typer.Option(help="The checkpoint that has the MTP layer.")] = None,
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel size, if not chosen by itself.")] = None,
+    pp: Annotated[int | None, typer.Option(help="Pipeline stages, if not chosen by themselves.")] = None,
+    memory_gib: Annotated[float | None, typer.Option(help="Memory of a GPU that is not known.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Its memory bandwidth in TB/s.")] = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of a GPU that vLLM may use.")] = 0.92,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="Write a file for `vllm serve --config`.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Will it fit, how much context and how many requests, and with which command?
+
+    Works from the configuration alone. Memory beside weights and KV cache is an estimate; the speeds are bounds that
+    no deployment can pass, not promises. Exit code 1 if it does not fit.
+    """
+    from vllm_bailing import planner, screens
+    from vllm_bailing.config import read_config
+
+    try:
+        config = read_config(model)
+        found = planner.plan(
+            config,
+            planner.find_gpu(gpu, memory_gib, bandwidth),
+            gpus,
+            config.max_position_embeddings if context is None else context,
+            concurrency,
+            dtype,
+            kv_dtype,
+            mtp,
+            tp,
+            pp,
+            gpu_memory_utilization,
+            model=model,
+            draft_model=draft_model,
+        )
+    except ValueError as error:
+        typer.echo(f"vllm-bailing plan: {error}", err=True)
+        raise typer.Exit(2) from None
+    if config_file and found.verdict != "no":
+        config_file.write_text(found.yaml(), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps({**asdict(found), "serve": found.serve_line()}))
+    else:
+        screens.show_plan(found)
+        if config_file and found.verdict != "no":
+            typer.echo(f"written to {config_file}")
+    raise typer.Exit(1 if found.verdict == "no" else 0)
 
 
 @app.command()
@@ -136,6 +253,273 @@ def draft_vocab(
     covered = sum(counts[token] for token in kept) / max(1, counts.total())
     out.write_text(json.dumps(sorted(kept)) + "\n", encoding="utf-8")
     typer.echo(f"{out}: {len(kept)} of {len(tokenizer)} tokens, {100 * covered:.2f} % of the text")
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="The checkpoint: a folder, or a hub name that was downloaded.")],
+    url: Annotated[
+        str | None, typer.Option(help="A running vLLM server, such as http://localhost:8000; else vLLM runs here.")
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="The server's name of the model.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="What the deployment computes in: bfloat16, float16, float32 or fp8.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="One user message a line; a few questions if left out.", exists=True)
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Length of the answers that are compared too.", min=1)] = 32,
+    hf_overrides: Annotated[str, typer.Option(help="As given to the deployment, such as the YaRN recipe.")] = "{}",
+    engine: Annotated[str, typer.Option(help="Without --url: further arguments of vllm.LLM, as JSON.")] = "{}",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of going on with a run cut off.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Does this deployment compute this checkpoint?
+
+    Sends prompts, takes the log-probabilities of prompts and answers, and compares them with the plain PyTorch
+    reference, which reads the checkpoint layer by layer: a 100B model needs a few GiB of memory, and the time to read
+    its files. Exit code 0: it does; 1: it does not; 2: could not be compared.
+    """
+    from vllm_bailing import screens
+    from vllm_bailing import verify as checker
+    from vllm_bailing.weights import CheckpointError
+
+    overrides, options = _json_object("--hf-overrides", hf_overrides), _json_object("--engine", engine)
+    try:
+        report = _verified(
+            checker, model, url, served_model_name, dtype, prompts, max_tokens, overrides, options, fresh
+        )
+    except (checker.VerifyError, CheckpointError, ValueError) as error:
+        typer.echo(f"vllm-bailing verify: {error}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        screens.show_verified(report)
+    raise typer.Exit(0 if report["computes"] else 1)
+
+
+@app.command()
+def chat(
+    question: Annotated[str | None, typer.Argument(help="Asked once; left out, a conversation starts.")] = None,
+    url: Annotated[str, typer.Option(help="A running server.")] = "http://localhost:8000",
+    served_model_name: Annotated[str | None, typer.Option(help="The server's name of the model or adapter.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    thinking: Annotated[str | None, typer.Option(help="on or off; left out, what the chat template does.")] = None,
+    tools: Annotated[
+        Path | None, typer.Option(help="JSON list of functions that the model may call.", exists=True)
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="The server's default if left out.", min=0.0)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Limit of an answer; the server's if left out.", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer to QUESTION as JSON.")] = False,
+) -> None:
+    """Chat with a running server.
+
+    Thinking is shown dimmed, tool calls coloured; type a function's result as the next line. VLLM_API_KEY is sent if
+    it is set.
+    """
+    from openai import OpenAI, OpenAIError
+    from rich.console import Console
+
+    from vllm_bailing import chat as talk
+
+    if thinking not in (None, "on", "off"):
+        raise typer.BadParameter(f"--thinking {thinking!r} must be on or off")
+    if as_json and question is None:
+        raise typer.BadParameter("--json needs a question")
+    given = {"max_tokens": max_tokens, "temperature": temperature}
+    sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    client = OpenAI(
+        base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1", api_key=os.environ.get("VLLM_API_KEY", "none")
+    )
+    console = Console()
+    try:
+        functions = json.loads(tools.read_text(encoding="utf-8")) if tools else None
+        name = served_model_name or client.models.list().data[0].id
+        conversation = talk.Chat(client, name, system, thinking, functions, **sampling)
+        if question is None:
+            if sys.stdin.isatty():
+                console.print(f"{name} at {url}. {talk.HELP}.", style="dim", highlight=False)
+            talk.converse(conversation, console, _typed(console))
+        elif as_json:
+            list(conversation.ask({"role": "user", "content": question}))
+            typer.echo(talk.as_json(conversation.last))
+        else:
+            talk.show(conversation.ask({"role": "user", "content": question}), console)
+    except OpenAIError as error:
+        raise SystemExit(f"vllm-bailing chat: {url}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"vllm-bailing chat: {tools} is no JSON: {error}") from None
+
+
+def _typed(console: Any) -> Iterator[str]:
+    """Lines of standard input, asked for on a terminal."""
+    while True:
+        try:
+            yield console.input("[bold]> [/bold]") if sys.stdin.isatty() else input()
+        except (EOFError, KeyboardInterrupt):
+            return
+
+
+def _json_object(flag: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError("an object is wanted")
+        return found
+    except ValueError as error:
+        raise typer.BadParameter(f"{flag} {text!r} is no JSON object: {error}") from None
+
+
+def _verified(
+    checker: Any,
+    model: str,
+    url: str | None,
+    name: str | None,
+    dtype: str | None,
+    prompts: Path | None,
+    max_tokens: int,
+    overrides: dict[str, Any],
+    options: dict[str, Any],
+    fresh: bool,
+) -> dict[str, Any]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from vllm_bailing.config import read_config
+    from vllm_bailing.weights import local_folder
+
+    folder = local_folder(model)
+    config = read_config(folder, overrides)
+    if dtype is not None and dtype not in checker.TOLERANCES:
+        raise ValueError(f"--dtype {dtype} is not known; use one of {', '.join(checker.TOLERANCES)}")
+    texts = prompts.read_text(encoding="utf-8").splitlines() if prompts else checker.DEFAULT_PROMPTS
+    ids = checker.prompt_ids(folder, [text for text in texts if text.strip()])
+    work = checker.work_folder(CACHE / "verify", str(folder), url, name, ids, max_tokens, overrides, options)
+    if fresh:
+        checker.forget(work)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        known = checker.served_before(work)
+        if known is None:
+            task = progress.add_task("deployment", total=len(ids))
+            if url is None:
+                with _output_aside():
+                    served, computed = checker.ask_offline(
+                        str(folder), {**options, "hf_overrides": overrides}, ids, max_tokens
+                    )
+            else:
+                computed, served = checker.expected_dtype(config), []
+                for one in checker.ask_server(url, name, ids, max_tokens):
+                    served.append(one)
+                    progress.advance(task)
+            progress.update(task, completed=len(ids))
+            checker.keep_served(work, served, computed)
+        else:
+            served, computed = known
+        task = progress.add_task("reference", total=None)
+        logprobs, likeliest = checker.reference_logprobs(
+            folder, config, served, work, lambda done, of: progress.update(task, completed=done, total=of)
+        )
+    checker.forget(work)
+    comparisons = [checker.compare(*row) for row in zip(served, logprobs, likeliest, strict=True)]
+    total, judged_as = checker.overall(comparisons), dtype or computed
+    reason = checker.verdict(total, checker.TOLERANCES[judged_as])
+    return {
+        "checkpoint": str(folder),
+        "deployment": url or "vllm.LLM",
+        "dtype": judged_as,
+        "tolerance": asdict(checker.TOLERANCES[judged_as]),
+        "prompts": [asdict(one) for one in comparisons],
+        "overall": asdict(total),
+        "computes": not reason,
+        "reason": reason,
+    }
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="A hub name, a folder or a config.json; no weights are read.")],
+    tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="As for vLLM.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, or fp8 in blocks of 128 x 128; else the checkpoint's.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the table.")] = Path("tables"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Tune again what is there already.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be tuned.")] = False,
+    device_name: Annotated[
+        str | None, typer.Option(help="With --dry-run: a GPU that need not be here, such as NVIDIA_H20.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Make the table of tile sizes that vLLM's fused experts lack for a model on this GPU.
+
+    Nothing else should run on the GPU. A run that was cut off goes on where it was. Exit code 1: it failed; 2: it
+    could not start.
+    """
+    from vllm_bailing import screens
+    from vllm_bailing import tune as tuner
+    from vllm_bailing.config import read_config
+
+    def refuse(reason: Any, code: int) -> typer.Exit:
+        typer.echo(f"vllm-bailing tune: {reason}", err=True)
+        return typer.Exit(code)
+
+    if device_name and not dry_run:
+        raise typer.BadParameter("--device-name is for --dry-run; a table is made on the GPU that it is for")
+    with _output_aside():
+        try:
+            experts = tuner.experts_of(read_config(model), tensor_parallel_size, dtype)
+            if not device_name and (reason := tuner.missing()):
+                raise refuse(reason, 2)
+            plan = tuner.plan(experts, out, device_name)
+        except ValueError as error:
+            raise refuse(error, 2) from None
+    if dry_run:
+        screens.show_tuning_plan(plan, as_json)
+        return
+    if plan.is_there and not overwrite:
+        raise refuse(f"{plan.file} is there; use it, or add --overwrite to make it again", 2)
+    with redirect_stdout(sys.stderr):
+        screens.show_tuning_plan(plan, as_json=False)
+    try:
+        rows, written = _tuned(tuner, plan, model, tensor_parallel_size)
+    except KeyboardInterrupt:
+        left = tuner.partial_file(out, plan.file.name)
+        raise refuse(f"stopped; what was measured is in {left}, and the same command goes on from there", 130) from None
+    except tuner.TuneError as error:
+        raise refuse(error, 1) from None
+    serve = f"VLLM_TUNED_CONFIG_FOLDER={shlex.quote(str(out))} vllm serve {shlex.quote(model)}"
+    if tensor_parallel_size > 1:
+        serve += f" --tensor-parallel-size {tensor_parallel_size}"
+    if as_json:
+        files = [str(file) for file in written]
+        typer.echo(json.dumps({"files": files, "serve": serve, "tokens": [asdict(row) for row in rows]}))
+    else:
+        screens.show_tuned(rows, written, serve)
+
+
+def _tuned(tuner: Any, plan: Any, model: str, tp_size: int) -> tuple[list[Any], list[Path]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with (
+        _output_aside(),
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        task = progress.add_task("weights", total=tuner.steps(plan.space))
+        reached = 0
+
+        def advance(tokens: int, steps: int) -> None:
+            nonlocal reached
+            progress.update(task, advance=steps, description=f"{tokens} tokens")
+            if tokens != reached and not console.is_terminal:
+                console.print(f"{tokens} tokens, after {progress.tasks[0].percentage:.0f} %", soft_wrap=True)
+            reached = tokens
+
+        return tuner.run(plan, model, tp_size, advance)
 
 
 bench_app = typer.Typer(help="Measure what an option gains on this machine.", no_args_is_help=True)
@@ -175,15 +559,10 @@ def bench_mtp(
 
     The same prompts run with each number of draft tokens, in fresh processes that take turns.
     """
-    from vllm_bailing import bench
+    from vllm_bailing import bench, screens
 
     counts = sorted({0, *_numbers(draft_tokens)})
-    try:
-        options: dict[str, Any] = json.loads(engine)
-        if not isinstance(options, dict):
-            raise ValueError("an object is wanted")
-    except ValueError as error:
-        raise typer.BadParameter(f"--engine {engine!r} is no JSON object: {error}") from None
+    options = _json_object("--engine", engine)
     lines = prompts.read_text(encoding="utf-8").splitlines() if prompts else bench.DEFAULT_PROMPTS
     job = bench.Job(model, options, _numbers(batch_size), [line for line in lines if line.strip()], max_tokens)
     draft = {"model": draft_model} if draft_model else None
@@ -216,38 +595,99 @@ def bench_mtp(
     if as_json:
         typer.echo(json.dumps(report))
         return
-    _print_mtp(rows, told)
+    screens.show_mtp(rows, told)
     typer.echo(f"written to {' and '.join(map(str, written))}")
 
 
-def _print_mtp(rows: list[dict[str, Any]], told: dict[int, str]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+@bench_app.command("compare")
+def bench_compare(
+    model: Annotated[
+        str, typer.Argument(help="As for `vllm serve`, or demo; with dummy weights: mid, mini, flash-4L, flash-8L.")
+    ],
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="A further arm, NAME=JSON: the plugin with these arguments of vllm.LLM; repeatable."),
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Requests at once, each measured in turn.")] = "1,8,32",
+    prompt_tokens: Annotated[int, typer.Option(help="Of each request that decodes.", min=1)] = 32,
+    output_tokens: Annotated[int, typer.Option(help="Of each request that decodes.", min=2)] = 64,
+    prefill: Annotated[str, typer.Option(help="Lengths of prompts, each measured alone.")] = "512",
+    rounds: Annotated[int, typer.Option(help="How often each arm is measured, alternating.", min=1)] = 5,
+    warm_up: Annotated[bool, typer.Option(help="Start every arm once before, unmeasured.")] = True,
+    dtype: Annotated[str, typer.Option(help="As for `vllm serve`.")] = "auto",
+    eager: Annotated[bool, typer.Option("--eager/--compiled", help="Without or with torch.compile.")] = False,
+    tp: Annotated[int, typer.Option(help="Ranks of tensor parallelism.", min=1)] = 1,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="TB/s of the memory of a rank, for the share of the roofline.", min=0.0)
+    ] = None,
+    engine: Annotated[str, typer.Option(help="Further arguments of vllm.LLM, for every arm, as JSON.")] = "{}",
+    out: Annotated[Path, typer.Option(help="Where to write NAME.json and NAME.png.")] = Path("bench-compare"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Compare this package with vLLM's own model class, and with itself under an option, and plot it.
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)  # fits into 80 columns
-    for heading in ("batch", "draft", "tokens/s", "times none", "step", "accepted"):
-        table.add_column(heading, no_wrap=True)
-    for row in rows:
-        speed, ratio = row["tokens_per_second"], row["ratio"]
-        table.add_row(
-            str(row["batch_size"]),
-            row["arm"],
-            f"{speed['median']:.0f} ({speed['low']:.0f}-{speed['high']:.0f})",
-            f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if row["arm"] != "0" else "1",
-            f"{row['acceptance_length']:.2f}",
-            " ".join(f"{100 * share:.0f}%" for share in row["acceptance"]),
-        )
-    console = Console()
-    console.print(table)
-    console.print("step: tokens that one step of the model yields; accepted: drafts, by position", highlight=False)
-    # Rounding depends on how many tokens are computed at once, so answers in bf16 may part where two tokens are close.
-    differ = ", ".join(f"{row['arm']} at batch {row['batch_size']}" for row in rows if not row["same_answers"])
-    console.print(
-        f"answers differ with draft tokens {differ}" if differ else "all answers are the same", highlight=False
-    )
-    for size, words in told.items():
-        console.print(f"batch {size}: {words}", highlight=False)
+    vLLM's class runs twice, and what differs between the two is the noise floor: a verdict needs more than that. All
+    arms run in fresh processes that take turns. An arm that ran another class or other kernels than it should is an
+    error.
+    """
+    import shlex
+    import tempfile
+    from datetime import datetime, timezone
+
+    from vllm_bailing import bench, compare
+
+    options = dict(_named_object("--option", text) for text in option or [])
+    arguments: dict[str, Any] = {"dtype": dtype, "enforce_eager": eager, "tensor_parallel_size": tp}
+    arguments |= _json_object("--engine", engine)
+    sizes, lengths = _numbers(batch_size), _numbers(prefill)
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(DEMO) if model == "demo" else model
+        if model in compare.SHAPES:
+            compare.write_shape(model, Path(folder))
+            path, arguments["load_format"] = folder, "dummy"
+        trial = compare.Trial(path, arguments, sizes, lengths, prompt_tokens, output_tokens)
+        try:
+            found = compare.run(trial, options, rounds, warm_up, bandwidth)
+        except bench.BenchError as error:
+            raise SystemExit(f"vllm-bailing bench: {error}") from None
+    report = {
+        "model": model,
+        "config": compare.SHAPES.get(model),
+        "command": shlex.join(["vllm-bailing", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": collect_info(),
+        "rounds": rounds,
+        "engine": arguments,
+        "options": options,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        **found,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    written = [out.with_name(f"{out.name}.json")]
+    written[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    try:
+        picture = out.with_name(f"{out.name}.png")
+        compare.plot(found["rows"], f"vllm-bailing, {Path(model).name}, {found['machine']['device']}", picture)
+        written.append(picture)
+    except ImportError:
+        typer.echo("no plot: `pip install 'vllm-bailing[bench]'`", err=True)
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    from vllm_bailing import screens
+
+    screens.show_comparison(report)
+    typer.echo(f"written to {' and '.join(map(str, written))}")
+
+
+def _named_object(option: str, text: str) -> tuple[str, dict[str, Any]]:
+    from vllm_bailing import compare
+
+    name, equals, value = text.partition("=")
+    if not name or not equals or name in (compare.IN_TREE, compare.AGAIN, compare.PLUGIN):
+        raise typer.BadParameter(f"{option} {text!r} is not NAME=JSON with a name of its own")
+    return name, _json_object(option, value)
 
 
 def main() -> None:

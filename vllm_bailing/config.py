@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
@@ -513,3 +514,24 @@ def register_with_transformers() -> None:
 
     get_config_dict._adopts_bailing_moe_v2 = True  # type: ignore[attr-defined]
     PretrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[assignment]
+
+
+def read_config(model: str | Path, overrides: dict[str, Any] | None = None) -> BailingMoeV2Config:
+    """The configuration of a folder, a config.json or a hub name, with `--hf-overrides` applied as vLLM does.
+
+    Raises:
+        ValueError: If it cannot be had, is wrong, or another architecture's.
+    """
+    from transformers import AutoConfig
+
+    register_with_transformers()
+    try:
+        config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{model} has no config.json that can be had: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(config, BailingMoeV2Config):
+        raise ValueError(f"{model} is a {type(config).__name__.removesuffix('Config')} model, not a BailingMoeV2 one")
+    for key, value in (overrides or {}).items():
+        setattr(config, key, value)
+    config.validate_rope()
+    return config

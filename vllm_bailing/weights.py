@@ -147,6 +147,25 @@ class Checkpoint:
         return "".join(column[0] if len(column) == 1 else f"[{''.join(column)}]" for column in columns)
 
 
+def local_folder(model: str) -> Path:
+    """The folder of a checkpoint that is on this machine.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if Path(model).is_dir():
+        return Path(model).resolve()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, ValueError):
+        raise ValueError(
+            f"{model} is neither a folder nor a model that was downloaded; fetch it by `hf download {model}`"
+        ) from None
+
+
 def _read(folder: Path) -> Checkpoint:
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors*"))
     return _read_once(folder, tuple(files))
