@@ -148,7 +148,7 @@ def run_suite(version: str, pytest_arguments: list[str]) -> bool:
     python = venv / "bin" / "python"
     report = venv / "report.xml"
     # What the README says about the results can only be right after they are recorded.
-    command = [str(python), "-m", "pytest", "-n", "2", "--dist", "loadgroup", f"--junitxml={report}"]
+    command = [str(python), "-m", "pytest", "-n", "2", f"--junitxml={report}"]
     command += ["--durations=25", "--deselect", README_TEST, *pytest_arguments]
     say(f"vLLM {version}: running the tests")
     report.unlink(missing_ok=True)

@@ -11,4 +11,4 @@ venv=${VENV:-$root/.venv}
 cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/basedpyright" --pythonpath "$venv/bin/python"
-exec "$venv/bin/python" -m pytest -n 2 --dist loadgroup "$@"
+exec "$venv/bin/python" -m pytest -n 2 "$@"
