@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import read_tensors, write_tensors
+from test_serve import without_mtp_in_config
 
 from vllm_bailing import compat, doctor
 from vllm_bailing.cli import DEMO
@@ -86,11 +87,6 @@ def without_a_tensor(folder):
 def without_a_shard(folder):
     write_tensors(folder, read_tensors(folder), shards=3)
     sorted(folder.glob("model-*.safetensors"))[1].unlink()
-
-
-def without_mtp_in_config(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
 
 
 def with_a_wrong_key(folder):

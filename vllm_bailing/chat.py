@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,12 @@ from rich.console import Console
 from vllm_bailing.answers import ReasoningStream
 
 HELP = "/thinking on or off, /new for a new conversation, /exit; an empty line is ignored"
+
+
+def connect(url: str, **options: Any) -> OpenAI:
+    """A client of the server at `url`, with or without its /v1; VLLM_API_KEY is sent if it is set."""
+    base = url.rstrip("/").removesuffix("/v1")
+    return OpenAI(base_url=f"{base}/v1", api_key=os.environ.get("VLLM_API_KEY", "none"), **options)
 
 
 @dataclass

@@ -318,7 +318,7 @@ def chat(
     Thinking is shown dimmed, tool calls coloured; type a function's result as the next line. VLLM_API_KEY is sent if
     it is set.
     """
-    from openai import OpenAI, OpenAIError
+    from openai import OpenAIError
     from rich.console import Console
 
     from vllm_bailing import chat as talk
@@ -329,9 +329,7 @@ def chat(
         raise typer.BadParameter("--json needs a question")
     given = {"max_tokens": max_tokens, "temperature": temperature}
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    client = OpenAI(
-        base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1", api_key=os.environ.get("VLLM_API_KEY", "none")
-    )
+    client = talk.connect(url)
     console = Console()
     try:
         functions = json.loads(tools.read_text(encoding="utf-8")) if tools else None

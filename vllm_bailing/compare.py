@@ -28,7 +28,7 @@ import numpy as np
 from vllm_bailing import planner
 from vllm_bailing.bench import BenchError, Task, alternate
 from vllm_bailing.compat import USE_INTREE
-from vllm_bailing.config import ARCHITECTURE, MODEL_TYPE, BailingMoeV2Config
+from vllm_bailing.config import ARCHITECTURE, MODEL_TYPE, BailingMoeV2Config, read_config
 from vllm_bailing.weights import Checkpoint, layer_of, main_tensors
 
 IN_TREE, AGAIN, PLUGIN = "in-tree", "in-tree again", "plugin"
@@ -133,17 +133,12 @@ def load_config(model: str) -> BailingMoeV2Config:
     """The configuration of a checkpoint, a folder or a name on the hub.
 
     Raises:
-        BenchError: If it is another architecture's.
+        BenchError: As `read_config` raises ValueError.
     """
-    from transformers import AutoConfig
-
-    from vllm_bailing.config import register_with_transformers
-
-    register_with_transformers()
-    config = AutoConfig.from_pretrained(model)
-    if not isinstance(config, BailingMoeV2Config):
-        raise BenchError(f"{model} is a {type(config).__name__}, no BailingMoeV2 model")
-    return config
+    try:
+        return read_config(model)
+    except ValueError as error:
+        raise BenchError(str(error)) from None
 
 
 def without_mtp(model: str, folder: Path) -> str:

@@ -93,8 +93,16 @@ def find_gpu(name: str, memory_gib: float | None = None, bandwidth: float | None
     return gpu if bandwidth is None else replace(gpu, bandwidth=bandwidth * 1e12)
 
 
+class _Bytes:
+    """A dataclass of byte counts that add up."""
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))  # pyright: ignore[reportArgumentType]
+
+
 @dataclass(frozen=True)
-class Weights:
+class Weights(_Bytes):
     """Bytes of weights on one GPU.
 
     Attributes:
@@ -113,13 +121,9 @@ class Weights:
     norms: int = 0
     mtp: int = 0
 
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
-
 
 @dataclass(frozen=True)
-class OtherMemory:
+class OtherMemory(_Bytes):
     """Bytes on one GPU that are neither weights nor KV cache. An estimate: kernels and vLLM releases differ in it.
 
     Attributes:
@@ -135,10 +139,6 @@ class OtherMemory:
     logits: int
     cuda_graphs: int
     context: int
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)

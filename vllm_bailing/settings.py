@@ -237,16 +237,20 @@ def _additional(vllm_config: Any, key: str) -> Any:
     return given.get(key) if isinstance(given, dict) else None
 
 
+def _switch(vllm_config: Any, key: str) -> bool | None:
+    given = _additional(vllm_config, key)
+    if given not in (None, True, False):
+        raise SettingsError(f"{key}={given!r} in --additional-config must be true or false")
+    return given
+
+
 def keeps_fp32_router(vllm_config: Any) -> bool:
     """Whether `--additional-config` asks for router weights in fp32 whatever the first ones need.
 
     Raises:
         SettingsError: If it is neither true nor false.
     """
-    given = _additional(vllm_config, FP32_ROUTER)
-    if given not in (None, True, False):
-        raise SettingsError(f"{FP32_ROUTER}={given!r} in --additional-config must be true or false")
-    return bool(given)
+    return bool(_switch(vllm_config, FP32_ROUTER))
 
 
 def wants_fused_qk_norm_rope(vllm_config: Any) -> bool | None:
@@ -255,10 +259,7 @@ def wants_fused_qk_norm_rope(vllm_config: Any) -> bool | None:
     Raises:
         SettingsError: If it is neither true nor false.
     """
-    given = _additional(vllm_config, FUSED_QK_NORM_ROPE)
-    if given not in (None, True, False):
-        raise SettingsError(f"{FUSED_QK_NORM_ROPE}={given!r} in --additional-config must be true or false")
-    return given
+    return _switch(vllm_config, FUSED_QK_NORM_ROPE)
 
 
 def draft_vocabulary(vllm_config: Any) -> list[int] | None:

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -115,13 +114,11 @@ def ask_server(url: str, model: str | None, prompts: list[list[int]], max_tokens
     Raises:
         VerifyError: If there is no server, or it gives no log-probabilities.
     """
-    from openai import OpenAI, OpenAIError
+    from openai import OpenAIError
 
-    client = OpenAI(
-        base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1",
-        api_key=os.environ.get("VLLM_API_KEY", "none"),
-        max_retries=1,
-    )
+    from vllm_bailing.chat import connect
+
+    client = connect(url, max_retries=1)
     try:
         name = model or client.models.list().data[0].id
         for prompt in prompts:
