@@ -611,6 +611,7 @@ def bench_compare(
     output_tokens: Annotated[int, typer.Option(help="Of each request that decodes.", min=2)] = 64,
     prefill: Annotated[str, typer.Option(help="Lengths of prompts, each measured alone.")] = "512",
     rounds: Annotated[int, typer.Option(help="How often each arm is measured, alternating.", min=1)] = 5,
+    repeats: Annotated[int, typer.Option(help="Of every figure in one process; the median counts.", min=1)] = 3,
     warm_up: Annotated[bool, typer.Option(help="Start every arm once before, unmeasured.")] = True,
     dtype: Annotated[str, typer.Option(help="As for `vllm serve`.")] = "auto",
     eager: Annotated[bool, typer.Option("--eager/--compiled", help="Without or with torch.compile.")] = False,
@@ -643,7 +644,7 @@ def bench_compare(
         if model in compare.SHAPES:
             compare.write_shape(model, Path(folder))
             path, arguments["load_format"] = folder, "dummy"
-        trial = compare.Trial(path, arguments, sizes, lengths, prompt_tokens, output_tokens)
+        trial = compare.Trial(path, arguments, sizes, lengths, prompt_tokens, output_tokens, repeats)
         try:
             found = compare.run(trial, options, rounds, warm_up, bandwidth)
         except bench.BenchError as error:

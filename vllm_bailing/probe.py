@@ -14,6 +14,7 @@ import torch
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 EXTENSION = "vllm_bailing.probe.Probe"
+OURS = "vllm_bailing."  # before the names of this package's own kernels
 _load_seconds = 0.0
 _load_model = BaseModelLoader.load_model
 
@@ -68,13 +69,15 @@ def _words(names: Any) -> str:
 
 
 def _expert_kernels(model: torch.nn.Module) -> list[str]:
-    """Classes of the kernels of all expert layers; where vLLM has no such object, of their quantisation methods."""
+    """Classes of the kernels of all expert layers, ours marked; where there are none, of their quantisation methods."""
     found = []
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         kernel = getattr(method, "moe_kernel", None)
         if kernel is not None:
-            found.append(type(kernel.fused_experts).__name__)
+            experts = type(kernel.fused_experts)
+            package = OURS if experts.__module__.startswith(OURS) else ""
+            found.append(package + experts.__name__)
         elif "MoE" in type(method).__name__:
             found.append(type(method).__name__)
     return found

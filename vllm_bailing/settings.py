@@ -28,6 +28,7 @@ MTP_MODEL_TYPE = "glm4_moe_mtp"
 DRAFT_VOCABULARY = "bailing_draft_vocab"
 FP32_ROUTER = "bailing_fp32_router"
 FUSED_QK_NORM_ROPE = "bailing_fused_qk_norm_rope"
+CPU_KERNELS = "bailing_cpu_kernels"
 TABLE_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"  # vLLM looks for tables of the fused experts there, then among its own
 TABLES = Path(__file__).parent / "tables"  # this package's, made by `vllm-bailing tune`; missing if there are none
 _SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
@@ -64,6 +65,7 @@ def install() -> None:
                 )
             keeps_fp32_router(vllm_config)
             wants_fused_qk_norm_rope(vllm_config)
+            wants_cpu_kernels(vllm_config)
             check_quantization(vllm_config)
             if draft_vocabulary(vllm_config):
                 _check_draft_head(vllm_config)
@@ -260,6 +262,15 @@ def wants_fused_qk_norm_rope(vllm_config: Any) -> bool | None:
         SettingsError: If it is neither true nor false.
     """
     return _switch(vllm_config, FUSED_QK_NORM_ROPE)
+
+
+def wants_cpu_kernels(vllm_config: Any) -> bool | None:
+    """Whether `--additional-config` asks for the kernels of `vllm_bailing.cpu`, or rules them out; None if open.
+
+    Raises:
+        SettingsError: If it is neither true nor false.
+    """
+    return _switch(vllm_config, CPU_KERNELS)
 
 
 def draft_vocabulary(vllm_config: Any) -> list[int] | None:

@@ -1,0 +1,234 @@
+"""vLLM's AVX-512 bf16 kernels, on CPUs where vLLM itself takes slower ones.
+
+vLLM's CPU build multiplies bf16 matrices in two ways: with oneDNN and a portable kernel for experts, or with kernels of
+AVX-512 bf16 instructions (ported from SGLang), which it takes only where the CPU has AMX besides. They run without AMX
+(AMD from Zen 4 on, Intel's Cooper Lake), and were faster there: docs/benchmarks.md. A bf16 model without quantisation
+gets them here, if they prove right on the CPU at hand.
+
+Dimension letters: T tokens, H hidden size, I width of an expert, N outputs, K inputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from vllm import _custom_ops as ops
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.utils import replace_parameter
+from vllm.platforms import current_platform
+
+from vllm_bailing.compat import portable_cpu_experts
+from vllm_bailing.settings import CPU_KERNELS, SettingsError, wants_cpu_kernels
+
+logger = init_logger("vllm.plugins.bailing.cpu")
+
+_NEEDED = ("convert_weight_packed", "weight_packed_linear", "fused_experts_cpu")  # in 0.32, not in 0.27
+_BLOCKS = (16, 32)  # the kernels take weights [N, K] with N and K divisible by these
+_TOKENS = (3, 37)  # below and above the number of tokens where the kernels change their way of working
+_TOLERANCE = 0.01  # of the norm of the result; bf16 rounding alone stays below 0.004
+_SAMPLE = 512  # sizes above twice this are proved on a smaller matrix with the same remainder
+
+
+def use_bf16_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> None:
+    """Switch `model`'s unquantised linear layers, experts and `head` over, before their weights are loaded.
+
+    Raises:
+        SettingsError: If `--additional-config` asks for what this machine or model cannot have.
+    """
+    wanted = wants_cpu_kernels(vllm_config)
+    if not current_platform.is_cpu() or wanted is False:
+        if wanted:
+            raise SettingsError(f"{CPU_KERNELS}=true in --additional-config: this is no CPU engine; leave it out")
+        return
+    obstacle = _obstacle(vllm_config.model_config.dtype)
+    if obstacle:
+        if wanted:
+            raise SettingsError(f"{CPU_KERNELS}=true in --additional-config: {obstacle}; leave it out")
+        logger.debug("vLLM's choice of CPU kernels stays: %s", obstacle)
+        return
+    _switch_experts(model)
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if type(method) is UnquantizedLinearMethod:
+            module.quant_method = PackedLinear()
+        elif type(method) is UnquantizedEmbeddingMethod and module is not head:
+            # vLLM would pack a second copy of the table, to multiply with, which only a head does.
+            module.quant_method = PlainEmbedding()
+    if type(getattr(head, "quant_method", None)) is UnquantizedEmbeddingMethod:
+        head.quant_method = PackedHead()
+    logger.info_once("Matrix products run on AVX-512 bf16 kernels of vLLM that it keeps for CPUs with AMX.")
+
+
+def _obstacle(dtype: torch.dtype) -> str:
+    if dtype != torch.bfloat16:
+        return f"the kernels take bf16, not {dtype}"
+    if not all(hasattr(torch.ops._C, name) for name in _NEEDED):
+        return "this build of vLLM has no such kernels"
+    if not torch.cpu._is_avx512_bf16_supported():
+        return "this CPU has no AVX-512 bf16 instructions"
+    if torch.cpu._is_amx_tile_supported():
+        return "this CPU has AMX, for which vLLM chooses well"
+    if hasattr(torch.ops, "zentorch") and hasattr(torch.ops.zentorch, "zentorch_linear_unary"):
+        return "zentorch brings its own"
+    return ""
+
+
+class PackedLinear(UnquantizedLinearMethod):
+    """Linear layers whose weight [N, K] is kept in the kernel's format only."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if not _pack(layer):
+            super().process_weights_after_loading(layer)
+            return
+        layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+
+
+class PackedHead(UnquantizedEmbeddingMethod):
+    """The language-model head. Its plain weight stays: it may be the embedding's too, or be wanted in fp32."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if not _pack(layer):
+            super().process_weights_after_loading(layer)
+
+
+class PlainEmbedding(UnquantizedEmbeddingMethod):
+    """A table that is looked up and never multiplied with."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        pass
+
+
+def _pack(layer: Any) -> bool:
+    """Give `layer` a `cpu_linear`, which is what vLLM's methods call, if the kernel takes its weight."""
+    weight = layer.weight
+    if weight.is_meta or weight.ndim != 2 or weight.dtype != torch.bfloat16:
+        return False
+    n, k = weight.shape
+    problem = _linear_problem(n, k)
+    if problem:
+        logger.info_once("Layers with weights [%d, %d] keep oneDNN: %s", n, k, problem)
+        return False
+    packed = torch.ops._C.convert_weight_packed(weight)
+    layer.cpu_linear = lambda x, _weight, bias: ops.weight_packed_linear_cpu(
+        x, packed, n, None if bias is None else bias.float()
+    )
+    return True
+
+
+def _sample(size: int) -> int:
+    return size if size <= 2 * _SAMPLE else _SAMPLE + size % _SAMPLE
+
+
+@functools.lru_cache(maxsize=64)
+def _linear_problem(n: int, k: int) -> str:
+    """Why the kernel cannot multiply with weights [n, k]; empty if it can."""
+    if n % _BLOCKS[0] or k % _BLOCKS[1]:
+        return f"they are no multiples of {_BLOCKS[0]} and {_BLOCKS[1]}"
+    generator = torch.Generator().manual_seed(0)
+    n, k = _sample(n), _sample(k)
+    weight = _random(generator, n, k)
+    packed = torch.ops._C.convert_weight_packed(weight)
+    for tokens in _TOKENS:
+        x = _random(generator, tokens, k)
+        problem = _difference(ops.weight_packed_linear_cpu(x, packed, n, None), x.float() @ weight.float().t())
+        if problem:
+            return problem
+    return ""
+
+
+@functools.lru_cache(maxsize=8)
+def _experts_problem(hidden_size: int, width: int) -> str:
+    """Why the kernel cannot run experts of `width`; empty if it can."""
+    if hidden_size % _BLOCKS[1] or width % _BLOCKS[1]:
+        return f"they are no multiples of {_BLOCKS[1]}"
+    generator = torch.Generator().manual_seed(0)
+    experts, top_k, h, i = 3, 2, _sample(hidden_size), _sample(width)
+    w13, w2 = _random(generator, experts, 2 * i, h), _random(generator, experts, h, i)
+    packed13, packed2 = torch.ops._C.convert_weight_packed(w13), torch.ops._C.convert_weight_packed(w2)
+    for tokens in _TOKENS:
+        x = _random(generator, tokens, h)
+        scores = torch.rand(tokens, experts, generator=generator)
+        weights, ids = scores.topk(top_k)
+        output = torch.empty_like(x)
+        _run_experts(output, x, packed13, packed2, weights, ids.int())
+        gate, up = torch.einsum("th,eih->tei", x.float(), w13.float()).chunk(2, dim=-1)
+        every = torch.einsum("tei,ehi->teh", nn.functional.silu(gate) * up, w2.float())
+        wanted = (every.gather(1, ids.unsqueeze(-1).expand(-1, -1, h)) * weights.unsqueeze(-1)).sum(1)
+        problem = _difference(output, wanted)
+        if problem:
+            return problem
+    return ""
+
+
+def _run_experts(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> None:
+    """Write the experts' weighted sum [T, H] to `output`; `w13` [E, 2I, H] and `w2` [E, H, I] are packed."""
+    unquantized = ops.CPUQuantMethod.UNQUANT
+    ops.fused_experts_cpu(
+        output, hidden_states, w13, w2, topk_weights, topk_ids, unquantized, None, None, None, None, None
+    )
+
+
+def _random(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator).mul_(shape[-1] ** -0.5).bfloat16()
+
+
+def _difference(found: torch.Tensor, wanted: torch.Tensor) -> str:
+    error = float((found.float() - wanted).norm() / wanted.norm())
+    return "" if error <= _TOLERANCE else f"the kernel's result is off by {error:.1%}"
+
+
+def _switch_experts(model: nn.Module) -> None:
+    experts = _packed_experts()
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if experts is None or getattr(method, "experts_cls", None) is not experts.__base__:
+            continue
+        config = method.moe
+        problem = _experts_problem(config.hidden_dim, experts._padded_intermediate_size(config))
+        if problem:
+            logger.info_once("Experts keep vLLM's portable kernel: %s", problem)
+        else:
+            method.experts_cls = experts
+
+
+@functools.cache
+def _packed_experts() -> Any:
+    """A class of experts for vLLM, or None where its interface for them is another."""
+    portable = portable_cpu_experts()
+    if portable is None:
+        return None
+
+    class PackedExperts(portable):
+        """Experts [E, 2I, H] and [E, H, I] in the kernel's format."""
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            self._pad_moe_intermediate(layer)
+            for name in ("w13_weight", "w2_weight"):
+                replace_parameter(layer, name, torch.ops._C.convert_weight_packed(getattr(layer, name)))
+
+        def apply(
+            self,
+            output: torch.Tensor,
+            hidden_states: torch.Tensor,
+            w1: torch.Tensor,
+            w2: torch.Tensor,
+            topk_weights: torch.Tensor,
+            topk_ids: torch.Tensor,
+            *_args: Any,
+            **_kwargs: Any,
+        ) -> None:
+            _run_experts(output, hidden_states, w1, w2, topk_weights, topk_ids)
+
+    return PackedExperts
