@@ -211,6 +211,18 @@ def test_arms_take_turns_and_warm_up_once_before(monkeypatch):
     assert [row["arm"] for row in found["rows"]] == [IN_TREE, AGAIN, PLUGIN]
 
 
+def test_prompts_beyond_the_window_are_refused_before_an_engine_starts():
+    with pytest.raises(BenchError, match="takes 2049 tokens with its answer, and the model's window has 2048; lower"):
+        compare.run(Trial(str(DEMO), {}, [1], [2048]), {}, rounds=1)
+
+
+def test_kernels_of_this_package_are_no_reason_to_refuse_but_a_note():
+    referee = Referee()
+    referee(IN_TREE, {"facts": FACTS})
+    referee(PLUGIN, {"facts": {**OURS, "experts": "vllm_bailing.PackedExperts"}})
+    assert referee.notes == [f"plugin: experts vllm_bailing.PackedExperts (in-tree: {FACTS['experts']})"]
+
+
 def test_interval_of_five_ratios_is_their_range_and_narrows_with_more():
     assert compare.interval([1.0, 1.1, 1.2, 1.3, 1.4]) == (1.0, 1.4)
     assert compare.interval([1.5]) == (1.5, 1.5)

@@ -32,7 +32,7 @@ from vllm_bailing.config import ARCHITECTURE, MODEL_TYPE, BailingMoeV2Config, re
 from vllm_bailing.weights import Checkpoint, layer_of, main_tensors
 
 IN_TREE, AGAIN, PLUGIN = "in-tree", "in-tree again", "plugin"
-_OURS = "vllm_bailing."  # what the names of this package's classes start with
+OURS = "vllm_bailing."  # what the names of this package's classes start with
 _PACKAGES = {IN_TREE: "vllm.", AGAIN: "vllm."}  # of the model class of an arm; of all others it is this one
 _SAME = ("experts", "attention", "dtype", "quantization", "compilation", "graphs", "runner", "device")
 SEED = 0
@@ -192,6 +192,11 @@ class Trial(Task):
     output_tokens: int = 64
     repeats: int = 3
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, with its answer."""
+        return max([self.prompt_tokens + self.output_tokens, *(length + 1 for length in self.prefill)])
+
     def work(self) -> dict[str, Any]:
         return measure(self)
 
@@ -230,11 +235,10 @@ def measure(trial: Trial) -> dict[str, Any]:
     if current_platform.is_cpu():
         # An engine process of its own would keep a core for itself.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    longest = max([trial.prompt_tokens + trial.output_tokens, *(length + 1 for length in trial.prefill)])
     llm = LLM(
         trial.model,
         **{
-            "max_model_len": longest,
+            "max_model_len": trial.longest,
             "max_num_seqs": max(trial.batch_sizes),
             "enable_prefix_caching": False,
             "disable_log_stats": False,
@@ -315,7 +319,7 @@ class Referee:
             BenchError: If it is another model class, or other kernels than those of `in-tree` in an arm without option.
         """
         facts = result["facts"]
-        package = _PACKAGES.get(arm, _OURS)
+        package = _PACKAGES.get(arm, OURS)
         if not facts["model"].startswith(package):
             raise BenchError(
                 f"the arm {arm!r} ran {facts['model']} and not a class of {package.rstrip('.')}; "
@@ -328,7 +332,7 @@ class Referee:
         for key in _SAME:
             if facts[key] == base[key]:
                 continue
-            ours = key == "experts" and all(kernel.startswith(_OURS) for kernel in facts[key].split(", "))
+            ours = key == "experts" and all(kernel.startswith(OURS) for kernel in facts[key].split(", "))
             if arm in (AGAIN, PLUGIN) and not ours:
                 raise BenchError(
                     f"the arm {arm!r} ran with {key} {facts[key]} and {IN_TREE!r} with {base[key]}, so that their "
@@ -459,8 +463,14 @@ def run(
     Returns:
         `machine`, `arms` (what each ran), `notes`, `rows` (see `summarize`), `roofline` (see `roofline_shares`).
     Raises:
-        BenchError: If an engine failed, or an arm did not run what its name says.
+        BenchError: If the model takes no such prompts, an engine failed, or an arm did not run what its name says.
     """
+    window = load_config(trial.model).max_position_embeddings
+    if trial.longest > window and not {"max_model_len", "hf_overrides"} & trial.engine.keys():
+        raise BenchError(
+            f"the longest request takes {trial.longest} tokens with its answer, and the model's window has {window}; "
+            "lower --prefill, --prompt-tokens or --output-tokens"
+        )
     with tempfile.TemporaryDirectory() as folder:
         plain = trial.model if trial.engine.get("load_format") == "dummy" else without_mtp(trial.model, Path(folder))
         trials, referee = arms(trial, options, plain), Referee()

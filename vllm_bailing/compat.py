@@ -65,7 +65,7 @@ REQUIRED = (
     ("model_executor/layers/linear", "MergedColumnParallelLinear", "bias quant_config prefix"),
     ("model_executor/layers", "ParallelLMHead", "quant_config prefix"),
 )
-_MODEL_FILES = ("model.py", "mtp.py", "fusion.py")
+_MODEL_FILES = ("model.py", "mtp.py", "cpu.py", "fusion.py")
 
 
 @dataclass
@@ -122,7 +122,10 @@ def register() -> Status:
                 ModelRegistry.register_model(architecture, where)
         except (ImportError, AttributeError) as error:
             decided.warning = f"no MTP drafts on this vLLM, whose settings differ from the checked ones: {error}"
-    register_parsers()
+    try:
+        register_parsers()
+    except Exception as error:  # a server can do without
+        decided.warning = decided.warning or f"no parsers named {PARSER!r}: {type(error).__name__}: {error}"
     with _visible(logger):
         if decided.active:
             logger.info(

@@ -11,6 +11,7 @@ Dimension letters: T tokens, H hidden size, I width of an expert, N outputs, K i
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from vllm_bailing.settings import CPU_KERNELS, SettingsError, wants_cpu_kernels
 
 logger = init_logger("vllm.plugins.bailing.cpu")
 
-_NEEDED = ("convert_weight_packed", "weight_packed_linear", "fused_experts_cpu")  # in 0.32, not in 0.27
+_NEEDED = ("weight_packed_linear_cpu", "fused_experts_cpu", "CPUQuantMethod")  # of vllm._custom_ops; new in 0.32
 _BLOCKS = (16, 32)  # the kernels take weights [N, K] with N and K divisible by these
 _TOKENS = (3, 37)  # below and above the number of tokens where the kernels change their way of working
 _TOLERANCE = 0.01  # of the norm of the result; bf16 rounding alone stays below 0.004
@@ -67,8 +68,8 @@ def use_bf16_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> Non
 def _obstacle(dtype: torch.dtype) -> str:
     if dtype != torch.bfloat16:
         return f"the kernels take bf16, not {dtype}"
-    if not all(hasattr(torch.ops._C, name) for name in _NEEDED):
-        return "this build of vLLM has no such kernels"
+    if not all(hasattr(ops, name) for name in _NEEDED):
+        return "this vLLM has no such kernels"
     if not torch.cpu._is_avx512_bf16_supported():
         return "this CPU has no AVX-512 bf16 instructions"
     if torch.cpu._is_amx_tile_supported():
@@ -124,7 +125,20 @@ def _sample(size: int) -> int:
     return size if size <= 2 * _SAMPLE else _SAMPLE + size % _SAMPLE
 
 
-@functools.lru_cache(maxsize=64)
+def _proof(attempt: Callable[[int, int], str]) -> Callable[[int, int], str]:
+    """Makes of what a kernel raises the reason why it is not used; remembers the outcome for each shape."""
+
+    @functools.lru_cache(maxsize=64)
+    def problem(rows: int, columns: int) -> str:
+        try:
+            return attempt(rows, columns)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            return f"the kernel failed ({' '.join(str(error).split())[:120]})"
+
+    return problem
+
+
+@_proof
 def _linear_problem(n: int, k: int) -> str:
     """Why the kernel cannot multiply with weights [n, k]; empty if it can."""
     if n % _BLOCKS[0] or k % _BLOCKS[1]:
@@ -141,7 +155,7 @@ def _linear_problem(n: int, k: int) -> str:
     return ""
 
 
-@functools.lru_cache(maxsize=8)
+@_proof
 def _experts_problem(hidden_size: int, width: int) -> str:
     """Why the kernel cannot run experts of `width`; empty if it can."""
     if hidden_size % _BLOCKS[1] or width % _BLOCKS[1]:

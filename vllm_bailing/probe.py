@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from vllm_bailing.compare import OURS
+
 EXTENSION = "vllm_bailing.probe.Probe"
-OURS = "vllm_bailing."  # before the names of this package's own kernels
 _load_seconds = 0.0
 _load_model = BaseModelLoader.load_model
 
