@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine import EngineError, ask, generate, make_llm, run
+from engine import ask, generate, make_llm, run
 from reference_cases import load_case
 
 from vllm_bailing.cli import DEMO
@@ -21,6 +21,7 @@ pytestmark = [
     ),
 ]
 PORTABLE = {"bailing_cpu_kernels": False}
+PLAIN = {**PORTABLE, "bailing_fused_qk_norm_rope": False}
 
 
 @functools.cache
@@ -127,15 +128,20 @@ def test_served_alike_by_both(eager):
     assert tokens == wanted_tokens
 
 
-@pytest.mark.parametrize("case", ["tied", "biases", "two_shared"])
-def test_close_to_the_official_code(case):
+def _errors(case, additional):
+    """Mean deviation of the log-probabilities from the official code's, for each position."""
     folder, tensors = load_case(case)
-    prompt = tensors["input_ids"].reshape(-1, tensors["input_ids"].shape[-1])[0].tolist()
-    [(table, _)] = run(generate, folder, [prompt], max_tokens=1, dtype="bfloat16")
-    [(portable, _)] = run(generate, folder, [prompt], max_tokens=1, dtype="bfloat16", additional_config=PORTABLE)
-    wanted = tensors["logits"].reshape(-1, *tensors["logits"].shape[-2:])[0, :-1].float().log_softmax(-1)
-    error, allowed = (table - wanted).abs().mean(), (portable - wanted).abs().mean()
-    assert error < 1.5 * allowed
+    prompts = tensors["input_ids"].reshape(-1, tensors["input_ids"].shape[-1]).tolist()
+    wanted = tensors["logits"].reshape(-1, *tensors["logits"].shape[-2:])[:, :-1].float().log_softmax(-1)
+    found = run(generate, folder, prompts, max_tokens=1, dtype="bfloat16", additional_config=additional)
+    return torch.cat([(table - right).abs().mean(-1) for (table, _), right in zip(found, wanted, strict=True)])
+
+
+def test_no_further_from_the_official_code():
+    # Any rounding sends some positions to other experts, so the median has to tell.
+    cases = ("plain", "biases", "full_rope", "two_shared", "yarn", "one_group")
+    ours, portable = (torch.cat([_errors(case, keys) for case in cases]) for keys in ({}, PLAIN))
+    assert ours.median() < 1.1 * portable.median()
 
 
 @pytest.mark.parametrize("kernel", ["fused_experts_cpu", "weight_packed_linear_cpu"])
@@ -156,41 +162,3 @@ def _reloaded(model):
 def test_reloading_packs_again():
     before, after = run(_reloaded, DEMO)
     assert torch.equal(before[0], after[0]) and before[1] == after[1]
-
-
-@pytest.mark.parametrize("tokens", [1, 7, 40])
-@pytest.mark.parametrize(
-    "experts, groups, topk_group, top_k", [(16, 4, 2, 4), (64, 8, 4, 8), (256, 8, 4, 8), (8, 1, 1, 1)]
-)
-def test_the_loop_chooses_as_the_reference_does(experts, groups, topk_group, top_k, tokens):
-    from vllm_bailing import loops
-    from vllm_bailing.config import BailingMoeV2Config
-    from vllm_bailing.reference import BailingMoeV2Gate
-
-    config = BailingMoeV2Config(
-        num_experts=experts,
-        n_group=groups,
-        topk_group=topk_group,
-        num_experts_per_tok=top_k,
-        hidden_size=experts,
-        head_dim=32,
-    )
-    gate = BailingMoeV2Gate(config)
-    torch.manual_seed(tokens)
-    gate.weight.data = torch.eye(experts)  # so that hidden states are the logits
-    gate.expert_bias.data = torch.randn(experts) / 10
-    logits = torch.randn(tokens, experts)
-    wanted_ids, wanted = gate(logits)[:2]
-    found, ids = loops.grouped_topk(
-        logits, gate.expert_bias, groups, topk_group, top_k, top_k > 1, config.routed_scaling_factor
-    )
-    order, wanted_order = ids.long().sort(-1), wanted_ids.sort(-1)
-    assert torch.equal(order.values, wanted_order.values)
-    torch.testing.assert_close(found.gather(1, order.indices), wanted.gather(1, wanted_order.indices))
-
-
-def test_what_cannot_be_is_refused():
-    with pytest.raises(EngineError, match=r"bailing_cpu_kernels=true .* the kernels take bf16, not torch.float32"):
-        run(generate, DEMO, [_prompt()], additional_config={"bailing_cpu_kernels": True})
-    with pytest.raises(EngineError, match="bailing_cpu_kernels='on' in --additional-config must be true or false"):
-        run(generate, DEMO, [_prompt()], dtype="bfloat16", additional_config={"bailing_cpu_kernels": "on"})

@@ -15,8 +15,7 @@ architecture:
 - `bgmv_shrink` and its two siblings in `vllm.lora.ops.torch_ops.lora_ops` and `vllm.lora.punica_wrapper.punica_cpu`, in
   CPU engines that serve this model with adapters: see `adapt_only_their_requests_on_cpu`;
 - the manager of adapters of this model: see `lora.WholeAdapters`;
-- the quantisation method and the router of this model's own expert layers on CPU: see `repack_experts_on_reload`, `cpu`
-  and `route_in_loops_on_cpu`;
+- quantisation methods and norms of this model's own layers on CPU: see `repack_experts_on_reload` and `cpu`;
 - `VLLM_TUNED_CONFIG_FOLDER` in GPU processes that build this model: see `settings.use_shipped_tables`;
 - `current_platform.get_device_name`, for the length of a look-up by `vllm-bailing tune`: see `device_called`.
 """
@@ -343,27 +342,6 @@ def repack_experts_on_reload(routed_experts: Any) -> None:
         process(layer)
 
     method.process_weights_after_loading = process_weights_after_loading
-
-
-def route_in_loops_on_cpu(experts: Any) -> None:
-    """Let a small batch's experts be chosen by `loops.grouped_topk`, where this vLLM has a router to give that to.
-
-    Differs:  older vLLM routes inside its experts for CPUs.
-    Upstream: `CPURouter`, in 0.32, not in 0.27.
-    Remove:   when the oldest supported version has it.
-    """
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return
-    try:
-        from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
-    except ImportError:
-        return
-    if isinstance(experts.router, CPURouter):
-        from vllm_bailing.loops import route_in_loops
-
-        route_in_loops(experts.router)
 
 
 def portable_cpu_experts() -> Any:

@@ -1,11 +1,14 @@
-"""vLLM's AVX-512 bf16 kernels, on CPUs where vLLM itself takes slower ones.
+"""Kernels of vLLM for CPUs where vLLM itself takes slower ones, if they prove right on the CPU at hand.
 
-vLLM's CPU build multiplies bf16 matrices in two ways: with oneDNN and a portable kernel for experts, or with kernels of
-AVX-512 bf16 instructions (ported from SGLang), which it takes only where the CPU has AMX besides. They run without AMX
-(AMD from Zen 4 on, Intel's Cooper Lake), and were faster there: docs/benchmarks.md. A bf16 model without quantisation
-gets them here, if they prove right on the CPU at hand.
+*Matrices.* vLLM's CPU build multiplies bf16 matrices in two ways: with oneDNN and a portable kernel for experts, or
+with kernels of AVX-512 bf16 instructions (ported from SGLang), which it takes only where the CPU has AMX besides. They
+run without AMX (AMD from Zen 4 on, Intel's Cooper Lake). A bf16 model without quantisation gets them here.
 
-Dimension letters: T tokens, H hidden size, I width of an expert, N outputs, K inputs of a linear layer.
+*Norms.* In eager mode vLLM computes them in PyTorch, operation by operation, and has kernels for them that lie idle.
+`torch.compile` fuses them, so that compiled engines do without.
+
+How much faster: docs/benchmarks.md. Dimension letters: T tokens, H hidden size, I width of an expert, N outputs and K
+inputs of a linear layer, D head size, R rotary width.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 from torch import nn
 from vllm import _custom_ops as ops
 from vllm.logger import init_logger
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.utils import replace_parameter
@@ -35,22 +39,22 @@ _TOLERANCE = 0.01  # of the norm of the result; bf16 rounding alone stays below 
 _SAMPLE = 512  # sizes above twice this are proved on a smaller matrix with the same remainder
 
 
-def use_bf16_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> None:
-    """Switch `model`'s unquantised linear layers, experts and `head` over, before their weights are loaded.
+def use_cpu_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> None:
+    """Switch `model`'s layers, its `head` among them, over to these kernels, before their weights are loaded.
 
     Raises:
         SettingsError: If `--additional-config` asks for what this machine or model cannot have.
     """
     wanted = wants_cpu_kernels(vllm_config)
-    if not current_platform.is_cpu() or wanted is False:
-        if wanted:
-            raise SettingsError(f"{CPU_KERNELS}=true in --additional-config: this is no CPU engine; leave it out")
-        return
     obstacle = _obstacle(vllm_config.model_config.dtype)
+    if obstacle and wanted:
+        raise SettingsError(f"{CPU_KERNELS}=true in --additional-config: {obstacle}; leave it out")
+    if not current_platform.is_cpu() or wanted is False:
+        return
+    if not vllm_config.compilation_config.mode:
+        _switch_norms(model)
     if obstacle:
-        if wanted:
-            raise SettingsError(f"{CPU_KERNELS}=true in --additional-config: {obstacle}; leave it out")
-        logger.debug("vLLM's choice of CPU kernels stays: %s", obstacle)
+        logger.debug("vLLM's choice of CPU kernels for matrices stays: %s", obstacle)
         return
     _switch_experts(model)
     for module in model.modules():
@@ -66,6 +70,9 @@ def use_bf16_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> Non
 
 
 def _obstacle(dtype: torch.dtype) -> str:
+    """Why this engine cannot have the kernels for matrices; empty if it can."""
+    if not current_platform.is_cpu():
+        return "this is no CPU engine"
     if dtype != torch.bfloat16:
         return f"the kernels take bf16, not {dtype}"
     if not all(hasattr(ops, name) for name in _NEEDED):
@@ -77,6 +84,151 @@ def _obstacle(dtype: torch.dtype) -> str:
     if hasattr(torch.ops, "zentorch") and hasattr(torch.ops.zentorch, "zentorch_linear_unary"):
         return "zentorch brings its own"
     return ""
+
+
+# --- norms ---------------------------------------------------------------------------------------------------------
+
+
+def fused_qk_norm_rope(
+    qkv: torch.Tensor,
+    num_heads_q: int,
+    num_heads_k: int,
+    num_heads_v: int,
+    head_dim: int,
+    eps: float,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    position_ids: torch.Tensor,
+) -> None:
+    """Norm and rotate queries and keys of `qkv` [T, (q + k + v) D] in place, all floats of one dtype.
+
+    Args:
+        q_weight, k_weight: [D].
+        cos_sin_cache: [positions, R], cosines and sines side by side.
+        is_neox: Whether halves are rotated, and not neighbours.
+        position_ids: [T] int64.
+
+    Source: the operation of the same name in vLLM's CUDA build, whose arguments these are.
+    """
+    q, k, _ = qkv.split((num_heads_q * head_dim, num_heads_k * head_dim, num_heads_v * head_dim), dim=-1)
+    rotated = []
+    for part, weight in ((q, q_weight), (k, k_weight)):
+        normed = torch.empty(part.shape, dtype=part.dtype)
+        torch.ops._C.rms_norm(normed.view(-1, head_dim), part.reshape(-1, head_dim), weight, eps)
+        rotated.append(normed)
+    torch.ops._C.rotary_embedding(position_ids, *rotated, head_dim, cos_sin_cache, is_neox)
+    q.copy_(rotated[0])
+    k.copy_(rotated[1])
+
+
+def _rms_norm(layer: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+    """As `RMSNorm.forward`; with a `residual`, both are changed in place."""
+    x = x.contiguous()
+    if residual is None:
+        normed = torch.empty_like(x)
+        torch.ops._C.rms_norm(normed, x, layer.weight.data, layer.variance_epsilon)
+        return normed
+    torch.ops._C.fused_add_rms_norm(x, residual, layer.weight.data, layer.variance_epsilon)
+    return x, residual
+
+
+def _switch_norms(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is not RMSNorm:
+            continue
+        problem = _norm_problem(module.hidden_size, module.weight.dtype)
+        if problem:
+            logger.info_once("Norms of %d stay in PyTorch: %s", module.hidden_size, problem)
+        else:
+            module.forward = functools.partial(_rms_norm, module)
+
+
+# --- proofs --------------------------------------------------------------------------------------------------------
+
+
+def _proof(attempt: Callable[..., str]) -> Callable[..., str]:
+    """Makes of what a kernel raises the reason why it is not used; remembers the outcome for each shape."""
+
+    @functools.lru_cache(maxsize=64)
+    def problem(*shape: Any) -> str:
+        try:
+            return attempt(*shape)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            return f"the kernel failed ({' '.join(str(error).split())[:120]})"
+
+    return problem
+
+
+def _random(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float32).mul_(shape[-1] ** -0.5).bfloat16()
+
+
+def _difference(found: torch.Tensor, wanted: torch.Tensor) -> str:
+    error = float((found.float() - wanted).norm() / wanted.norm())
+    return "" if error <= _TOLERANCE else f"the kernel's result is off by {error:.1%}"
+
+
+def _sample(size: int) -> int:
+    return size if size <= 2 * _SAMPLE else _SAMPLE + size % _SAMPLE
+
+
+@_proof
+def _norm_problem(size: int, dtype: torch.dtype) -> str:
+    """Why the kernels cannot norm rows of `size` numbers; empty if they can."""
+    generator = torch.Generator().manual_seed(0)
+    layer = RMSNorm(size, eps=1e-6, dtype=dtype)
+    layer.weight.data = _random(generator, size).to(dtype)
+    x, residual = (_random(generator, _TOKENS[1], size).to(dtype) for _ in range(2))
+    plain: Any = layer.forward_native(x.clone())
+    wanted, added = layer.forward_native(x.clone(), residual.clone())
+    found = _rms_norm(layer, x)
+    normed, total = _rms_norm(layer, x, residual)
+    return _difference(found, plain.float()) or _difference(normed, wanted.float()) or _difference(total, added.float())
+
+
+@_proof
+def _linear_problem(n: int, k: int) -> str:
+    """Why the kernel cannot multiply with weights [n, k]; empty if it can."""
+    if n % _BLOCKS[0] or k % _BLOCKS[1]:
+        return f"they are no multiples of {_BLOCKS[0]} and {_BLOCKS[1]}"
+    generator = torch.Generator().manual_seed(0)
+    n, k = _sample(n), _sample(k)
+    weight = _random(generator, n, k)
+    packed = torch.ops._C.convert_weight_packed(weight)
+    for tokens in _TOKENS:
+        x = _random(generator, tokens, k)
+        problem = _difference(ops.weight_packed_linear_cpu(x, packed, n, None), x.float() @ weight.float().t())
+        if problem:
+            return problem
+    return ""
+
+
+@_proof
+def _experts_problem(hidden_size: int, width: int) -> str:
+    """Why the kernel cannot run experts of `width`; empty if it can."""
+    if hidden_size % _BLOCKS[1] or width % _BLOCKS[1]:
+        return f"they are no multiples of {_BLOCKS[1]}"
+    generator = torch.Generator().manual_seed(0)
+    experts, top_k, h, i = 3, 2, _sample(hidden_size), _sample(width)
+    w13, w2 = _random(generator, experts, 2 * i, h), _random(generator, experts, h, i)
+    packed13, packed2 = torch.ops._C.convert_weight_packed(w13), torch.ops._C.convert_weight_packed(w2)
+    for tokens in _TOKENS:
+        x = _random(generator, tokens, h)
+        weights, ids = torch.rand(tokens, experts, generator=generator, dtype=torch.float32).topk(top_k)
+        output = torch.empty_like(x)
+        _run_experts(output, x, packed13, packed2, weights, ids.int())
+        gate, up = torch.einsum("th,eih->tei", x.float(), w13.float()).chunk(2, dim=-1)
+        every = torch.einsum("tei,ehi->teh", nn.functional.silu(gate) * up, w2.float())
+        wanted = (every.gather(1, ids.unsqueeze(-1).expand(-1, -1, h)) * weights.unsqueeze(-1)).sum(1)
+        problem = _difference(output, wanted)
+        if problem:
+            return problem
+    return ""
+
+
+# --- matrices ------------------------------------------------------------------------------------------------------
 
 
 class PackedLinear(UnquantizedLinearMethod):
@@ -121,64 +273,6 @@ def _pack(layer: Any) -> bool:
     return True
 
 
-def _sample(size: int) -> int:
-    return size if size <= 2 * _SAMPLE else _SAMPLE + size % _SAMPLE
-
-
-def _proof(attempt: Callable[[int, int], str]) -> Callable[[int, int], str]:
-    """Makes of what a kernel raises the reason why it is not used; remembers the outcome for each shape."""
-
-    @functools.lru_cache(maxsize=64)
-    def problem(rows: int, columns: int) -> str:
-        try:
-            return attempt(rows, columns)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            return f"the kernel failed ({' '.join(str(error).split())[:120]})"
-
-    return problem
-
-
-@_proof
-def _linear_problem(n: int, k: int) -> str:
-    """Why the kernel cannot multiply with weights [n, k]; empty if it can."""
-    if n % _BLOCKS[0] or k % _BLOCKS[1]:
-        return f"they are no multiples of {_BLOCKS[0]} and {_BLOCKS[1]}"
-    generator = torch.Generator().manual_seed(0)
-    n, k = _sample(n), _sample(k)
-    weight = _random(generator, n, k)
-    packed = torch.ops._C.convert_weight_packed(weight)
-    for tokens in _TOKENS:
-        x = _random(generator, tokens, k)
-        problem = _difference(ops.weight_packed_linear_cpu(x, packed, n, None), x.float() @ weight.float().t())
-        if problem:
-            return problem
-    return ""
-
-
-@_proof
-def _experts_problem(hidden_size: int, width: int) -> str:
-    """Why the kernel cannot run experts of `width`; empty if it can."""
-    if hidden_size % _BLOCKS[1] or width % _BLOCKS[1]:
-        return f"they are no multiples of {_BLOCKS[1]}"
-    generator = torch.Generator().manual_seed(0)
-    experts, top_k, h, i = 3, 2, _sample(hidden_size), _sample(width)
-    w13, w2 = _random(generator, experts, 2 * i, h), _random(generator, experts, h, i)
-    packed13, packed2 = torch.ops._C.convert_weight_packed(w13), torch.ops._C.convert_weight_packed(w2)
-    for tokens in _TOKENS:
-        x = _random(generator, tokens, h)
-        scores = torch.rand(tokens, experts, generator=generator)
-        weights, ids = scores.topk(top_k)
-        output = torch.empty_like(x)
-        _run_experts(output, x, packed13, packed2, weights, ids.int())
-        gate, up = torch.einsum("th,eih->tei", x.float(), w13.float()).chunk(2, dim=-1)
-        every = torch.einsum("tei,ehi->teh", nn.functional.silu(gate) * up, w2.float())
-        wanted = (every.gather(1, ids.unsqueeze(-1).expand(-1, -1, h)) * weights.unsqueeze(-1)).sum(1)
-        problem = _difference(output, wanted)
-        if problem:
-            return problem
-    return ""
-
-
 def _run_experts(
     output: torch.Tensor,
     hidden_states: torch.Tensor,
@@ -192,15 +286,6 @@ def _run_experts(
     ops.fused_experts_cpu(
         output, hidden_states, w13, w2, topk_weights, topk_ids, unquantized, None, None, None, None, None
     )
-
-
-def _random(generator: torch.Generator, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=generator).mul_(shape[-1] ** -0.5).bfloat16()
-
-
-def _difference(found: torch.Tensor, wanted: torch.Tensor) -> str:
-    error = float((found.float() - wanted).norm() / wanted.norm())
-    return "" if error <= _TOLERANCE else f"the kernel's result is off by {error:.1%}"
 
 
 def _switch_experts(model: nn.Module) -> None:

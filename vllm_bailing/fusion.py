@@ -1,15 +1,14 @@
-"""Norms of queries and keys and their rotation in one kernel, where that computes the same.
+"""Norms of queries and keys and their rotation in one call, where that computes the same.
 
 vLLM's CUDA build has `fused_qk_norm_rope`, which its own compiler pass leaves off at every optimisation level. Here it
 is called where it proves equal on the GPU at hand, rotary widths below the head size included: a kernel of this kind
-was once wrong for those (vLLM pull request 43676). CPU engines in eager mode have that of `vllm_bailing.loops`.
+was once wrong for those (vLLM pull request 43676). CPU engines in eager mode have that of `vllm_bailing.cpu`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from vllm import _custom_ops
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm_bailing import cpu
 from vllm_bailing.settings import FUSED_QK_NORM_ROPE, SettingsError, wants_fused_qk_norm_rope
 
 logger = init_logger("vllm.plugins.bailing.fusion")
@@ -27,37 +27,11 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _TOKENS = 37  # an odd number, so that the last block of threads is not full
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel with the arguments of vLLM's `fused_qk_norm_rope`, and up to how many tokens it is to be used."""
+def fused_qk_norm_rope_for(attention: Any, vllm_config: Any) -> Callable[..., None] | None:
+    """A function with the arguments of vLLM's `fused_qk_norm_rope`, which changes queries and keys in place.
 
-    call: Callable[..., None]
-    most_tokens: int | None = None
-
-    def norm_and_rotate(self, attention: Any, positions: torch.Tensor, qkv: torch.Tensor) -> bool:
-        """Norm and rotate queries and keys of `qkv` [T, q + 2 kv] in place, or return False; `positions` [T] int64."""
-        if self.most_tokens is not None and len(qkv) > self.most_tokens:
-            return False
-        self.call(
-            qkv,
-            attention.num_heads,
-            attention.num_kv_heads,
-            attention.num_kv_heads,
-            attention.head_dim,
-            attention.query_layernorm.variance_epsilon,
-            attention.query_layernorm.weight,
-            attention.key_layernorm.weight,
-            attention.rotary_emb.cos_sin_cache,
-            True,
-            positions,
-        )
-        return True
-
-
-def qk_norm_rope_kernel(vllm_config: Any, attention: Any) -> Kernel | None:
-    """The kernel for `attention`, a BailingMoeV2Attention, or None if its layers are to stay separate.
-
-    By default there is one where it gives what the separate layers give.
+    None if the layers of `attention`, a BailingMoeV2Attention, are to stay separate. By default there is one where it
+    gives what they give.
 
     Raises:
         SettingsError: If `--additional-config` asks for what there is not.
@@ -66,8 +40,8 @@ def qk_norm_rope_kernel(vllm_config: Any, attention: Any) -> Kernel | None:
     if wanted is False:
         return None
     dtype = torch.get_default_dtype()
-    kernel, obstacle = _kernel(vllm_config, attention, dtype)
-    obstacle = obstacle or _difference(
+    kernel = _kernel()
+    obstacle = _obstacle(attention, vllm_config, dtype) or _difference(
         kernel, attention.num_heads, attention.num_kv_heads, attention.head_dim, attention.rotary_emb, dtype
     )
     if obstacle and wanted:
@@ -79,30 +53,29 @@ def qk_norm_rope_kernel(vllm_config: Any, attention: Any) -> Kernel | None:
     return kernel
 
 
-def _kernel(vllm_config: Any, attention: Any, dtype: torch.dtype) -> tuple[Kernel | None, str]:
-    """The kernel for this machine, or why there is none."""
-    if isinstance(attention.query_layernorm, torch.nn.Identity):
-        return None, "the model has no norms on queries and keys"
+def _kernel() -> Any:
     if current_platform.is_cpu():
-        if vllm_config.compilation_config.mode:
-            return None, "on CPUs torch.compile fuses them"
-        from vllm_bailing import loops
+        return cpu.fused_qk_norm_rope
+    return _custom_ops.fused_qk_norm_rope if hasattr(torch.ops._C, "fused_qk_norm_rope") else None
 
-        kernel, dtypes, sizes = Kernel(loops.fused_qk_norm_rope, loops.most_tokens()), loops.DTYPES, None
-    elif current_platform.is_cuda() and hasattr(torch.ops._C, "fused_qk_norm_rope"):
-        kernel, dtypes, sizes = Kernel(_custom_ops.fused_qk_norm_rope), _DTYPES, _HEAD_SIZES
-    else:
-        return None, "this build of vLLM has no such kernel"
-    if dtype not in dtypes:
-        return None, f"the kernel does not take {dtype}"
-    if sizes is not None and attention.head_dim not in sizes:
-        return None, f"the kernel does not take heads of {attention.head_dim}"
-    return kernel, ""
+
+def _obstacle(attention: Any, vllm_config: Any, dtype: torch.dtype) -> str:
+    if isinstance(attention.query_layernorm, torch.nn.Identity):
+        return "the model has no norms on queries and keys"
+    if current_platform.is_cpu():
+        return "on CPUs torch.compile fuses them" if vllm_config.compilation_config.mode else ""
+    if not current_platform.is_cuda() or _kernel() is None:
+        return "this build of vLLM has no such kernel"
+    if dtype not in _DTYPES:
+        return f"the kernel does not take {dtype}"
+    if attention.head_dim not in _HEAD_SIZES:
+        return f"the kernel does not take heads of {attention.head_dim}"
+    return ""
 
 
 @functools.lru_cache(maxsize=8)  # once for all layers, which share their rotary embedding
 def _difference(
-    kernel: Kernel, num_heads: int, num_kv_heads: int, head_dim: int, rotary_emb: Any, dtype: torch.dtype
+    kernel: Any, num_heads: int, num_kv_heads: int, head_dim: int, rotary_emb: Any, dtype: torch.dtype
 ) -> str:
     """In what the kernel differs from the layers that it replaces; empty if in nothing."""
     cache = rotary_emb.cos_sin_cache
@@ -116,10 +89,8 @@ def _difference(
     positions = torch.randint(len(cache), (_TOKENS,), generator=generator, device=cache.device)
     wanted = _plainly(qkv, q_weight, k_weight, cache, positions, num_heads, num_kv_heads, head_dim)
     try:
-        kernel.call(
-            qkv, num_heads, num_kv_heads, num_kv_heads, head_dim, 1e-6, q_weight, k_weight, cache, True, positions
-        )
-    except (RuntimeError, TypeError, ValueError) as error:
+        kernel(qkv, num_heads, num_kv_heads, num_kv_heads, head_dim, 1e-6, q_weight, k_weight, cache, True, positions)
+    except (RuntimeError, TypeError, AttributeError) as error:
         return f"the kernel failed ({' '.join(str(error).split())[:120]})"
     # Two steps of the coarser format: one for the kernel's rounding, one for that of the norm's output before it.
     step = 2 * torch.finfo(dtype).eps

@@ -59,13 +59,12 @@ from vllm_bailing.compat import (
     experts_without_lora_on_cpu,
     repack_experts_on_reload,
     rope_parameters,
-    route_in_loops_on_cpu,
     sample_drafts_right_on_cpu,
 )
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.cpu import use_bf16_kernels
+from vllm_bailing.cpu import use_cpu_kernels
 from vllm_bailing.dequantize import as_plain
-from vllm_bailing.fusion import qk_norm_rope_kernel
+from vllm_bailing.fusion import fused_qk_norm_rope_for
 from vllm_bailing.lora import WholeAdapters
 from vllm_bailing.settings import FP32_ROUTER, keeps_fp32_router, naming_the_way_out, use_shipped_tables
 from vllm_bailing.weights import EMBEDDING, HEAD, Audit, CheckpointError, layer_of, main_tensors
@@ -122,7 +121,7 @@ class BailingMoeV2Attention(nn.Module):
             is_neox_style=True,
             rope_parameters=rope_parameters(config.rope_parameters),
         )
-        self.kernel = qk_norm_rope_kernel(get_current_vllm_config(), self)
+        self.fused_qk_norm_rope = fused_qk_norm_rope_for(self, get_current_vllm_config())
         self.attn = Attention(
             self.num_heads,
             self.head_dim,
@@ -135,9 +134,22 @@ class BailingMoeV2Attention(nn.Module):
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         qkv, _ = self.query_key_value(hidden_states)
-        is_done = self.kernel is not None and self.kernel.norm_and_rotate(self, positions, qkv)
+        if self.fused_qk_norm_rope is not None:
+            self.fused_qk_norm_rope(
+                qkv,
+                self.num_heads,
+                self.num_kv_heads,
+                self.num_kv_heads,
+                self.head_dim,
+                self.query_layernorm.variance_epsilon,
+                self.query_layernorm.weight,
+                self.key_layernorm.weight,
+                self.rotary_emb.cos_sin_cache,
+                True,
+                positions,
+            )
         q, k, v = qkv.split((self.q_size, self.kv_size, self.kv_size), dim=-1)
-        if not is_done:
+        if self.fused_qk_norm_rope is None:
             q = self.query_layernorm(q.view(-1, self.num_heads, self.head_dim)).view(q.shape)
             k = self.key_layernorm(k.view(-1, self.num_kv_heads, self.head_dim)).view(k.shape)
             q, k = self.rotary_emb(positions, q, k)
@@ -294,8 +306,6 @@ class BailingMoeV2MoE(nn.Module):
                 shared_experts=self.shared_experts,
             )
         repack_experts_on_reload(self.experts.routed_experts)
-        if not vllm_config.compilation_config.mode:
-            route_in_loops_on_cpu(self.experts)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         num_tokens = hidden_states.shape[0]
@@ -497,7 +507,7 @@ class BailingMoeV2ForCausalLM(
         self.lora_skip_prefixes = skipped  # pyright: ignore[reportAttributeAccessIssue]
         # Dummy weights are filled by trainers that send the real ones in portions, so none of them is complete.
         self._expect_complete = vllm_config.load_config.load_format != "dummy"
-        use_bf16_kernels(self, self.lm_head, vllm_config)
+        use_cpu_kernels(self, self.lm_head, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_input_ids(input_ids)

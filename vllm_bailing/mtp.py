@@ -33,7 +33,7 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.cpu import use_bf16_kernels
+from vllm_bailing.cpu import use_cpu_kernels
 from vllm_bailing.dequantize import as_plain
 from vllm_bailing.model import (
     BailingMoeV2DecoderLayer,
@@ -227,7 +227,7 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
         )
         self.allow_patterns_overrides = [files] if files else None
         self._expect_complete = vllm_config.load_config.load_format != "dummy"
-        use_bf16_kernels(self, self.draft_head.head if self.draft_head else self.lm_head, vllm_config)
+        use_cpu_kernels(self, self.draft_head.head if self.draft_head else self.lm_head, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)
