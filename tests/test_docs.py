@@ -143,6 +143,12 @@ def test_every_guide_is_in_the_index_and_in_the_readme():
 # ---- what cannot run here --------------------------------------------------------------------------------------
 
 
+def test_the_table_of_benchmarks_shows_the_results_beside_it():
+    table = importlib.import_module("benchmark_table")
+    page = table.PAGE.read_text(encoding="utf-8")
+    assert table.with_table(page) == page, "run `python scripts/benchmark_table.py --write`"
+
+
 def test_every_block_is_one_that_the_tests_know():
     for block in BLOCKS:
         assert block.language in ("bash", "python", "json"), f"{block}: {block.language!r}"

@@ -667,7 +667,9 @@ def bench_compare(
     written[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     try:
         picture = out.with_name(f"{out.name}.png")
-        compare.plot(found["rows"], f"vllm-bailing, {Path(model).name}, {found['machine']['device']}", picture)
+        facts = found["arms"][compare.PLUGIN]
+        what = (Path(model).name, "eager" if eager else "compiled", facts["dtype"], facts["device"])
+        compare.plot(found["rows"], f"vllm-bailing: {', '.join(what)}", picture)
         written.append(picture)
     except ImportError:
         typer.echo("no plot: `pip install 'vllm-bailing[bench]'`", err=True)
