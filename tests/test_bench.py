@@ -414,5 +414,6 @@ def test_both_classes_are_compared_on_the_demo(tmp_path):
     assert list(dict.fromkeys(row["figure"] for row in report["rows"])) == wanted
     assert all(0 < row["median"] < math.inf for row in report["rows"])
     assert report["roofline"]["shares"].keys() == {"decode 1"}
-    assert report["notes"] == []
+    own = facts["experts"] == "vllm_bailing.PackedExperts"  # on some CPUs, see test_cpu.py
+    assert (len(report["notes"]) == 1 and "PackedExperts" in report["notes"][0]) if own else report["notes"] == []
     assert (tmp_path / "x.png").is_file()

@@ -348,9 +348,11 @@ def test_messages_are_those_of_the_code():
 
 
 def same(wanted: str, came: str) -> bool:
-    """Whether an output is the one shown: whitespace and numbers with a point may differ, `...` is anything."""
+    """Whether an output is the one shown: whitespace, numbers with a point or in a column may differ, `...` is all."""
 
     def plain(text: str) -> str:
+        # Where the likeliest two tokens are near, the processor decides, and with it how long an answer is.
+        text = re.sub(r"(?<=  )\d+(?=  )", "0", text)
         text = re.sub(r"\d+(\.\d+)+(e-?\d+)?|\d+e-?\d+", "0", re.sub(r"localhost:\d+", SERVER, text))
         return re.sub("─+", "─", text)
 
@@ -360,6 +362,7 @@ def same(wanted: str, came: str) -> bool:
 
 def test_outputs_are_compared_as_they_are_meant():
     assert same("a 0.12 b\n...\n55\n", "a 0.9  b\nx\ny\n55\n")
+    assert same("all    392    0.1\n", "all    395    0.2\n")
     assert not same("47 + 8 = 55\n", "47 + 8 = 54\n")
     assert not same("a\n", "a\nb\n")
 
