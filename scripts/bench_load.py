@@ -22,6 +22,8 @@ from typing import Annotated, Any
 import typer
 from rich.progress import track
 
+from vllm_bailing.bench import turns
+
 ARMS = {"vLLM's own": {"VLLM_BAILING_USE_INTREE": "1"}, "vllm-bailing": {"VLLM_BAILING_USE_INTREE": "0"}}
 WORKER = "--measure"
 
@@ -86,8 +88,7 @@ def main(
         model = model or make_model(Path(folder) / "model")
         out = Path(folder) / "seconds.json"
         found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-        turns = [arm for number in range(rounds) for arm in (list(ARMS) if number % 2 == 0 else list(ARMS)[::-1])]
-        for arm in track(turns, description="engines"):
+        for arm in track(turns(ARMS, rounds), description="engines"):
             env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **ARMS[arm]}
             command = [sys.executable, __file__, WORKER, model, str(out)]
             done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

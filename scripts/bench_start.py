@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vllm_bailing import compare
+from vllm_bailing.bench import turns
 from vllm_bailing.cli import DEMO
 from vllm_bailing.compat import USE_INTREE
 
@@ -87,10 +88,9 @@ def main(
     found: dict[str, list[float]] = {arm: [] for arm in ARMS}
     with tempfile.TemporaryDirectory() as folder:
         model = compare.without_mtp(str(DEMO), Path(folder) / "demo")
-        turns = [arm for number in range(rounds) for arm in (list(ARMS) if number % 2 == 0 else list(ARMS)[::-1])]
         for arm in (compare.IN_TREE, compare.PLUGIN):
             seconds_to_first_token(model, ARMS[arm], options)  # fills the caches of files and of compiled code
-        for arm in track(turns, description="servers", console=Console(stderr=True)):
+        for arm in track(turns(ARMS, rounds), description="servers", console=Console(stderr=True)):
             found[arm].append(seconds_to_first_token(model, ARMS[arm], options))
     for arm, seconds in found.items():
         ratios = [mine / base for mine, base in zip(seconds, found[compare.IN_TREE], strict=True)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from tables import replaced
 
 from vllm_bailing.compare import PLUGIN
 
@@ -54,8 +55,7 @@ def cell(row: dict[str, Any] | None) -> str:
 
 def with_table(page: str) -> str:
     """`page` with the table between its two marks replaced."""
-    before, rest = page.split(BEGIN)
-    return "\n".join([f"{before}{BEGIN}", *lines(), END + rest.split(END)[1]])
+    return replaced(page, BEGIN, END, lines())
 
 
 def main(write: Annotated[bool, typer.Option("--write", help="Replace the table in the page.")] = False) -> None:

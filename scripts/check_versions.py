@@ -29,6 +29,7 @@ from typing import Annotated, Any, cast
 
 import typer
 from packaging.version import Version
+from tables import replaced
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests" / "data" / "versions.json"
@@ -109,11 +110,7 @@ def table_lines(results: dict[str, dict[str, Any]]) -> list[str]:
 
 def with_table(readme: str, results: dict[str, dict[str, Any]]) -> str:
     """`readme` with the table between its two marks replaced."""
-    before, found_begin, rest = readme.partition(BEGIN)
-    _, found_end, after = rest.partition(END)
-    if not (found_begin and found_end):
-        raise SystemExit(f"check_versions: {README} has no lines {BEGIN} and {END}; put them where the table belongs")
-    return before + "\n".join([BEGIN, *table_lines(results), END]) + after
+    return replaced(readme, BEGIN, END, table_lines(results))
 
 
 @app.command()

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -187,10 +187,16 @@ def run_job(task: Task) -> Any:
         return task.read(json.loads(Path(task.out).read_text()))
 
 
+def turns(names: Iterable[str], rounds: int) -> list[str]:
+    """Every name once a round, in turned order every other round, so that a slow drift of the machine cancels out."""
+    order = list(names)
+    return [name for number in range(rounds) for name in (order if number % 2 == 0 else order[::-1])]
+
+
 def alternate(
     jobs: Mapping[str, Task], rounds: int, check: Callable[[str, Any], None] | None = None, what: str = "engines"
 ) -> dict[str, list[Any]]:
-    """Run every job once a round, in turned order every other round, with a progress bar on standard error.
+    """Run every job once a round in `turns`, with a progress bar on standard error.
 
     Args:
         check: Is given the name and the result of every job that ran, and may raise.
@@ -205,12 +211,11 @@ def alternate(
     results: dict[str, list[Any]] = {name: [] for name in jobs}
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task(what, total=rounds * len(jobs))
-        for number in range(rounds):
-            for name in list(jobs) if number % 2 == 0 else list(jobs)[::-1]:
-                results[name].append(run_job(jobs[name]))
-                if check is not None:
-                    check(name, results[name][-1])
-                progress.advance(bar)
+        for name in turns(jobs, rounds):
+            results[name].append(run_job(jobs[name]))
+            if check is not None:
+                check(name, results[name][-1])
+            progress.advance(bar)
     return results
 
 

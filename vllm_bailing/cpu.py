@@ -35,12 +35,13 @@ logger = init_logger("vllm.plugins.bailing.cpu")
 _NEEDED = ("weight_packed_linear_cpu", "fused_experts_cpu", "CPUQuantMethod")  # of vllm._custom_ops; new in 0.32
 _BLOCKS = (16, 32)  # the kernels take weights [N, K] with N and K divisible by these
 _TOKENS = (3, 37)  # below and above the number of tokens where the kernels change their way of working
+_BLOCK_TOKENS, _FEW_TOKENS = 32, 4  # tokens of a block; up to 4 tokens a kernel without oneDNN runs
 _TOLERANCE = 0.01  # of the norm of the result; bf16 rounding alone stays below 0.004
 _SAMPLE = 512  # sizes above twice this are proved on a smaller matrix with the same remainder
 
 
 def use_cpu_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> None:
-    """Switch `model`'s layers, its `head` among them, over to these kernels, before their weights are loaded.
+    """Switch the layers of `model`, `head` among them, over to these kernels, before their weights are loaded.
 
     Raises:
         SettingsError: If `--additional-config` asks for what this machine or model cannot have.
@@ -51,22 +52,16 @@ def use_cpu_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> None
         raise SettingsError(f"{CPU_KERNELS}=true in --additional-config: {obstacle}; leave it out")
     if not current_platform.is_cpu() or wanted is False:
         return
-    if not vllm_config.compilation_config.mode:
-        _switch_norms(model)
+    eager = not vllm_config.compilation_config.mode
+    for module in model.modules():
+        if eager and type(module) is RMSNorm:
+            _switch_norm(module)
+        elif not obstacle:
+            _switch_matrices(module, is_head=module is head)
     if obstacle:
         logger.debug("vLLM's choice of CPU kernels for matrices stays: %s", obstacle)
-        return
-    _switch_experts(model)
-    for module in model.modules():
-        method = getattr(module, "quant_method", None)
-        if type(method) is UnquantizedLinearMethod:
-            module.quant_method = PackedLinear()
-        elif type(method) is UnquantizedEmbeddingMethod and module is not head:
-            # vLLM would pack a second copy of the table, to multiply with, which only a head does.
-            module.quant_method = PlainEmbedding()
-    if type(getattr(head, "quant_method", None)) is UnquantizedEmbeddingMethod:
-        head.quant_method = PackedHead()
-    logger.info_once("Matrix products run on AVX-512 bf16 kernels of vLLM that it keeps for CPUs with AMX.")
+    else:
+        logger.info_once("Matrix products run on AVX-512 bf16 kernels of vLLM that it keeps for CPUs with AMX.")
 
 
 def _obstacle(dtype: torch.dtype) -> str:
@@ -134,22 +129,19 @@ def _rms_norm(layer: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None = N
     return x, residual
 
 
-def _switch_norms(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module) is not RMSNorm:
-            continue
-        problem = _norm_problem(module.hidden_size, module.weight.dtype)
-        if problem:
-            logger.info_once("Norms of %d stay in PyTorch: %s", module.hidden_size, problem)
-        else:
-            module.forward = functools.partial(_rms_norm, module)
+def _switch_norm(layer: RMSNorm) -> None:
+    problem = _norm_problem(layer.hidden_size, layer.weight.dtype)
+    if problem:
+        logger.info_once("Norms of %d stay in PyTorch: %s", layer.hidden_size, problem)
+    else:
+        layer.forward = functools.partial(_rms_norm, layer)
 
 
 # --- proofs --------------------------------------------------------------------------------------------------------
 
 
-def _proof(attempt: Callable[..., str]) -> Callable[..., str]:
-    """Makes of what a kernel raises the reason why it is not used; remembers the outcome for each shape."""
+def proof(attempt: Callable[..., str]) -> Callable[..., str]:
+    """Makes of what a kernel raises the reason why it is not used; remembers the outcome for the same arguments."""
 
     @functools.lru_cache(maxsize=64)
     def problem(*shape: Any) -> str:
@@ -174,7 +166,7 @@ def _sample(size: int) -> int:
     return size if size <= 2 * _SAMPLE else _SAMPLE + size % _SAMPLE
 
 
-@_proof
+@proof
 def _norm_problem(size: int, dtype: torch.dtype) -> str:
     """Why the kernels cannot norm rows of `size` numbers; empty if they can."""
     generator = torch.Generator().manual_seed(0)
@@ -188,7 +180,7 @@ def _norm_problem(size: int, dtype: torch.dtype) -> str:
     return _difference(found, plain.float()) or _difference(normed, wanted.float()) or _difference(total, added.float())
 
 
-@_proof
+@proof
 def _linear_problem(n: int, k: int) -> str:
     """Why the kernel cannot multiply with weights [n, k]; empty if it can."""
     if n % _BLOCKS[0] or k % _BLOCKS[1]:
@@ -205,7 +197,7 @@ def _linear_problem(n: int, k: int) -> str:
     return ""
 
 
-@_proof
+@proof
 def _experts_problem(hidden_size: int, width: int) -> str:
     """Why the kernel cannot run experts of `width`; empty if it can."""
     if hidden_size % _BLOCKS[1] or width % _BLOCKS[1]:
@@ -229,6 +221,17 @@ def _experts_problem(hidden_size: int, width: int) -> str:
 
 
 # --- matrices ------------------------------------------------------------------------------------------------------
+
+
+def _switch_matrices(layer: Any, is_head: bool) -> None:
+    method = getattr(layer, "quant_method", None)
+    if type(method) is UnquantizedLinearMethod:
+        layer.quant_method = PackedLinear()
+    elif type(method) is UnquantizedEmbeddingMethod:
+        # vLLM would pack a second copy of any table, to multiply with, which only a head does.
+        layer.quant_method = PackedHead() if is_head else PlainEmbedding()
+    else:
+        _switch_experts(method)
 
 
 class PackedLinear(UnquantizedLinearMethod):
@@ -267,6 +270,7 @@ def _pack(layer: Any) -> bool:
         logger.info_once("Layers with weights [%d, %d] keep oneDNN: %s", n, k, problem)
         return False
     packed = torch.ops._C.convert_weight_packed(weight)
+    _compile_linear(k)
     layer.cpu_linear = lambda x, _weight, bias: ops.weight_packed_linear_cpu(
         x, packed, n, None if bias is None else bias.float()
     )
@@ -288,18 +292,40 @@ def _run_experts(
     )
 
 
-def _switch_experts(model: nn.Module) -> None:
+# The kernels work on blocks of up to 32 tokens, and in every thread oneDNN compiles one for each number of tokens that
+# a block can have, when it first meets it: 0.1 to 0.3 milliseconds that a request would wait for, several times over.
+
+
+@functools.cache
+def _compile_linear(k: int) -> None:
+    """Let all threads meet blocks of every size in linear layers with `k` inputs."""
+    weight = torch.zeros(2 * _BLOCK_TOKENS * torch.get_num_threads(), k, dtype=torch.bfloat16)
+    for tokens in range(1, _BLOCK_TOKENS + _FEW_TOKENS + 1):  # few take another way, unless they are what is left over
+        ops.weight_packed_linear_cpu(weight.new_zeros(tokens, k), weight, len(weight), None)
+
+
+@functools.cache
+def _compile_experts(hidden_size: int, width: int) -> None:
+    """Let all threads meet blocks of every size in experts of `width`."""
+    w13 = torch.zeros(2, 2 * width, hidden_size, dtype=torch.bfloat16)
+    w2 = torch.zeros(2, hidden_size, width, dtype=torch.bfloat16)
+    for tokens in range(1, _BLOCK_TOKENS + 1):
+        # The other expert makes up for few tokens, which take another way.
+        ids = torch.tensor([0] * tokens + [1] * (_BLOCK_TOKENS + 1 - tokens), dtype=torch.int32).unsqueeze(1)
+        x = w13.new_zeros(len(ids), hidden_size)
+        _run_experts(torch.empty_like(x), x, w13, w2, torch.ones(ids.shape), ids)
+
+
+def _switch_experts(method: Any) -> None:
     experts = _packed_experts()
-    for module in model.modules():
-        method: Any = getattr(module, "quant_method", None)
-        if experts is None or getattr(method, "experts_cls", None) is not experts.__base__:
-            continue
-        config = method.moe
-        problem = _experts_problem(config.hidden_dim, experts._padded_intermediate_size(config))
-        if problem:
-            logger.info_once("Experts keep vLLM's portable kernel: %s", problem)
-        else:
-            method.experts_cls = experts
+    if experts is None or getattr(method, "experts_cls", None) is not experts.__base__:
+        return
+    config = method.moe
+    problem = _experts_problem(config.hidden_dim, experts._padded_intermediate_size(config))
+    if problem:
+        logger.info_once("Experts keep vLLM's portable kernel: %s", problem)
+    else:
+        method.experts_cls = experts
 
 
 @functools.cache
@@ -316,6 +342,7 @@ def _packed_experts() -> Any:
             self._pad_moe_intermediate(layer)
             for name in ("w13_weight", "w2_weight"):
                 replace_parameter(layer, name, torch.ops._C.convert_weight_packed(getattr(layer, name)))
+            _compile_experts(layer.w13_weight.shape[-1], layer.w2_weight.shape[-1])
 
         def apply(
             self,

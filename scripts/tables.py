@@ -1,0 +1,16 @@
+"""Tables that scripts write into pages, between two marks."""
+
+from __future__ import annotations
+
+
+def replaced(page: str, begin: str, end: str, lines: list[str]) -> str:
+    """`page` with `lines` in place of what stands between the lines `begin` and `end`.
+
+    Raises:
+        SystemExit: If `page` lacks one of them.
+    """
+    before, found_begin, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise SystemExit(f"the page has no lines {begin} and {end}; put them where the table belongs")
+    return before + "\n".join([begin, *lines, end]) + after
