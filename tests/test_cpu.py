@@ -95,6 +95,48 @@ def test_experts_compute_as_in_fp64(tokens, width):
     assert run(_experts, tokens, width) < 0.006
 
 
+def _compiled_while_running(folder, damage=None):
+    """How many kernels oneDNN compiled while weights were packed, and how many while the layers ran after it.
+
+    oneDNN writes each into a file of the current folder.
+    """
+    import os
+    from types import SimpleNamespace
+
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from vllm_bailing import cpu
+
+    os.chdir(folder)
+    if damage:
+        setattr(cpu, damage, lambda *_: None)
+    hidden, width, experts, top_k = 96, 64, 8, 2
+    layer = SimpleNamespace(weight=torch.nn.Parameter(torch.randn(160, hidden).bfloat16(), requires_grad=False))
+    sparse = torch.nn.Module()
+    sparse.w13_weight = torch.nn.Parameter(torch.randn(experts, 2 * width, hidden).bfloat16(), requires_grad=False)
+    sparse.w2_weight = torch.nn.Parameter(torch.randn(experts, hidden, width).bfloat16(), requires_grad=False)
+    kernel = cpu._packed_experts()
+    with set_current_vllm_config(VllmConfig()):
+        method = cpu.PackedLinear()
+        method.process_weights_after_loading(layer)
+        kernel.process_weights_after_loading(SimpleNamespace(_pad_moe_intermediate=lambda _: None), sparse)
+        before = len(list(folder.iterdir()))
+        torch.manual_seed(0)
+        for tokens in range(1, 100):
+            x = torch.randn(tokens, hidden).bfloat16()
+            method.apply(layer, x, None)
+            weights, ids = torch.rand(tokens, experts).topk(top_k)
+            kernel.apply(None, torch.empty_like(x), x, sparse.w13_weight, sparse.w2_weight, weights, ids.int())
+    return before, len(list(folder.iterdir())) - before
+
+
+@pytest.mark.parametrize("damage", ["", "_compile_linear", "_compile_experts"])
+def test_no_kernel_is_compiled_while_requests_wait(tmp_path, damage):
+    before, after = run(_compiled_while_running, tmp_path, damage, env={"ONEDNN_JIT_DUMP": "1"})
+    assert before > 0
+    assert (after > 0) == bool(damage)
+
+
 def _served(model, additional=None, damage=None, **options):
     """(classes of the expert kernels, [log-probabilities, tokens])"""
     import vllm_bailing

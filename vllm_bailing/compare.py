@@ -164,6 +164,9 @@ def without_mtp(model: str, folder: Path) -> str:
     stored = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     stored["num_nextn_predict_layers"] = 0
     (folder / "config.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    for file in checkpoint.folder.iterdir():  # the tokenizer's, for instance
+        if file.is_file() and ".safetensors" not in file.name and file.name != "config.json":
+            (folder / file.name).symlink_to(file.resolve())
     return str(folder)
 
 
