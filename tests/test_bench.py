@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from vllm_bailing import bench, compare, planner, screens
@@ -370,7 +371,7 @@ def test_bandwidth_is_known_by_the_whole_name():
     assert compare.known_bandwidth("NVIDIA H100 PCIe") is None
 
 
-def test_a_copy_without_mtp_layers_has_all_other_tensors(tmp_path):
+def test_a_copy_without_mtp_layers_has_all_the_rest(tmp_path):
     copied = Checkpoint.at(compare.without_mtp(str(DEMO), tmp_path / "copy"))
     config = compare.load_config(str(tmp_path / "copy"))
     assert config.num_nextn_predict_layers == 0
@@ -378,6 +379,9 @@ def test_a_copy_without_mtp_layers_has_all_other_tensors(tmp_path):
     before, after = load_file(DEMO / "model.safetensors"), load_file(tmp_path / "copy" / "model.safetensors")
     assert all(after[name].equal(before[name]) for name in after)
     assert compare.without_mtp(str(tmp_path / "copy"), tmp_path / "again") == str(tmp_path / "copy")
+    prompt = "What is YaRN?"
+    tokenizers = (AutoTokenizer.from_pretrained(folder) for folder in (DEMO, tmp_path / "copy"))
+    assert len({tuple(one(prompt)["input_ids"]) for one in tokenizers}) == 1
 
 
 def test_comparison_is_plotted_and_its_table_fits_into_80_columns(tmp_path, monkeypatch, capsys):
