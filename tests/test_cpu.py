@@ -110,8 +110,8 @@ def _compiled_while_running(folder, damage=None):
     os.chdir(folder)
     if damage:
         setattr(cpu, damage, lambda *_: None)
-    hidden, width, experts, top_k = 96, 64, 8, 2
-    layer = SimpleNamespace(weight=torch.nn.Parameter(torch.randn(160, hidden).bfloat16(), requires_grad=False))
+    inputs, hidden, width, experts, top_k = 128, 96, 64, 8, 2
+    layer = SimpleNamespace(weight=torch.nn.Parameter(torch.randn(160, inputs).bfloat16(), requires_grad=False))
     sparse = torch.nn.Module()
     sparse.w13_weight = torch.nn.Parameter(torch.randn(experts, 2 * width, hidden).bfloat16(), requires_grad=False)
     sparse.w2_weight = torch.nn.Parameter(torch.randn(experts, hidden, width).bfloat16(), requires_grad=False)
@@ -123,8 +123,8 @@ def _compiled_while_running(folder, damage=None):
         before = len(list(folder.iterdir()))
         torch.manual_seed(0)
         for tokens in range(1, 100):
+            method.apply(layer, torch.randn(tokens, inputs).bfloat16(), None)
             x = torch.randn(tokens, hidden).bfloat16()
-            method.apply(layer, x, None)
             weights, ids = torch.rand(tokens, experts).topk(top_k)
             kernel.apply(None, torch.empty_like(x), x, sparse.w13_weight, sparse.w2_weight, weights, ids.int())
     return before, len(list(folder.iterdir())) - before
