@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import openai
 import typer
 from rich.console import Console
 from rich.progress import track
+from vllm.utils.network_utils import get_open_port
 
 from vllm_bailing import compare
 from vllm_bailing.bench import turns
@@ -44,19 +44,13 @@ print(1000 * (time.perf_counter() - start))
 """
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 def seconds_to_first_token(model: str, use_intree: str, options: list[str]) -> float:
     """Start a server, ask until it answers, and stop it.
 
     Raises:
         SystemExit: If it ends instead, with its last words.
     """
-    port = free_port()
+    port = get_open_port()
     command = [str(Path(sys.executable).parent / "vllm"), "serve", model, "--port", str(port), *options]
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
     with tempfile.TemporaryFile("w+") as log:

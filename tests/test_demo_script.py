@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from vllm.utils.network_utils import get_open_port
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "vllm_bailing" / "demo"
@@ -42,9 +43,7 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return get_open_port()
 
 
 def demo(environment: dict[str, str], *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -37,6 +36,7 @@ import typer
 from engine import ENGINE_ENV, run
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from vllm.utils.network_utils import get_open_port
 
 from vllm_bailing.cli import app
 
@@ -384,9 +384,7 @@ class Server:
         if block.text == self.text:
             return
         self.stop()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = get_open_port()
         command = f"{block.text.strip()} --host 127.0.0.1 --port {self.port}"
         log = self.folder / f"{block.page.stem}-{block.line}.log"
         with log.open("w") as stream:

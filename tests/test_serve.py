@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from engine import ENGINE_ENV, make_llm, run
 from openai import OpenAI
 from test_lora import make_adapter
 from transformers import AutoTokenizer
+from vllm.utils.network_utils import get_open_port
 
 from vllm_bailing.cli import DEMO, DEMO_ADAPTER
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
@@ -110,9 +110,7 @@ def test_a_batch_of_64_prompts_gets_the_plain_models_answers(plain):
 @contextmanager
 def serving(log, *flags, **env):
     """`vllm serve` on the demo checkpoint, in fp32, without any trust flag."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = get_open_port()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(DEMO), "--served-model-name", "demo"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--max-logprobs", "-1", *flags]

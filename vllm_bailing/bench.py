@@ -33,6 +33,9 @@ DEFAULT_PROMPTS = (
 )
 
 
+MIN_SECONDS = 3.0  # of a measurement with drafts; shorter ones mostly measure what else the machine does
+
+
 class BenchError(RuntimeError):
     """An engine did not start or did not answer; the message ends with its last words."""
 
@@ -64,13 +67,13 @@ class Task(ABC):
 
 @dataclass
 class Measurement:
-    """One batch size in one process.
+    """One batch size in one process: all prompts, as often as `MIN_SECONDS` takes.
 
     Attributes:
         tokens: Tokens generated.
         seconds: From the first request to the last answer.
         drafts, accepted: Drafts made, and draft tokens accepted at each position.
-        answers: Checksum of all token ids.
+        answers: Checksum of the token ids of the first time.
     """
 
     tokens: int
@@ -145,7 +148,8 @@ def answer(job: Job) -> dict[int, Measurement]:
         drafts_before, accepted_before = counters()
         started = time.perf_counter()
         tokens, checksum = generate(batch_size)
-        seconds = time.perf_counter() - started
+        while (seconds := time.perf_counter() - started) < MIN_SECONDS:
+            tokens += generate(batch_size)[0]
         drafts, accepted = counters()
         results[batch_size] = Measurement(
             tokens,
