@@ -128,6 +128,15 @@ def test_mtp_is_measured_on_the_demo(tmp_path):
 
 
 @pytest.mark.engine
+def test_short_answers_are_asked_for_until_the_measurement_is_long_enough():
+    engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}
+    job = Job(str(DEMO), engine, [2], ["What is YaRN?", "Tell me about vLLM."], 8, ignore_eos=True)
+    found = bench.run_job(job)[2]
+    assert found.seconds >= bench.MIN_SECONDS
+    assert found.tokens > 2 * 8 and found.tokens % (2 * 8) == 0
+
+
+@pytest.mark.engine
 def test_an_engine_that_refuses_ends_the_measurement_with_its_reason(tmp_path):
     done = CliRunner().invoke(app, ["bench", "mtp", str(tmp_path), "--rounds", "1", "--out", str(tmp_path / "mtp")])
     assert done.exit_code == 1

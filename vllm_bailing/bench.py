@@ -31,8 +31,6 @@ DEFAULT_PROMPTS = (
     "Describe thinking mode.",
     "What is Ling-flash-2.0?",
 )
-
-
 MIN_SECONDS = 3.0  # of a measurement with drafts; shorter ones mostly measure what else the machine does
 
 
