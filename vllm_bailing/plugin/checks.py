@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_bailing.audit import Audit
@@ -14,7 +14,7 @@ from vllm_bailing.errors import DEQUANTIZE, SettingsError
 from vllm_bailing.plugin.lora import settle_lora_targets
 from vllm_bailing.plugin.options import DRAFT_VOCABULARY, check_switches, draft_vocabulary
 from vllm_bailing.plugin.speculation import has_mtp_draft
-from vllm_bailing.weights import main_tensors, mtp_tensors
+from vllm_bailing.weights import main_tensors
 
 _SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 
@@ -132,27 +132,16 @@ def check_files(vllm_config: Any) -> None:
     if vllm_config.load_config.load_format not in _SAFETENSORS_FORMATS:
         return
     target, speculation = vllm_config.model_config, vllm_config.speculative_config
-    experts_apart = vllm_config.parallel_config.enable_expert_parallel
-    main = main_tensors(target.hf_config)
-    _check(target, main, (), experts_apart)
+    may_lack_experts = vllm_config.parallel_config.enable_expert_parallel
+    _check_files_of(target, Audit.of_target, may_lack_experts)
     if has_mtp_draft(speculation):
-        draft = speculation.draft_model_config
-        _check(draft, mtp_tensors(draft.hf_config), main, experts_apart)
+        _check_files_of(speculation.draft_model_config, Audit.of_draft, may_lack_experts)
 
 
-def _check(model_config: Any, expected: dict[str, Any], elsewhere: Any, experts_apart: bool) -> None:
-    checkpoint = Checkpoint.of(model_config)
-    if checkpoint.tensors or checkpoint.damage:
-        quantized = (
-            model_config.quantization is not None or model_config.hf_config.stored_quantization_config is not None
-        )
-        audit = Audit(
-            model_config.hf_config,
-            expected,
-            quantized=quantized,
-            folder=model_config.model,
-            may_lack_experts=experts_apart,
-            elsewhere=elsewhere,
-            is_draft=bool(elsewhere),
-        )
-        audit.check(checkpoint)
+def _check_files_of(model_config: Any, audit_of: Callable[..., Audit], may_lack_experts: bool) -> None:
+    checkpoint, config = Checkpoint.of(model_config), model_config.hf_config
+    if not checkpoint.tensors and not checkpoint.damage:
+        return  # not fetched yet: checked while it loads
+    is_quantized = model_config.quantization is not None or config.stored_quantization_config is not None
+    audit = audit_of(config, quantized=is_quantized, folder=model_config.model, may_lack_experts=may_lack_experts)
+    audit.check(checkpoint)

@@ -1,4 +1,4 @@
-"""Kernels of vLLM for CPUs where vLLM itself takes slower ones, if they prove right on the CPU at hand.
+"""Use vLLM's faster CPU kernels where it would pick slower ones, after checking each against PyTorch on this CPU.
 
 *Matrices.* vLLM's CPU build multiplies bf16 matrices in two ways: with oneDNN and a portable kernel for experts, or
 with kernels of AVX-512 bf16 instructions (ported from SGLang), which it takes only where the CPU has AMX besides. They
@@ -14,7 +14,6 @@ inputs of a linear layer, D head size, R rotary width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from vllm_bailing.errors import SettingsError
+from vllm_bailing.plugin.kernels.proof import proof
 from vllm_bailing.plugin.options import CPU_KERNELS, wants_cpu_kernels
 from vllm_bailing.plugin.shims import portable_cpu_experts
 
@@ -139,19 +139,6 @@ def _switch_norm(layer: RMSNorm) -> None:
 
 
 # --- proofs --------------------------------------------------------------------------------------------------------
-
-
-def proof(attempt: Callable[..., str]) -> Callable[..., str]:
-    """Makes of what a kernel raises the reason why it is not used; remembers the outcome for the same arguments."""
-
-    @functools.lru_cache(maxsize=64)
-    def problem(*shape: Any) -> str:
-        try:
-            return attempt(*shape)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            return f"the kernel failed ({' '.join(str(error).split())[:120]})"
-
-    return problem
 
 
 def _random(generator: torch.Generator, *shape: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 
 from vllm_bailing.errors import SettingsError
 from vllm_bailing.plugin.kernels import cpu
+from vllm_bailing.plugin.kernels.proof import proof
 from vllm_bailing.plugin.options import FUSED_QK_NORM_ROPE, wants_fused_qk_norm_rope
 
 logger = init_logger("vllm.plugins.bailing.fusion")
@@ -73,7 +74,7 @@ def _obstacle(kernel: Any, attention: Any, vllm_config: Any, dtype: torch.dtype)
     return ""
 
 
-@cpu.proof  # once for all layers, which share their rotary embedding
+@proof  # once for all layers, which share their rotary embedding
 def _difference(
     kernel: Any, num_heads: int, num_kv_heads: int, head_dim: int, rotary_emb: Any, dtype: torch.dtype
 ) -> str:
