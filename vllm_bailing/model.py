@@ -54,20 +54,18 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from vllm_bailing.compat import (
-    adapt_only_their_requests_on_cpu,
-    experts_without_lora_on_cpu,
-    repack_experts_on_reload,
-    rope_parameters,
-    sample_drafts_right_on_cpu,
-)
+from vllm_bailing.audit import Audit
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.cpu import use_cpu_kernels
 from vllm_bailing.dequantize import as_plain
-from vllm_bailing.fusion import fused_qk_norm_rope_for
-from vllm_bailing.lora import WholeAdapters
-from vllm_bailing.settings import FP32_ROUTER, keeps_fp32_router, naming_the_way_out, use_shipped_tables
-from vllm_bailing.weights import EMBEDDING, HEAD, Audit, CheckpointError, layer_of, main_tensors
+from vllm_bailing.errors import CheckpointError
+from vllm_bailing.plugin.checks import adding_the_remedy
+from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
+from vllm_bailing.plugin.kernels.qk_norm_rope import fused_qk_norm_rope_for
+from vllm_bailing.plugin.lora import RejectsPartialAdapters
+from vllm_bailing.plugin.options import FP32_ROUTER, keeps_fp32_router
+from vllm_bailing.plugin.patches import experts_without_lora_on_cpu, patch_for_model, repack_experts_on_reload
+from vllm_bailing.plugin.shims import rope_parameters
+from vllm_bailing.weights import EMBEDDING, HEAD, layer_of, main_tensors
 
 # A child of vLLM's logger, whose level and format its users have set up.
 logger = init_logger("vllm.plugins.bailing.model")
@@ -454,7 +452,7 @@ class BailingMoeV2MixtureOfExperts(MixtureOfExperts):
 
 
 class BailingMoeV2ForCausalLM(
-    WholeAdapters,
+    RejectsPartialAdapters,
     nn.Module,
     SupportsPP,
     SupportsLoRA,
@@ -481,12 +479,8 @@ class BailingMoeV2ForCausalLM(
         config: BailingMoeV2Config = vllm_config.model_config.hf_config
         self.config, self.vllm_config = config, vllm_config
         self.quant_config = vllm_config.quant_config
-        use_shipped_tables()
-        if vllm_config.speculative_config is not None:
-            sample_drafts_right_on_cpu()
-        if vllm_config.lora_config is not None:
-            adapt_only_their_requests_on_cpu()
-        with naming_the_way_out(vllm_config):
+        patch_for_model(vllm_config)
+        with adding_the_remedy(vllm_config):
             self.model = BailingMoeV2Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(

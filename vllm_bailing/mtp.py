@@ -32,9 +32,11 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
+from vllm_bailing.audit import Audit
+from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.cpu import use_cpu_kernels
 from vllm_bailing.dequantize import as_plain
+from vllm_bailing.errors import CheckpointError
 from vllm_bailing.model import (
     BailingMoeV2DecoderLayer,
     BailingMoeV2ForCausalLM,
@@ -42,17 +44,10 @@ from vllm_bailing.model import (
     BailingMoeV2Model,
     normalized_head,
 )
-from vllm_bailing.settings import draft_vocabulary, naming_the_way_out
-from vllm_bailing.weights import (
-    EMBEDDING,
-    HEAD,
-    Audit,
-    Checkpoint,
-    CheckpointError,
-    layer_of,
-    main_tensors,
-    mtp_tensors,
-)
+from vllm_bailing.plugin.checks import adding_the_remedy
+from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
+from vllm_bailing.plugin.options import draft_vocabulary
+from vllm_bailing.weights import EMBEDDING, HEAD, layer_of, main_tensors, mtp_tensors
 
 
 class DraftHead(nn.Module):
@@ -206,7 +201,7 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
         config: BailingMoeV2Config = vllm_config.model_config.hf_config
         self.config, self.vllm_config = config, vllm_config
         self.quant_config = vllm_config.quant_config
-        with naming_the_way_out(vllm_config):
+        with adding_the_remedy(vllm_config):
             self.model = BailingMoeV2MTPStack(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: nn.Module = PPMissingLayer()  # vLLM puts the target's here
         self.logits_processor = LogitsProcessor(config.vocab_size)
