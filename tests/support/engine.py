@@ -39,7 +39,7 @@ TWO_SPAWNED_RANKS = {**TWO_RANKS, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 _context = multiprocessing.get_context("forkserver")
 
 
-_context.set_forkserver_preload(["vllm", "vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm_bailing.model"])
+_context.set_forkserver_preload(["tests.support.preload"])
 
 
 class EngineError(AssertionError):
@@ -165,6 +165,11 @@ _engines: list[Any] = []  # keeps engines: one that is dropped waits some second
 def make_llm(model: str | Path, **options: Any) -> Any:
     """An offline engine with the options that the comparisons need; `options` override them."""
     from vllm import LLM
+    from vllm.v1.sample import sampler
+
+    # vLLM compiles this little helper for the ranks of log-probabilities, which takes longer than all else here.
+    helper = getattr(sampler, "batched_count_greater_than", None)
+    sampler.batched_count_greater_than = getattr(helper, "_torchdynamo_orig_callable", helper)
 
     defaults: dict[str, Any] = {
         "dtype": "float32",

@@ -36,7 +36,7 @@ def quantize(folder: Path, scheme: str, chosen: Callable[[str], bool] = is_linea
     Args:
         scheme: "w8a8" (compressed-tensors, int8 with a scale per row), "fp8" (the vendor's export: blocks of 128 x 128,
             some scales in e8m0), "fp8-tensor" (one scale each), "gptq" (symmetric), "gptq-act" (columns in another
-            order, zero points), "awq".
+            order, zero points), "gptq-v2" (zero points as they are), "awq".
     Returns:
         What the stored tensors mean, in fp32, by the names of the plain checkpoint.
     """
@@ -84,8 +84,9 @@ def _quantization_config(scheme: str, group: int, kept: list[str]) -> dict[str, 
             "modules_to_not_convert": skipped,
         }
     skip = {r"-:.*\.experts.*": {}} if any(".experts." in name for name in kept) else {}
-    act = scheme == "gptq-act"
-    return {"quant_method": "gptq", **four_bits, "sym": not act, "desc_act": act, "dynamic": skip}
+    version = {"checkpoint_format": "gptq_v2"} if scheme == "gptq-v2" else {}
+    symmetric, act = scheme == "gptq", scheme == "gptq-act"
+    return {"quant_method": "gptq", **four_bits, "sym": symmetric, "desc_act": act, "dynamic": skip, **version}
 
 
 def _w8a8(module: str, weight: torch.Tensor, group: int, scheme: str) -> tuple[dict, torch.Tensor]:
@@ -156,7 +157,8 @@ def _gptq(module: str, weight: torch.Tensor, group: int, scheme: str) -> tuple[d
     levels = levels[:, order.argsort()]
     parts = {
         "qweight": _pack(levels, tuple(range(8))).T.contiguous(),
-        "qzeros": _pack(zeros.T - 1, tuple(range(8))),
+        # The first format stores zero points less one.
+        "qzeros": _pack(zeros.T - (0 if scheme == "gptq-v2" else 1), tuple(range(8))),
         "scales": scales.T.contiguous(),
         "g_idx": index,
     }

@@ -86,6 +86,28 @@ def test_quantised_linear_layers_may_store_other_leaves(tensors):
         audited(small_config(), tensors, quantized=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "fragment"),
+    [
+        # Integers are packed; a float of another shape is another model's.
+        (GATE, torch.empty(64, 32), f"1 of the wrong shape ({GATE} is [64, 32], config.json asks for [32, 64]"),
+        ("model.norm.weight", torch.empty(32), "1 of the wrong shape (model.norm.weight is [32]"),
+        ("model.layers.0.attention.sinks", torch.empty(4), "1 unexpected (model.layers.0.attention.sinks)"),
+        (
+            "model.layers.1.mlp.experts.16.up_proj.qweight",
+            torch.empty(1),
+            "1 unexpected (model.layers.1.mlp.experts.16",
+        ),
+        ("model.layers.0.k_scale", torch.empty(1), "1 unexpected (model.layers.0.k_scale)"),
+    ],
+)
+def test_a_quantized_checkpoint_may_hold_nothing_else(tensors, name, tensor, fragment):
+    tensors[name] = tensor
+    with pytest.raises(CheckpointError) as refusal:
+        audited(small_config(), tensors, quantized=True)
+    assert fragment in str(refusal.value)
+
+
 def test_another_ranks_experts_may_be_absent_but_not_a_part_of_one(tensors):
     here = {name: tensor for name, tensor in tensors.items() if ".mlp.experts." not in name or ".experts.1." in name}
     assert audited(small_config(), here, may_lack_experts=True) == set(here)

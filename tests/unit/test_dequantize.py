@@ -12,7 +12,7 @@ from vllm_bailing.dequantize import Dequantizer
 from vllm_bailing.weights import CheckpointError
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, "gptq-v2"])
 def test_dequantised_weights_are_what_the_stored_ones_mean(scheme, tmp_path):
     model = make_checkpoint(tmp_path, hidden_size=160, intermediate_size=288, num_nextn_predict_layers=1)
     meaning = quantize(model, scheme)

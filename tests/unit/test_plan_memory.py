@@ -50,6 +50,24 @@ def test_recorded_fit(name, dtype, gpus, gpu, weights_gb, kv_tokens, verdict):
         assert found.kv_tokens + extra == pytest.approx(kv_tokens, rel=0.1)
 
 
+@pytest.mark.parametrize(("kv_dtype", "element"), [("auto", 2), ("fp8", 1)])
+@pytest.mark.parametrize(("draft_tokens", "drafts"), [(0, 0), (1, 1), (3, 1)])
+def test_a_tokens_cache_is_a_key_and_a_value_of_every_layer_and_of_the_drafts(draft_tokens, drafts, kv_dtype, element):
+    """By definition; the recorded numbers above are rounded, and a draft's layer is one of thirty."""
+    config = zoo_config("Ling-flash-2.0", **MTP)
+    assert (config.num_hidden_layers, config.num_key_value_heads, config.head_dim) == (32, 4, 128)
+    options = {"kv_dtype": kv_dtype, "draft_tokens": draft_tokens}
+    for tp, heads in ((1, 4), (4, 1), (8, 1)):
+        found = plan(config, "B200", tp, 4096, 1, tp=tp, **options)
+        assert found.kv_bytes_per_token == (32 + drafts) * 2 * heads * 128 * element
+    # The draft is the last stage's.
+    found = plan(config, "B200", 2, 4096, 1, pp=2, **options)
+    sizes = [layers * 2 * 4 * 128 * element for layers in (found.layer_partition[0], found.layer_partition[1] + drafts)]
+    assert found.kv_bytes_per_token in sizes
+    if draft_tokens:
+        assert found.kv_bytes_per_token == sizes[1]  # with the head and the draft, it has the least room
+
+
 @pytest.mark.parametrize("scheme", ["fp8", "w8a8"])
 def test_quantised_weights_are_what_the_files_hold(scheme, tmp_path):
     model = make_checkpoint(

@@ -143,6 +143,19 @@ def test_deviations_are_computed_as_they_are_defined():
     assert verify.verdict(replace(found, mean=float("nan")), TOLERANCES["bfloat16"])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("field", "title"), [("mean", "log-probability"), ("divergence", "KL divergence")])
+def test_each_deviation_alone_speaks_against_a_deployment(field, title, dtype):
+    tolerance = TOLERANCES[dtype]
+    good = verify.Comparison(100, tolerance.mean, 6.0, tolerance.divergence, 0.5)  # both just within
+    assert verify.verdict(good, tolerance) == ""
+    for value in (1.01 * getattr(tolerance, field), float("inf"), float("nan")):
+        reason = verify.verdict(replace(good, **{field: value}), tolerance)
+        assert title in reason and " and " not in reason
+    worse = replace(good, mean=2 * tolerance.mean, divergence=2 * tolerance.divergence)
+    assert "log-probability" in verify.verdict(worse, tolerance) and "KL" in verify.verdict(worse, tolerance)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
