@@ -13,26 +13,36 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 MODULES = """
     compressed_tensors.offload
-    scipy.stats
     torch._dynamo.backends.distributed
     torch._dynamo.backends.registry
     torch._inductor.compile_fx
     torch._inductor.codegen.cpp
     torch._inductor.codegen.cpp_wrapper_cpu
     torch.distributed.tensor.experimental
-    transformers.models.qwen2.tokenization_qwen2
     vllm
     vllm.compilation.backends
+    vllm.distributed.elastic_ep.elastic_execute
+    vllm.entrypoints.anthropic.protocol
+    vllm.entrypoints.launchers.cli_args
     vllm.entrypoints.llm
+    vllm.lora.resolver
     vllm.lora.worker_manager
     vllm.lora.punica_wrapper.punica_cpu
+    vllm.model_executor.layers.fused_moe.eep_reconfigure
+    vllm.model_executor.layers.fused_moe.experts.cpu_moe
+    vllm.model_executor.layers.fused_moe.oracle.int8
+    vllm.model_executor.layers.fused_moe.oracle.mxfp8
+    vllm.model_executor.layers.fused_moe.oracle.nvfp4
     vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors
     vllm.model_executor.layers.quantization.fp8
     vllm.model_executor.layers.quantization.auto_gptq
     vllm.model_executor.layers.quantization.moe_wna16
+    vllm.model_executor.layers.quantization.online.base
     vllm.model_executor.models.config
     vllm.model_executor.models.llama_eagle3
     vllm.model_executor.warmup.kernel_warmup
+    vllm.triton_utils.dispatcher
+    vllm.utils.cpu_triton_utils
     vllm.v1.attention.backends.cpu_attn
     vllm.v1.core.sched.scheduler
     vllm.v1.engine.core

@@ -44,10 +44,11 @@ def test_reading_layer_by_layer_gives_what_the_whole_model_gives(case, tmp_path)
     model = BailingMoeV2ForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
     for ids, rows, best in zip(sequences, logprobs, likeliest, strict=True):
         with torch.no_grad():
-            wanted = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            logits = model(torch.tensor([ids])).logits[0, :-1]
+        wanted = logits.log_softmax(-1)
         came = torch.tensor([[row[token] for token in range(config.vocab_size)] for row in rows])
-        # fp32, other batch sizes: 3e-6 at most was seen
-        torch.testing.assert_close(came, wanted, atol=2e-5, rtol=0)
+        # fp32, other orders of summation, which the number of threads decides: 9e-7 of the largest logit was seen.
+        torch.testing.assert_close(came, wanted, atol=1.5e-6 * float(logits.abs().max()), rtol=0)
         assert best == wanted.argmax(-1).tolist()
 
 
