@@ -21,4 +21,4 @@ for argument in "$@"; do
 done
 
 [[ -n ${SKIP_SETUP:-} ]] || bash "$root/scripts/setup.sh"
-exec "${VENV:-$root/.venv}/bin/python" "$root/scripts/demo_chat.py" "$@"
+exec "${VENV:-$root/.venv}/bin/python" -m vllm_bailing.tools.demo "$@"

@@ -5,15 +5,23 @@ sometimes more than once and also for other models. Importing this package there
 library.
 """
 
+from pathlib import Path
+
 __version__ = "0.1.0"
+
+ASSETS = Path(__file__).parent / "assets"
+DEMO = ASSETS / "demo"  # the demo checkpoint
+DEMO_ADAPTER = ASSETS / "demo-adapter"  # a LoRA adapter for it
+TEMPLATES = ASSETS / "templates"  # chat templates
+TABLES = ASSETS / "tables"  # tile sizes of vLLM's fused experts, made by `vllm-bailing tune`; missing if there are none
 
 
 def register() -> None:
     """Make vLLM use this package for the BailingMoeV2 architecture. Never raises; safe to call again."""
     try:
-        from vllm_bailing import compat
+        from vllm_bailing.plugin.register import register
 
-        compat.register()
+        register()
     except Exception as error:  # vLLM does not catch this: it would end every `vllm` command, for any model
         import logging
 

@@ -6,12 +6,13 @@ Imports neither torch nor vLLM. Every default lives here, so no other file guess
 from __future__ import annotations
 
 import functools
-import math
-import sys
 from pathlib import Path
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
+
+from vllm_bailing.rope import ROPE_KEYS, settled_rope
+from vllm_bailing.validation import require_int, require_number, require_object, require_one_of, require_token_ids
 
 ARCHITECTURE = "BailingMoeV2ForCausalLM"
 MODEL_TYPE = "bailing_moe_v2"
@@ -46,51 +47,7 @@ _SWITCHES = (
     "dequantize",
 )
 _NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "initializer_range")  # finite, above zero
-_ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_dim")
-_ROPE_TYPES = {  # rope_type -> the parameters it takes beside the common ones
-    "default": set(),
-    "linear": {"factor"},
-    "yarn": {
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    },
-}
-_ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
-_LARGEST = 2**31 - 1
-
-
-def _require_int(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _LARGEST:
-        raise ValueError(f"{name}={value!r} must be an integer from {minimum} to {_LARGEST}; correct it in config.json")
-
-
-def _require_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
-        raise ValueError(f"{name}={value!r} must be a finite number above 0; correct it in config.json")
-
-
-def _require_object(name: str, value: Any) -> None:
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{name}={value!r} must be an object such as {{'rope_type': 'yarn', 'factor': 4.0}}, or null")
-
-
-def _require_token_ids(name: str, value: Any) -> None:
-    ids = value if isinstance(value, list) else [value]
-    if value is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
-        raise ValueError(f"{name}={value!r} must be a token id, a list of them or null; correct it in config.json")
-
-
-def _require_one_of(name: str, value: Any, supported: tuple) -> None:
-    if value not in supported:
-        choices = ", ".join(repr(choice) for choice in supported)
-        raise ValueError(f"{name}={value!r} is not part of BailingMoeV2, which supports {choices}; correct config.json")
 
 
 class BailingMoeV2Config(PretrainedConfig):
@@ -180,8 +137,8 @@ class BailingMoeV2Config(PretrainedConfig):
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
         if head_dim is None:
-            _require_int("hidden_size", hidden_size, 1)
-            _require_int("num_attention_heads", num_attention_heads, 1)
+            require_int("hidden_size", hidden_size, 1)
+            require_int("num_attention_heads", num_attention_heads, 1)
             head_dim = hidden_size // num_attention_heads
         self.head_dim = head_dim
         self.hidden_act = hidden_act
@@ -236,13 +193,13 @@ class BailingMoeV2Config(PretrainedConfig):
             self.stored_quantization_config = self.__dict__.pop("quantization_config", self.stored_quantization_config)
         elif key == "quantization_config" and self.dequantize:
             key = "stored_quantization_config"
-        if key not in _ROPE_KEYS or "rope_parameters" not in self.__dict__:
+        if key not in ROPE_KEYS or "rope_parameters" not in self.__dict__:
             super().__setattr__(key, value)
             return
         current = dict(self.rope_parameters)
         window = self.max_position_embeddings
         if key in ("rope_parameters", "rope_scaling"):
-            _require_object(key, value)
+            require_object(key, value)
             new = {name: given for name, given in (value or {}).items() if given is not None}
             # A new scaling starts from the window that the checkpoint was trained with, not from the stretched one.
             window = current.get("original_max_position_embeddings", window)
@@ -276,136 +233,33 @@ class BailingMoeV2Config(PretrainedConfig):
         rotary_dim: int | None,
         window: int,
     ) -> None:
-        _require_object("rope_parameters", rope_parameters)
-        _require_object("rope_scaling", rope_scaling)
-        if rope_parameters and rope_scaling:
-            for key in sorted(set(rope_parameters) & set(rope_scaling)):
-                if rope_parameters[key] != rope_scaling[key]:
-                    raise ValueError(
-                        f"rope_parameters.{key}={rope_parameters[key]!r} contradicts "
-                        f"rope_scaling.{key}={rope_scaling[key]!r}; keep one of them"
-                    )
-        given = {**(rope_parameters or {}), **(rope_scaling or {})}
-        spellings = [given[key] for key in ("rope_type", "type") if given.get(key) is not None] or ["default"]
-        rope_type = spellings[0]
-        if not isinstance(rope_type, str) or rope_type not in _ROPE_TYPES:
-            raise ValueError(f"rope_type={rope_type!r} is not supported; use one of {', '.join(sorted(_ROPE_TYPES))}")
-        if spellings[-1] != rope_type:
-            raise ValueError(f"type={given['type']!r} contradicts rope_type={rope_type!r}; keep one of them")
-        allowed = _ROPE_TYPES[rope_type]
-        scaling = {key: value for key, value in given.items() if key not in _ROPE_COMMON and value is not None}
-        unknown = sorted(set(scaling) - allowed)
-        if rope_type == "default":
-            # vLLM and transformers write a leftover window or factor of 1 into plain ropes; anything else is a mistake.
-            unknown = [key for key in unknown if key != "original_max_position_embeddings" and scaling[key] != 1]
-            scaling = {}
-        if unknown:
-            raise ValueError(
-                f"{unknown[0]}={given[unknown[0]]!r} does not belong to rope_type={rope_type!r}; "
-                f"it takes {', '.join(sorted(allowed)) or 'no scaling keys'} (for YaRN write rope_type 'yarn')"
-            )
-
-        theta = self._agreed("rope_theta", rope_theta, given.get("rope_theta"), 600000.0)
-        _require_number("rope_theta", theta)
-        factor = self._agreed("partial_rotary_factor", partial_rotary_factor, given.get("partial_rotary_factor"), None)
-        width = self._rotary_width(factor, rotary_dim)
-
-        if "factor" in allowed:
-            _require_number(f"factor of rope_type {rope_type!r}", scaling.get("factor"))
-            if scaling["factor"] < 1:
-                raise ValueError(f"factor={scaling['factor']} of rope_type {rope_type!r} must be at least 1")
-        if rope_type == "yarn":
-            original = scaling.setdefault("original_max_position_embeddings", window)
-            _require_int("original_max_position_embeddings", original, 1)
-            if not scaling["factor"] * original <= _LARGEST:
-                raise ValueError(
-                    f"factor={scaling['factor']} times original_max_position_embeddings={original} of the YaRN scaling "
-                    f"exceeds {_LARGEST}; correct one of the two"
-                )
-            extended = round(scaling["factor"] * original)
-            if window > extended:
-                raise ValueError(
-                    f"max_position_embeddings={window} exceeds factor={scaling['factor']} times "
-                    f"original_max_position_embeddings={original} of the YaRN scaling; correct one of the three"
-                )
-            window = extended
-            for key in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-                if key in scaling:
-                    _require_number(f"{key} of rope_type 'yarn'", scaling[key])
-            if not isinstance(scaling.get("truncate", True), bool):
-                raise ValueError(f"truncate={scaling['truncate']!r} of rope_type 'yarn' must be true or false")
-
-        factor = width / self.head_dim
-        if int(self.head_dim * factor) < width:  # everyone computes the width back from the factor, this way
-            factor = math.nextafter(factor, 1)
-        settled = {
-            "rope_theta": theta,
-            "partial_rotary_factor": factor,
-            "rotary_dim": width,
-            "max_position_embeddings": window,
-            "rope_parameters": {
-                "rope_type": rope_type,
-                "rope_theta": theta,
-                "partial_rotary_factor": factor,
-                **scaling,
-            },
-        }
-        # rope_parameters comes last: its presence marks the object as complete for __setattr__.
-        self.__dict__.update(settled)
-
-    @staticmethod
-    def _agreed(name: str, outer: Any, inner: Any, default: Any) -> Any:
-        if outer is not None and inner is not None and outer != inner:
-            raise ValueError(f"{name}={outer!r} contradicts rope_parameters.{name}={inner!r}; keep one of them")
-        return next((value for value in (outer, inner) if value is not None), default)
-
-    def _rotary_width(self, factor: float | None, rotary_dim: int | None) -> int:
-        if rotary_dim is not None:
-            _require_int("rotary_dim", rotary_dim, 1)
-        if factor is not None:
-            _require_number("partial_rotary_factor", factor)
-            if factor > 1:
-                raise ValueError(f"partial_rotary_factor={factor} exceeds 1, the whole of head_dim={self.head_dim}")
-        width = rotary_dim if factor is None else int(self.head_dim * factor)
-        width = self.head_dim if width is None else width
-        if rotary_dim is not None and width != rotary_dim:
-            raise ValueError(
-                f"rotary_dim={rotary_dim} contradicts partial_rotary_factor={factor}, which gives {width} of "
-                f"head_dim={self.head_dim} channels; correct one of the two"
-            )
-        if width > self.head_dim:
-            raise ValueError(f"rotary_dim={rotary_dim} is wider than head_dim={self.head_dim}; correct one of the two")
-        if width < 2 or width % 2:
-            given = f"rotary_dim={rotary_dim}" if factor is None else f"partial_rotary_factor={factor}"
-            raise ValueError(
-                f"{given} gives {width} of head_dim={self.head_dim} channels to the rotary part, "
-                "which takes an even number of at least 2"
-            )
-        return width
+        given = rope_parameters, rope_scaling, rope_theta, partial_rotary_factor, rotary_dim, window
+        # Past __setattr__, which takes the presence of rope_parameters as the mark of a complete object.
+        self.__dict__.update(settled_rope(self.head_dim, *given))
 
     # ---- checks -----------------------------------------------------------------------------------------------
 
     def _check_fields(self) -> None:
         for name in _SIZES:
-            _require_int(name, getattr(self, name), 1)
+            require_int(name, getattr(self, name), 1)
         for name in _COUNTS:
-            _require_int(name, getattr(self, name), 0)
+            require_int(name, getattr(self, name), 0)
         shared = 1 if self.num_shared_experts else 0
-        _require_int("moe_shared_expert_intermediate_size", self.moe_shared_expert_intermediate_size, shared)
-        _require_token_ids("eos_token_id", self.eos_token_id)
-        _require_token_ids("pad_token_id", self.pad_token_id)
+        require_int("moe_shared_expert_intermediate_size", self.moe_shared_expert_intermediate_size, shared)
+        require_token_ids("eos_token_id", self.eos_token_id)
+        require_token_ids("pad_token_id", self.pad_token_id)
         for name in _NUMBERS:
-            _require_number(name, getattr(self, name))
+            require_number(name, getattr(self, name))
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false; correct it in config.json")
 
-        _require_one_of("hidden_act", self.hidden_act, ("silu",))
-        _require_one_of("score_function", self.score_function, ("sigmoid",))
+        require_one_of("hidden_act", self.hidden_act, ("silu",))
+        require_one_of("score_function", self.score_function, ("sigmoid",))
         # Routing is fp32 whatever is written here, as in the official code.
-        _require_one_of("router_dtype", self.router_dtype, ("fp32", "float32", "bf16", "bfloat16"))
-        _require_one_of("use_rmsnorm", self.use_rmsnorm, (True,))
-        _require_one_of("norm_topk_prob", self.norm_topk_prob, (True,))
+        require_one_of("router_dtype", self.router_dtype, ("fp32", "float32", "bf16", "bfloat16"))
+        require_one_of("use_rmsnorm", self.use_rmsnorm, (True,))
+        require_one_of("norm_topk_prob", self.norm_topk_prob, (True,))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
@@ -445,10 +299,10 @@ class BailingMoeV2Config(PretrainedConfig):
             raise ValueError(f"architectures={architectures!r} must be a list such as ['{ARCHITECTURE}']")
         for name in ("dtype", "torch_dtype"):
             if isinstance(common.get(name), (str, bool, int, float, list, dict)):  # not yet a torch.dtype
-                _require_one_of(name, common[name], _DTYPES)
+                require_one_of(name, common[name], _DTYPES)
         if isinstance(common.get("quantization_config"), (str, bool, int, float, list)):
             raise ValueError(f"quantization_config={common['quantization_config']!r} must be an object or null")
-        _require_token_ids("bos_token_id", common.get("bos_token_id"))
+        require_token_ids("bos_token_id", common.get("bos_token_id"))
         if common.get("use_sliding_window"):
             raise ValueError("use_sliding_window=True is not part of BailingMoeV2; set it to false in config.json")
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.weights import ACTIVATION_LEAVES, KV_SCALES, CheckpointError
+from vllm_bailing.errors import CheckpointError
+from vllm_bailing.weights import ACTIVATION_LEAVES, KV_SCALES
 
 if TYPE_CHECKING:  # registering must not import it
     import torch

@@ -32,9 +32,11 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
+from vllm_bailing.audit import Audit
+from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.cpu import use_cpu_kernels
 from vllm_bailing.dequantize import as_plain
+from vllm_bailing.errors import CheckpointError
 from vllm_bailing.model import (
     BailingMoeV2DecoderLayer,
     BailingMoeV2ForCausalLM,
@@ -42,17 +44,10 @@ from vllm_bailing.model import (
     BailingMoeV2Model,
     normalized_head,
 )
-from vllm_bailing.settings import draft_vocabulary, naming_the_way_out
-from vllm_bailing.weights import (
-    EMBEDDING,
-    HEAD,
-    Audit,
-    Checkpoint,
-    CheckpointError,
-    layer_of,
-    main_tensors,
-    mtp_tensors,
-)
+from vllm_bailing.plugin.checks import adding_the_remedy
+from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
+from vllm_bailing.plugin.options import draft_vocabulary
+from vllm_bailing.weights import EMBEDDING, HEAD, layer_of
 
 
 class DraftHead(nn.Module):
@@ -206,7 +201,7 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
         config: BailingMoeV2Config = vllm_config.model_config.hf_config
         self.config, self.vllm_config = config, vllm_config
         self.quant_config = vllm_config.quant_config
-        with naming_the_way_out(vllm_config):
+        with adding_the_remedy(vllm_config):
             self.model = BailingMoeV2MTPStack(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: nn.Module = PPMissingLayer()  # vLLM puts the target's here
         self.logits_processor = LogitsProcessor(config.vocab_size)
@@ -217,13 +212,19 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
         )
-        self.expected = mtp_tensors(config)
-        if get_pp_group().world_size > 1:
-            self.has_own_embed_tokens = True
-            self.expected[EMBEDDING] = main_tensors(config)[EMBEDDING]
+        has_embedding = get_pp_group().world_size > 1  # the target's is on another stage then
+        if has_embedding:
+            self.has_own_embed_tokens = True  # vLLM asks whether the attribute is there
+        self._audit = Audit.of_draft(
+            config,
+            has_embedding=has_embedding,
+            quantized=self.quant_config is not None,
+            folder=vllm_config.model_config.model,
+            may_lack_experts=vllm_config.parallel_config.enable_expert_parallel,
+        )
         # The other files of a large target would be read from disk a second time.
         files = Checkpoint.of(vllm_config.model_config).files_with(
-            lambda name: name in self.expected or layer_of(name) in config.mtp_layer_ids
+            lambda name: name in self._audit.expected or layer_of(name) in config.mtp_layer_ids
         )
         self.allow_patterns_overrides = [files] if files else None
         self._expect_complete = vllm_config.load_config.load_format != "dummy"
@@ -263,15 +264,7 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the MTP layers of a checkpoint; what belongs to the target is passed over."""
-        audit = Audit(
-            self.config,
-            self.expected,
-            quantized=self.quant_config is not None,
-            folder=self.vllm_config.model_config.model,
-            may_lack_experts=self.vllm_config.parallel_config.enable_expert_parallel,
-            elsewhere=main_tensors(self.config).keys() - self.expected.keys(),
-            is_draft=True,
-        )
+        audit = self._audit.restarted()
         weights = as_plain(audit.needed(weights), self.config, self.vllm_config.model_config.dtype)
         loaded = AutoWeightsLoader(self).load_weights(audit.passed(weights), mapper=self.hf_to_vllm_mapper)
         audit.finish(complete=self._expect_complete)

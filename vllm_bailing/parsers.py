@@ -1,4 +1,6 @@
-"""vLLM's side of `--reasoning-parser bailing` and `--tool-call-parser bailing`; `answers` reads the text.
+"""vLLM's side of `--reasoning-parser bailing` and `--tool-call-parser bailing`.
+
+`reasoning` and `tool_calls` read the text.
 
 vLLM's tool parsers take seconds to import, so this module is imported only where one is asked for.
 """
@@ -13,18 +15,9 @@ from typing import Any
 from vllm.reasoning import ReasoningParser
 from vllm.tool_parsers import ToolParser
 
-from vllm_bailing import compat
-from vllm_bailing.answers import (
-    CALL,
-    END_CALL,
-    END_THINK,
-    THINK,
-    CallArguments,
-    CallStart,
-    Piece,
-    ReasoningStream,
-    ToolCallStream,
-)
+from vllm_bailing.plugin import shims
+from vllm_bailing.reasoning import END_THINK, THINK, ReasoningStream
+from vllm_bailing.tool_calls import CALL, END_CALL, CallArguments, CallStart, Piece, ToolCallStream
 
 TURN_END, ASSISTANT = "<|role_end|>", "<role>ASSISTANT</role>"
 THINKING_OFF = "detailed thinking off"  # how the chat template ends the system turn
@@ -51,7 +44,7 @@ class BailingToolParser(ToolParser):
         return request
 
     def extract_tool_calls(self, model_output: str, request: Any) -> Any:
-        protocol = compat.protocol()
+        protocol = shims.protocol()
         stream = ToolCallStream()
         calls: list[list[str]] = []
         content = model_output
@@ -90,7 +83,7 @@ class BailingToolParser(ToolParser):
         return self._delta(self._stream.close())
 
     def _delta(self, pieces: Iterable[Piece]) -> Any:
-        protocol = compat.protocol()
+        protocol = shims.protocol()
         content, calls = "", []
         for piece in pieces:
             if isinstance(piece, str):
@@ -101,7 +94,7 @@ class BailingToolParser(ToolParser):
                 self.current_tool_id += 1
                 self.prev_tool_call_arr.append({"name": piece.name, "arguments": ""})
                 self.streamed_args_for_tool.append("")
-                function, identity = {"name": piece.name}, {"id": compat.make_tool_call_id(), "type": "function"}
+                function, identity = {"name": piece.name}, {"id": shims.make_tool_call_id(), "type": "function"}
             else:
                 self.prev_tool_call_arr[-1]["arguments"] += piece.text
                 self.streamed_args_for_tool[-1] += piece.text
@@ -247,7 +240,7 @@ class BailingReasoningParser(ReasoningParser):
 def _message(reasoning: str, content: str) -> Any:
     if not reasoning and not content:
         return None
-    return compat.protocol().DeltaMessage(reasoning=reasoning or None, content=content or None)
+    return shims.protocol().DeltaMessage(reasoning=reasoning or None, content=content or None)
 
 
 def _keep_tags(tokenizer: Any, request: Any) -> None:

@@ -1,0 +1,231 @@
+"""What became of each tensor of a checkpoint: loaded, skipped by a named rule, or reported with the likely cause."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from vllm_bailing.checkpoint import Checkpoint, damaged_files
+from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.errors import NAME_ANOTHER_DRAFT, CheckpointError
+from vllm_bailing.weights import EMBEDDING, KV_SCALES, Shape, layer_of, main_tensors, mtp_tensors
+
+if TYPE_CHECKING:  # registering must not import it
+    import torch
+
+# Buffers that some exporters write; they are computed from the configuration.
+_COMPUTED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+_SHOWN = 4
+
+
+class Audit:
+    """Passes a checkpoint's tensors on to a loader, and accounts for every one of them.
+
+    A tensor is loaded, or skipped by a rule named in `skip_rule`, or held back and reported. Only names and shapes are
+    looked at: no byte of a tensor is read here. `check` does the same with the headers of the files alone.
+
+    Args:
+        config: The model's configuration.
+        expected: Names and shapes that this model loads.
+        quantized: Whether the checkpoint has a quantization config; then a linear layer may store its weight under
+            other names and in packed shapes, which vLLM's quantization method checks.
+        folder: Where the checkpoint's files lie, for a better message; may be None or not exist.
+        may_lack_experts: Whether another rank may hold whole experts (expert parallelism).
+        elsewhere: Names that another rank loads, or another model.
+        is_draft: Whether this is the draft; then the target accounts for its own layers.
+    """
+
+    def __init__(
+        self,
+        config: BailingMoeV2Config,
+        expected: dict[str, Shape],
+        quantized: bool = False,
+        folder: str | None = None,
+        may_lack_experts: bool = False,
+        elsewhere: Collection[str] = (),
+        is_draft: bool = False,
+    ) -> None:
+        self.elsewhere, self.is_draft = elsewhere, is_draft
+        self.config, self.expected, self.quantized = config, expected, quantized
+        self.folder, self.may_lack_experts = folder, may_lack_experts
+        self.seen: set[str] = set()
+        self.unexpected: list[str] = []
+        self.misshapen: list[str] = []
+        self.stray_layers: set[int] = set()
+
+    @classmethod
+    def of_target(
+        cls, config: BailingMoeV2Config, is_here: Callable[[str], bool] = lambda _name: True, **options: Any
+    ) -> Audit:
+        """The audit of the main layers, embedding and head.
+
+        Args:
+            is_here: Whether this rank loads the tensor of that name; another one does otherwise.
+            options: As for the class: `quantized`, `folder`, `may_lack_experts`.
+        """
+        tensors = main_tensors(config)
+        here = {name: shape for name, shape in tensors.items() if is_here(name)}
+        return cls(config, here, elsewhere=tensors.keys() - here.keys(), **options)
+
+    @classmethod
+    def of_draft(cls, config: BailingMoeV2Config, has_embedding: bool = False, **options: Any) -> Audit:
+        """The audit of the MTP layers.
+
+        Args:
+            has_embedding: Whether the draft loads an embedding of its own.
+            options: As for the class: `quantized`, `folder`, `may_lack_experts`.
+        """
+        main, own = main_tensors(config), mtp_tensors(config)
+        if has_embedding:
+            own[EMBEDDING] = main[EMBEDDING]
+        return cls(config, own, elsewhere=main.keys() - own.keys(), is_draft=True, **options)
+
+    def restarted(self) -> Audit:
+        """The same audit with nothing seen yet."""
+        return Audit(
+            self.config,
+            self.expected,
+            self.quantized,
+            self.folder,
+            self.may_lack_experts,
+            self.elsewhere,
+            self.is_draft,
+        )
+
+    def skip_rule(self, name: str) -> str | None:
+        """Why `name` is not loaded although nothing is wrong with it, or None."""
+        if name in self.expected:
+            return None
+        if name in self.elsewhere or f"{name.rpartition('.')[0]}.weight" in self.elsewhere:
+            return "another rank's or the target's"
+        if self.is_draft and (layer_of(name) or 0) < self.config.num_hidden_layers:
+            return "the target's"
+        if layer_of(name) in self.config.mtp_layer_ids and not self.is_draft:
+            return "MTP layers are the draft model's"
+        if name.endswith(_COMPUTED_SUFFIXES):
+            return "rotary tables are computed"
+        if name.startswith("lm_head.") and self.config.tie_word_embeddings:
+            return "the head is the embedding"
+        return None
+
+    def needed(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of `weights` that no rule skips, before anything is computed from them."""
+        for name, tensor in weights:
+            # Nearly all are expected, and there are many.
+            if name in self.expected or self.skip_rule(name) is None:
+                yield name, tensor
+
+    def passed(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of `weights` that are to be loaded."""
+        iterator = iter(weights)
+        while True:
+            try:
+                name, tensor = next(iterator)
+            except StopIteration:
+                return
+            except Exception as error:
+                if cause := damaged_files(self.folder):
+                    raise CheckpointError(f"the checkpoint cannot be read: {cause}") from error
+                raise
+            if tensor.shape == self.expected.get(name):
+                self.seen.add(name)
+                yield name, tensor
+            elif self.skip_rule(name) is None and self._accepts(name, tuple(tensor.shape), tensor.is_floating_point()):
+                yield name, tensor
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Report what does not fit before anything is loaded.
+
+        Raises:
+            CheckpointError: As from `finish`.
+        """
+        if checkpoint.damage:
+            raise CheckpointError(f"the checkpoint cannot be read: {checkpoint.damage}")
+        for name, stored in checkpoint.tensors.items():
+            if self.skip_rule(name) is None:
+                self._accepts(name, stored.shape, stored.is_float)
+        self.finish()
+
+    def _accepts(self, name: str, shape: Shape, is_float: bool) -> bool:
+        expected = self.expected.get(name)
+        if expected is not None:
+            self.seen.add(name)
+            packed = self.quantized and not is_float
+            if shape == expected or packed:
+                return True
+            self.misshapen.append(f"{name} is {list(shape)}, config.json asks for {list(expected)}")
+            return False
+        module, _, leaf = name.rpartition(".")
+        if self.quantized and leaf in KV_SCALES and module.endswith((".attention", ".attention.attn")):
+            return True
+        if self.quantized and f"{module}.weight" in self.expected:
+            if leaf in ("qweight", "weight_packed"):
+                self.seen.add(f"{module}.weight")
+            return True
+        layer = layer_of(name)
+        if layer is not None and layer >= self.config.num_hidden_layers:
+            self.stray_layers.add(layer)
+        self.unexpected.append(name)
+        return False
+
+    def missing(self) -> list[str]:
+        """Expected tensors that did not come."""
+        absent = [name for name in self.expected if name not in self.seen]
+        if not self.config.moe_router_enable_expert_bias:
+            absent = [name for name in absent if not name.endswith(".gate.expert_bias")]
+        if self.may_lack_experts:
+            here = {name.split(".")[5] for name in self.seen if ".mlp.experts." in name}
+            absent = [name for name in absent if ".mlp.experts." not in name or name.split(".")[5] in here]
+        return absent
+
+    def finish(self, complete: bool = True) -> None:
+        """Report every tensor that does not fit.
+
+        Args:
+            complete: Whether all tensors were to come; False where a trainer sends them in portions.
+        Raises:
+            CheckpointError: One message naming the first few missing, unexpected and misshapen tensors, and the cause.
+        """
+        missing = self.missing() if complete else []
+        if not (missing or self.unexpected or self.misshapen):
+            return
+        parts = [
+            f"{len(names)} {title} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+            for title, names in (
+                ("missing", missing),
+                ("unexpected", self.unexpected),
+                ("of the wrong shape", self.misshapen),
+            )
+            if names
+        ]
+        raise CheckpointError(
+            f"the checkpoint does not fit its config.json: {'; '.join(parts)}. {self._cause(missing)}"
+        )
+
+    def _cause(self, missing: list[str]) -> str:
+        if damage := damaged_files(self.folder):
+            return f"Likely cause: {damage}"
+        if self.is_draft and len(missing) == len(self.expected):
+            return (
+                f"Likely cause: {self.folder} has no MTP layer, though num_nextn_predict_layers="
+                f"{self.config.num_nextn_predict_layers}; {NAME_ANOTHER_DRAFT}"
+            )
+        if self.stray_layers:
+            layers = len(self.stray_layers)
+            return (
+                f"Likely cause: the checkpoint has {layers} layer(s) past num_hidden_layers="
+                f"{self.config.num_hidden_layers}, "
+                f"but num_nextn_predict_layers={self.config.num_nextn_predict_layers}; if they are MTP layers, set "
+                f"num_nextn_predict_layers to {layers} in config.json or by --hf-overrides"
+            )
+        if missing and self.unexpected:
+            # Names close to a missing one were most likely meant to be it.
+            close = difflib.get_close_matches(self.unexpected[0], missing[:2000], n=1, cutoff=0.6)
+            if close:
+                return f"Likely cause: {self.unexpected[0]} should be called {close[0]}"
+        if self.misshapen:
+            return "Likely cause: config.json belongs to another model size; take it from the same place as the weights"
+        if missing:
+            return "Likely cause: an incomplete download or export; fetch or export the checkpoint again"
+        return "Likely cause: weights of another architecture or adapter tensors; remove them from the checkpoint"

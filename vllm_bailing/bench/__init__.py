@@ -1,0 +1,1 @@
+"""Timed comparisons of engines, each in fresh processes that take turns."""

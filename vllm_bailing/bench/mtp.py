@@ -1,0 +1,193 @@
+"""How many draft tokens of the MTP layer pay: speed and acceptance at each number of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from vllm_bailing.bench.runner import Task
+
+DEFAULT_PROMPTS = (
+    "What is YaRN?",
+    "Tell me about vLLM.",
+    "What is a mixture of experts?",
+    "Explain the expert bias.",
+    "What is speculative decoding?",
+    "How do I serve a model?",
+    "Describe thinking mode.",
+    "What is Ling-flash-2.0?",
+)
+MIN_SECONDS = 3.0  # of a measurement with drafts; shorter ones mostly measure what else the machine does
+
+
+@dataclass
+class Measurement:
+    """One batch size in one process: all prompts, as often as `MIN_SECONDS` takes.
+
+    Attributes:
+        tokens: Tokens generated.
+        seconds: From the first request to the last answer.
+        drafts, accepted: Drafts made, and draft tokens accepted at each position.
+        answers: Checksum of the token ids of the first time.
+    """
+
+    tokens: int
+    seconds: float
+    drafts: int = 0
+    accepted: list[int] = field(default_factory=list)
+    answers: int = 0
+
+
+@dataclass
+class Job(Task):
+    """Answers to the same prompts at each batch size.
+
+    Attributes:
+        batch_sizes: Requests that run at once; each size is measured in turn.
+        prompts: User messages, sent through the chat template; without one, as plain text.
+        max_tokens: Limit of an answer.
+        ignore_eos: Whether answers go on to that limit.
+    """
+
+    batch_sizes: list[int]
+    prompts: list[str]
+    max_tokens: int
+    ignore_eos: bool = False
+
+    def work(self) -> dict[int, dict[str, Any]]:
+        return {size: asdict(row) for size, row in answer(self).items()}
+
+    def read(self, found: dict[str, Any]) -> dict[int, Measurement]:
+        return {int(size): Measurement(**row) for size, row in found.items()}
+
+
+def answer(job: Job) -> dict[int, Measurement]:
+    """Measure in this process; needs vLLM."""
+    import zlib
+
+    from vllm import LLM, SamplingParams
+
+    options = {"max_num_seqs": max(job.batch_sizes), "disable_log_stats": False, **job.engine}
+    llm = LLM(job.model, **options)
+    params = SamplingParams(temperature=0, max_tokens=job.max_tokens, ignore_eos=job.ignore_eos)
+    tokenizer = llm.get_tokenizer()
+    requests: list[Any] = list(job.prompts)
+    if getattr(tokenizer, "chat_template", None):
+        requests = [
+            {
+                "prompt_token_ids": tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+                )
+            }
+            for prompt in job.prompts
+        ]
+
+    def counters() -> tuple[int, list[int]]:
+        found: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}
+        drafts = found.get("vllm:spec_decode_num_drafts")
+        accepted = found.get("vllm:spec_decode_num_accepted_tokens_per_pos")
+        return (drafts.value if drafts else 0), (list(accepted.values) if accepted else [])
+
+    def generate(batch_size: int) -> tuple[int, int]:
+        tokens, checksum = 0, 0
+        for start in range(0, len(requests), batch_size):
+            for output in llm.generate(requests[start : start + batch_size], params, use_tqdm=False):
+                ids = output.outputs[0].token_ids
+                tokens += len(ids)
+                checksum = zlib.crc32(repr(list(ids)).encode(), checksum)
+        return tokens, checksum
+
+    results = {}
+    for batch_size in job.batch_sizes:
+        generate(batch_size)  # the first round compiles, captures and fills caches
+        drafts_before, accepted_before = counters()
+        started = time.perf_counter()
+        tokens, checksum = generate(batch_size)
+        while (seconds := time.perf_counter() - started) < MIN_SECONDS:
+            tokens += generate(batch_size)[0]
+        drafts, accepted = counters()
+        results[batch_size] = Measurement(
+            tokens,
+            seconds,
+            drafts - drafts_before,
+            [now - before for now, before in zip(accepted, accepted_before, strict=True)],
+            checksum,
+        )
+    return results
+
+
+def mtp_jobs(
+    job: Job,
+    draft_tokens: list[int],
+    acceptance: float | None = None,
+    draft: dict[str, Any] | None = None,
+    draft_vocab: str | None = None,
+) -> dict[str, Job]:
+    """`job` with each number of draft tokens; 0 does not speculate.
+
+    Args:
+        acceptance: Chance of a draft token to be accepted after those before it; vLLM then draws instead of comparing,
+            and answers mean nothing.
+        draft: Further keys of the speculative configuration, such as `model`.
+        draft_vocab: File of `vllm-bailing draft-vocab`, for the jobs that speculate.
+    """
+    jobs = {}
+    for count in draft_tokens:
+        speculation: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": count, **(draft or {})}
+        if acceptance is not None:
+            speculation["rejection_sample_method"] = "synthetic"
+            speculation["synthetic_acceptance_rates"] = [acceptance ** (i + 1) for i in range(count)]
+        engine = {**job.engine, "speculative_config": speculation} if count else job.engine
+        if count and draft_vocab is not None:
+            engine["additional_config"] = {**engine.get("additional_config", {}), "bailing_draft_vocab": draft_vocab}
+        jobs[str(count)] = replace(job, engine=engine, ignore_eos=job.ignore_eos or acceptance is not None)
+    return jobs
+
+
+def summarize(results: dict[str, list[dict[int, Measurement]]], baseline: str) -> list[dict[str, Any]]:
+    """One row per batch size and arm.
+
+    Speed is the median over rounds with its range; `ratio` is that of the arm to `baseline` in the same round, median
+    and range. `acceptance` has, per draft position, the share of drafts accepted up to there; `acceptance_length` is
+    the mean number of tokens that a step of the target yields.
+    """
+    rows = []
+    for size in next(iter(results.values()))[0]:
+        for name, rounds in results.items():
+            speeds = [one[size].tokens / one[size].seconds for one in rounds]
+            base = [one[size].tokens / one[size].seconds for one in results[baseline]]
+            ratios = [mine / other for mine, other in zip(speeds, base, strict=True)]
+            drafts = sum(one[size].drafts for one in rounds)
+            accepted = [sum(column) for column in zip(*(one[size].accepted for one in rounds), strict=True)]
+            rows.append(
+                {
+                    "batch_size": size,
+                    "arm": name,
+                    "tokens_per_second": _spread(speeds),
+                    "ratio": _spread(ratios),
+                    "acceptance": [count / drafts for count in accepted] if drafts else [],
+                    "acceptance_length": 1 + sum(accepted) / drafts if drafts else 1.0,
+                    "same_answers": {one[size].answers for one in rounds}
+                    == {one[size].answers for one in results[baseline]},
+                }
+            )
+    return rows
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def advice(rows: list[dict[str, Any]], baseline: str) -> dict[int, str]:
+    """For each batch size, which number of draft tokens to use, in words."""
+    told = {}
+    for size in dict.fromkeys(row["batch_size"] for row in rows):
+        arms = [row for row in rows if row["batch_size"] == size and row["arm"] != baseline]
+        best = max(arms, key=lambda row: row["ratio"]["median"], default=None)
+        if best is None or best["ratio"]["low"] <= 1:
+            told[size] = "no number of draft tokens was faster in every round: serve without speculation"
+        else:
+            told[size] = f"num_speculative_tokens={best['arm']}: {best['ratio']['median']:.2f} times as fast"
+    return told

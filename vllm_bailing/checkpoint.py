@@ -1,0 +1,156 @@
+"""The files of a checkpoint: their index and headers. No weights are read here."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.weights import Shape, layer_of
+
+_SCALES = ("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "scales")
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the header of its file describes it."""
+
+    file: Path
+    shape: Shape
+    is_float: bool
+
+
+class Checkpoint:
+    """The safetensors files of a checkpoint as a whole; reads their headers, no weights.
+
+    Attributes:
+        tensors: What they hold, by name.
+        damage: What is wrong with the files: one is absent or cut off. Empty if nothing was found.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder, self.damage = folder, ""
+        self.tensors: dict[str, StoredTensor] = {}
+        if folder is None or not folder.is_dir():
+            return
+        index = folder / _INDEX
+        files = sorted(folder.glob("*.safetensors"))
+        if index.is_file():
+            try:
+                listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError):
+                self.damage = f"{index} is not a readable index; fetch it again"
+                return
+            files = [folder / name for name in listed]
+            absent = [file.name for file in files if not file.is_file()]
+            if absent:
+                self.damage = (
+                    f"{len(absent)} of {len(listed)} files of the index are not in {folder}, first {absent[0]}; "
+                    "fetch them"
+                )
+                return
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                        stored = opened.get_slice(name)
+                        is_float = stored.get_dtype().startswith(("F", "BF"))
+                        self.tensors[name] = StoredTensor(file, tuple(stored.get_shape()), is_float)
+            except (SafetensorError, OSError) as error:
+                size = file.stat().st_size
+                self.damage = f"{file} is cut off or damaged ({size} bytes; {error}); fetch it again"
+                return
+
+    @classmethod
+    def of(cls, model_config: Any) -> Checkpoint:
+        """The files of a vLLM `ModelConfig`; none where they are not on this machine yet."""
+        return cls.at(str(model_config.model), model_config.revision)
+
+    @staticmethod
+    def at(model: str, revision: str | None = None) -> Checkpoint:
+        """The files in a folder, or of a repository of the model hub as far as they were fetched."""
+        if Path(model).is_dir():
+            return _read(Path(model))
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            for name in (_INDEX, "model.safetensors"):
+                if isinstance(found := try_to_load_from_cache(model, name, revision=revision), str):
+                    checkpoint = _read(Path(found).parent)
+                    # What is absent has not been fetched yet.
+                    return Checkpoint(None) if checkpoint.damage.endswith("fetch them") else checkpoint
+        except HFValidationError:
+            pass
+        return Checkpoint(None)
+
+    def has_scales(self, module: str) -> bool:
+        """Whether `module` is a linear layer that is stored quantised."""
+        return any(f"{module}.{leaf}" in self.tensors for leaf in _SCALES)
+
+    @property
+    def has_quantized_experts(self) -> bool:
+        """Whether any expert is stored quantised."""
+        return any(".mlp.experts." in name and name.rpartition(".")[2] in _SCALES for name in self.tensors)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in {stored.file for stored in self.tensors.values()})
+
+    def layers_behind(self, config: BailingMoeV2Config) -> list[int]:
+        """Numbers of the layers behind the main ones, which can only be MTP layers."""
+        layers = {layer for name in self.tensors if (layer := layer_of(name)) is not None}
+        return sorted(layer for layer in layers if layer >= config.num_hidden_layers)
+
+    def files_with(self, wanted: Callable[[str], bool]) -> str | None:
+        """A glob for every file that holds a tensor whose name is `wanted`, and hardly any other; None if unknown.
+
+        One pattern, since vLLM stops at the first that matches anything.
+        """
+        names = sorted({stored.file.name for name, stored in self.tensors.items() if wanted(name)})
+        if len({len(name) for name in names}) != 1:
+            return None
+        columns = [sorted(set(column)) for column in zip(*names, strict=True)]
+        return "".join(column[0] if len(column) == 1 else f"[{''.join(column)}]" for column in columns)
+
+
+def local_folder(model: str) -> Path:
+    """The folder of a checkpoint that is on this machine.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if Path(model).is_dir():
+        return Path(model).resolve()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, ValueError):
+        raise ValueError(
+            f"{model} is neither a folder nor a model that was downloaded; fetch it by `hf download {model}`"
+        ) from None
+
+
+def _read(folder: Path) -> Checkpoint:
+    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors*"))
+    return _read_once(folder, tuple(files))
+
+
+@functools.lru_cache(maxsize=4)  # target and draft ask for the same files, several times each
+def _read_once(folder: Path, files: tuple[tuple[str, int, int], ...]) -> Checkpoint:
+    return Checkpoint(folder)
+
+
+def damaged_files(folder: str | None) -> str:
+    """`Checkpoint.damage` of what lies in `folder`; empty where that is no folder."""
+    return Checkpoint(Path(folder)).damage if folder else ""

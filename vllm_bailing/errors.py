@@ -1,0 +1,50 @@
+"""Every error that this package raises for its users, and the remedies that several messages share.
+
+A message is one sentence on one line: what came, what was wanted, what to do next. A wrong value in a config.json is a
+plain ValueError, which is what transformers and vLLM expect of a configuration class.
+"""
+
+from __future__ import annotations
+
+NAME_ANOTHER_DRAFT = (
+    "name a checkpoint that has it, such as the base model of the same size, by --speculative-config "
+    '\'{"method": "mtp", "model": "...", "num_speculative_tokens": 1}\', or leave --speculative-config out'
+)
+DEQUANTIZE = (
+    """--hf-overrides '{"dequantize": true}' turns it into plain weights while it loads, at the price of their memory"""
+)
+
+
+class CheckpointError(RuntimeError):
+    """The checkpoint does not fit its configuration.
+
+    Deliberately not a ValueError: pydantic would bury the message of one that is raised while vLLM checks its settings.
+    """
+
+
+class SettingsError(RuntimeError):
+    """A flag or a key of `--additional-config` is wrong. Not a ValueError, for the reason given above."""
+
+
+class AdapterError(ValueError):
+    """An adapter cannot be served as a whole. A ValueError, which vLLM's server answers with its message."""
+
+
+class VerifyError(RuntimeError):
+    """The comparison cannot be made; the message is shown to the user as is."""
+
+
+class BenchError(RuntimeError):
+    """An engine did not start or did not answer; the message ends with its last words."""
+
+
+class TuneError(RuntimeError):
+    """A table cannot be made; the message is shown to the user as is."""
+
+
+class DemoError(RuntimeError):
+    """The demo cannot go on; the message is shown to the user as is."""
+
+
+class QuantizeError(RuntimeError):
+    """A checkpoint cannot be quantized; the message is shown to the user as is."""

@@ -1,0 +1,1 @@
+"""What runs inside vLLM's processes beside the model: registration, checks, patches, options, kernels."""

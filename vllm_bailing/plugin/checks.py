@@ -1,0 +1,147 @@
+"""What is refused before an engine starts: flags, quantization schemes, and files that do not fit the configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vllm_bailing.audit import Audit
+from vllm_bailing.checkpoint import Checkpoint
+from vllm_bailing.dequantize import Dequantizer
+from vllm_bailing.errors import DEQUANTIZE, SettingsError
+from vllm_bailing.plugin.lora import settle_lora_targets
+from vllm_bailing.plugin.options import DRAFT_VOCABULARY, check_switches, draft_vocabulary
+from vllm_bailing.plugin.speculation import has_mtp_draft
+from vllm_bailing.weights import main_tensors
+
+_SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
+
+
+def settle_engine_config(vllm_config: Any) -> None:
+    """Fill in what the user left open, and refuse what cannot run; vLLM calls this when its settings are complete.
+
+    Raises:
+        SettingsError: If a flag asks for what this machine or model cannot do.
+        AdapterError: If `--lora-target-modules` names what cannot be adapted.
+        CheckpointError: If the files do not fit the configuration.
+    """
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    speculation = vllm_config.speculative_config
+    if vllm_config.lora_config is not None:
+        settle_lora_targets(vllm_config.lora_config, on_cpu, has_mtp_draft(speculation))
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if on_cpu and stages > 1 and speculation is not None and speculation.use_eagle():
+        raise SettingsError(
+            f"speculation by {speculation.method!r} with {stages} pipeline stages: the model runner of vLLM's CPU "
+            "build looks for the draft model in every stage, and only the last has it; use --tensor-parallel-size, or "
+            "leave --speculative-config out"
+        )
+    check_switches(vllm_config)
+    check_quantization(vllm_config)
+    if draft_vocabulary(vllm_config):
+        _check_draft_head(vllm_config)
+    check_files(vllm_config)
+
+
+def check_quantization(vllm_config: Any) -> None:
+    """Refuse schemes that this machine has no kernel for; say what `dequantize` costs where it is asked for.
+
+    Raises:
+        SettingsError: Naming the scheme and what to do.
+        CheckpointError: If `dequantize` does not know the scheme.
+    """
+    from vllm.logger import init_logger
+    from vllm.platforms import current_platform
+
+    model_config, speculation = vllm_config.model_config, vllm_config.speculative_config
+    config, checkpoint = model_config.hf_config, Checkpoint.of(model_config)
+    stored = config.stored_quantization_config
+    draft = speculation.draft_model_config.hf_config if has_mtp_draft(speculation) else config
+    if config.dequantize and stored is None and draft.stored_quantization_config is None:
+        raise SettingsError(
+            "dequantize=true, but config.json has no quantization_config: nothing to dequantise; leave it out"
+        )
+    if stored is not None:
+        Dequantizer(stored, model_config.dtype)
+        elements = sum(math.prod(shape) for shape in main_tensors(config).values())
+        init_logger("vllm.plugins.bailing").warning(
+            "dequantize: the checkpoint's %s weights become %s while they load: %.1f GiB over all ranks instead of "
+            "%.1f, a slower load, and no quantised kernels",
+            stored.get("quant_method"),
+            str(model_config.dtype).removeprefix("torch."),
+            elements * model_config.dtype.itemsize / 2**30,
+            checkpoint.size / 2**30,
+        )
+    elif model_config.quantization is not None and current_platform.is_cpu() and not _has_amx():
+        if getattr(config, "quantization_config", None) is None:
+            raise SettingsError(
+                f"--quantization {model_config.quantization}: vLLM's CPU build quantises no experts on a processor "
+                "without AMX; leave it out"
+            )
+        if checkpoint.has_quantized_experts or model_config.quantization == "fp8":
+            raise SettingsError(
+                f"vLLM's CPU build has no kernel for {model_config.quantization} experts on a processor without AMX; "
+                f"{DEQUANTIZE}"
+            )
+
+
+def _has_amx() -> bool:
+    import torch
+
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
+@contextlib.contextmanager
+def adding_the_remedy(vllm_config: Any) -> Iterator[None]:
+    """Append the remedy to errors that vLLM raises while it builds quantized layers."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        if vllm_config.quant_config is None:
+            raise
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"{vllm_config.model_config.quantization}: {reason}. {DEQUANTIZE}") from error
+
+
+def _check_draft_head(vllm_config: Any) -> None:
+    if not has_mtp_draft(vllm_config.speculative_config):
+        raise SettingsError(
+            f"{DRAFT_VOCABULARY} in --additional-config is for MTP drafts; add --speculative-config "
+            '\'{"method": "mtp", "num_speculative_tokens": 1}\' or leave it out'
+        )
+    if Checkpoint.of(vllm_config.model_config).has_scales("lm_head"):
+        raise SettingsError(
+            f"{DRAFT_VOCABULARY} in --additional-config takes rows of the head, and that of "
+            f"{vllm_config.model_config.model} is quantised; leave it out"
+        )
+
+
+def check_files(vllm_config: Any) -> None:
+    """Compare the headers of the checkpoint's files with the configuration.
+
+    So a wrong file is found in a second and not after minutes of loading. Files that are not on this machine yet are
+    checked while they are loaded.
+
+    Raises:
+        CheckpointError: If files are damaged, or tensors missing, unexpected or of another shape.
+    """
+    if vllm_config.load_config.load_format not in _SAFETENSORS_FORMATS:
+        return
+    target, speculation = vllm_config.model_config, vllm_config.speculative_config
+    may_lack_experts = vllm_config.parallel_config.enable_expert_parallel
+    _check_files_of(target, Audit.of_target, may_lack_experts)
+    if has_mtp_draft(speculation):
+        _check_files_of(speculation.draft_model_config, Audit.of_draft, may_lack_experts)
+
+
+def _check_files_of(model_config: Any, audit_of: Callable[..., Audit], may_lack_experts: bool) -> None:
+    checkpoint, config = Checkpoint.of(model_config), model_config.hf_config
+    if not checkpoint.tensors and not checkpoint.damage:
+        return  # not fetched yet: checked while it loads
+    is_quantized = model_config.quantization is not None or config.stored_quantization_config is not None
+    audit = audit_of(config, quantized=is_quantized, folder=model_config.model, may_lack_experts=may_lack_experts)
+    audit.check(checkpoint)

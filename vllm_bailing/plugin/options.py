@@ -1,0 +1,89 @@
+"""Keys of `--additional-config` that this package reads, and what they may hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_bailing.errors import SettingsError
+
+# Keys of --additional-config.
+DRAFT_VOCABULARY = "bailing_draft_vocab"
+FP32_ROUTER = "bailing_fp32_router"
+FUSED_QK_NORM_ROPE = "bailing_fused_qk_norm_rope"
+CPU_KERNELS = "bailing_cpu_kernels"
+
+
+def _additional(vllm_config: Any, key: str) -> Any:
+    given = vllm_config.additional_config
+    return given.get(key) if isinstance(given, dict) else None
+
+
+def _switch(vllm_config: Any, key: str) -> bool | None:
+    given = _additional(vllm_config, key)
+    if given not in (None, True, False):
+        raise SettingsError(f"{key}={given!r} in --additional-config must be true or false")
+    return given
+
+
+def keeps_fp32_router(vllm_config: Any) -> bool:
+    """Whether `--additional-config` asks for router weights in fp32 whatever the first ones need.
+
+    Raises:
+        SettingsError: If it is neither true nor false.
+    """
+    return bool(_switch(vllm_config, FP32_ROUTER))
+
+
+def wants_fused_qk_norm_rope(vllm_config: Any) -> bool | None:
+    """Whether `--additional-config` asks for the fused kernel, or rules it out; None if it leaves that open.
+
+    Raises:
+        SettingsError: If it is neither true nor false.
+    """
+    return _switch(vllm_config, FUSED_QK_NORM_ROPE)
+
+
+def wants_cpu_kernels(vllm_config: Any) -> bool | None:
+    """Whether `--additional-config` asks for the kernels of `vllm_bailing.cpu`, or rules them out; None if open.
+
+    Raises:
+        SettingsError: If it is neither true nor false.
+    """
+    return _switch(vllm_config, CPU_KERNELS)
+
+
+def check_switches(vllm_config: Any) -> None:
+    """Check the keys that are true or false.
+
+    Raises:
+        SettingsError: If one of them is neither.
+    """
+    for key in (FP32_ROUTER, FUSED_QK_NORM_ROPE, CPU_KERNELS):
+        _switch(vllm_config, key)
+
+
+def draft_vocabulary(vllm_config: Any) -> list[int] | None:
+    """Token ids that an MTP draft may propose, from `--additional-config`; None for all.
+
+    Raises:
+        SettingsError: If they are no list of token ids, or no file with one.
+    """
+    given = _additional(vllm_config, DRAFT_VOCABULARY)
+    if given is None:
+        return None
+    source, vocab_size = DRAFT_VOCABULARY, vllm_config.model_config.hf_config.vocab_size
+    if isinstance(given, str):
+        source = f"{DRAFT_VOCABULARY} {given}"
+        try:
+            given = json.loads(Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"{source} cannot be read: {error}; make one by `vllm-bailing draft-vocab`") from None
+    ids = sorted(set(given)) if isinstance(given, list) and all(type(token) is int for token in given) else []
+    if not ids or ids[0] < 0 or ids[-1] >= vocab_size:
+        raise SettingsError(
+            f"{source} must hold a list of token ids from 0 to {vocab_size - 1}, not {json.dumps(given)[:60]}; "
+            "make one by `vllm-bailing draft-vocab`"
+        )
+    return ids

@@ -1,0 +1,298 @@
+"""Everything that this package changes in vLLM while it runs. This file is the list: nothing is patched elsewhere.
+
+In every process that registers, with effect for configurations that name a BailingMoeV2 architecture alone:
+
+- `patch_configuration`: `SpeculativeConfig.hf_config_override` and `.__post_init__`; an entry in `MODELS_CONFIG_MAP`.
+
+In a process that builds the model, by `patch_for_model`:
+
+- `use_shipped_tables`: the environment variable `VLLM_TUNED_CONFIG_FOLDER`, on GPUs;
+- `fix_draft_sampling_on_cpu`: `rejection_sampler.expand_batch_to_tokens`, in CPU engines that speculate;
+- `fix_lora_base_rows_on_cpu`: `bgmv_shrink` and its two siblings, in CPU engines with adapters.
+
+Objects of this model alone:
+
+- `repack_experts_on_reload`: the quantization method of an expert layer, on CPUs;
+- `refuse_partial_adapters`: `add_adapter` of the model's adapter manager.
+
+For a moment, undone afterwards:
+
+- `experts_without_lora_on_cpu`: `VllmConfig.lora_config` while expert layers are built;
+- `pretend_device`: `current_platform.get_device_name` during a look-up by `vllm-bailing tune`.
+
+In workers that `vllm-bailing bench` starts:
+
+- `time_model_loading`: `BaseModelLoader.load_model`.
+
+Beside vLLM: `sys.excepthook` of the `vllm` command (`excepthook.shorten_in_vllm_command`) and
+`transformers.PretrainedConfig.get_config_dict` (`config.register_with_transformers`). What is public interface of vLLM
+and transformers is in `register`. The kernels that the model's own layers take on CPUs are chosen in `kernels.cpu`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vllm_bailing import TABLES
+from vllm_bailing.plugin.support import ARCHITECTURES
+
+TABLE_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"  # vLLM looks for tables of the fused experts there, then among its own
+
+# ---- in every process that registers -------------------------------------------------------------------------------
+
+# The SpeculativeConfig that is being made, while its draft's configuration is read.
+_in_the_making: contextvars.ContextVar[Any] = contextvars.ContextVar("_in_the_making", default=None)
+_original: dict[str, Any] = {}
+
+
+def patch_configuration() -> None:
+    """Let vLLM's configuration know MTP drafts, and have what cannot run refused before an engine starts.
+
+    Safe to call again.
+    """
+    from vllm.config.speculative import SpeculativeConfig
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    if _original:
+        return
+    _original.update(hf_config_override=SpeculativeConfig.hf_config_override, post_init=SpeculativeConfig.__post_init__)
+    SpeculativeConfig.hf_config_override = staticmethod(hf_config_override)
+    SpeculativeConfig.__post_init__ = _post_init
+
+    class BailingMoeV2Checks(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            from vllm_bailing.plugin.checks import settle_engine_config
+
+            settle_engine_config(vllm_config)
+
+    for architecture in ARCHITECTURES:
+        MODELS_CONFIG_MAP[architecture] = BailingMoeV2Checks
+
+
+def _post_init(self: Any, *args: Any, **kwargs: Any) -> Any:
+    token = _in_the_making.set(self)
+    try:
+        return _original["post_init"](self, *args, **kwargs)
+    finally:
+        _in_the_making.reset(token)
+
+
+def hf_config_override(hf_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for `SpeculativeConfig.hf_config_override`: a BailingMoeV2 draft becomes that of its MTP layer.
+
+    vLLM pickles this with the draft's configuration, so it must be found by its name in a module.
+
+    Raises:
+        CheckpointError: As from `speculation.mtp_draft`.
+    """
+    from vllm_bailing.plugin.speculation import mtp_draft
+
+    draft = mtp_draft(hf_config, _in_the_making.get())
+    return _original["hf_config_override"](hf_config, *args, **kwargs) if draft is None else draft
+
+
+# ---- in a process that builds the model ----------------------------------------------------------------------------
+
+
+def patch_for_model(vllm_config: Any) -> None:
+    """Apply what an engine of this architecture needs. Safe to call again."""
+    use_shipped_tables()
+    if vllm_config.speculative_config is not None:
+        fix_draft_sampling_on_cpu()
+    if vllm_config.lora_config is not None:
+        fix_lora_base_rows_on_cpu()
+
+
+def use_shipped_tables() -> None:
+    """Point vLLM at this package's tables of the fused experts, unless the user names a folder.
+
+    For processes that build this architecture on a GPU; vLLM reads the variable when the experts first run.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda_alike() and any(TABLES.glob("*.json")):
+        os.environ.setdefault(TABLE_FOLDER, str(TABLES))
+
+
+def fix_draft_sampling_on_cpu() -> None:
+    """Make sampled answers keep their distribution when a CPU engine speculates.
+
+    Differs:  vLLM's stand-in for a Triton kernel writes float results, such as the temperature of every draft token,
+              into a copy that is dropped. Logits are then divided by whatever was in memory, with any kind of draft.
+    Upstream: `_expand_kernel_impl` in `vllm/utils/cpu_triton_utils.py`, in 0.32.
+    Remove:   when that returns floats; tests/engine/test_speculation.py compares the distributions.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import rejection_sampler
+
+    if current_platform.is_cpu():
+        rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
+
+
+def _expand_batch_to_tokens(
+    x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> Any:
+    """Values [num_tokens] of the request that each token belongs to, from `x` [batch], one value replaced."""
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
+
+
+def fix_lora_base_rows_on_cpu() -> None:
+    """Keep adapters away from requests without one that share a batch with them.
+
+    Differs:  such rows have index -1, with which vLLM's CPU operations pick the last adapter.
+    Upstream: pull request 48421, in 0.33.
+    Remove:   when the oldest supported version has it; tests/engine/test_lora.py mixes the two in a batch.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
+        operation = getattr(lora_ops, name)
+        if getattr(operation, "masks_base_rows", False):
+            continue
+        masked = _masking_base_rows(operation)
+        for module in (lora_ops, punica_cpu):
+            setattr(module, name, masked)
+
+
+def _masking_base_rows(operation: Any) -> Any:
+    def masked(inputs: Any, weights: Any, output: Any, indices: Any, *rest: Any, **options: Any) -> None:
+        operation(inputs.masked_fill((indices < 0).unsqueeze(1), 0), weights, output, indices, *rest, **options)
+
+    masked.masks_base_rows = True  # pyright: ignore[reportFunctionMemberAccess]
+    return masked
+
+
+# ---- objects of this model alone ----------------------------------------------------------------------------------
+
+
+def repack_experts_on_reload(routed_experts: Any) -> None:
+    """Make `reload_weights` leave the same model on CPU.
+
+    Differs:  vLLM packs expert weights for its CPU kernel only while the kernel is first built; on a reload it copies
+              the plain weights over the packed ones, and every answer after that is wrong.
+    Upstream: `UnquantizedFusedMoEMethod._setup_kernel`, up to 0.33 at least.
+    Remove:   when that calls the experts' `process_weights_after_loading` on weight updates too.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.platforms import current_platform
+
+    method = routed_experts.quant_method
+    if not current_platform.is_cpu() or not isinstance(method, UnquantizedFusedMoEMethod):
+        return
+    process = method.process_weights_after_loading
+
+    def process_weights_after_loading(layer: Any) -> None:
+        method.moe_kernel = None  # what vLLM takes for "the first time"
+        process(layer)
+
+    method.process_weights_after_loading = process_weights_after_loading
+
+
+def refuse_partial_adapters(manager: Any, check: Callable[[Any, Any], None]) -> None:
+    """Have `check(manager, adapter)` called before the adapter manager of this model takes an adapter.
+
+    Differs:  vLLM checks the last part of a module's name against a list, and ignores modules that pass but were not
+              prepared.
+    Upstream: `LoRAModel.check_unexpected_modules`, in 0.27 to 0.33.
+    Remove:   when vLLM refuses them.
+    """
+    add_adapter = manager.add_adapter
+
+    def add_whole_adapter(adapter: Any) -> bool:
+        check(manager, adapter)
+        return add_adapter(adapter)
+
+    manager.add_adapter = add_whole_adapter
+
+
+# ---- for a moment --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def experts_without_lora_on_cpu() -> Iterator[None]:
+    """Let experts be built as if no adapters were wanted, which on CPU they cannot have; other layers keep theirs.
+
+    Differs:  with LoRA enabled vLLM picks its Triton experts for every layer, adapted or not, and CPUs have no Triton.
+    Upstream: `select_unquantized_moe_backend`, in 0.27 to 0.33.
+    Remove:   when vLLM's CPU experts take adapters, or are chosen where experts are no LoRA target.
+    """
+    from vllm.config import get_current_vllm_config
+    from vllm.platforms import current_platform
+
+    vllm_config = get_current_vllm_config()
+    lora_config = vllm_config.lora_config
+    if lora_config is None or not current_platform.is_cpu():
+        yield
+        return
+    vllm_config.lora_config = None
+    try:
+        yield
+    finally:
+        vllm_config.lora_config = lora_config
+
+
+@contextlib.contextmanager
+def pretend_device(name: str | None) -> Iterator[None]:
+    """Let vLLM's look-up of tables of the fused experts take this machine's GPU for the one called `name`, if any.
+
+    Differs:  it takes the device's name from the machine that it runs on, and remembers what it found.
+    Upstream: `get_config_file_name` and `get_moe_configs`, in 0.27 to 0.33.
+    Remove:   when they take the name as an argument.
+    """
+    from unittest import mock
+
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_moe_configs
+    from vllm.platforms import current_platform
+    from vllm.utils.platform_utils import get_device_name_as_file_name
+
+    if name is None:
+        yield
+        return
+    remembering = (get_device_name_as_file_name, get_moe_configs)
+    try:
+        with mock.patch.object(current_platform, "get_device_name", lambda *_args: name):
+            for function in remembering:
+                function.cache_clear()
+            yield
+    finally:
+        for function in remembering:
+            function.cache_clear()
+
+
+# ---- in workers that a benchmark starts ----------------------------------------------------------------------------
+
+_load_seconds = 0.0
+
+
+def time_model_loading() -> Callable[[], float]:
+    """Put a stopwatch around vLLM's loader; returns a function that reads it, in seconds. Safe to call again."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    load_model = BaseModelLoader.load_model
+    if not hasattr(load_model, "is_timed_by_vllm_bailing"):
+
+        @functools.wraps(load_model)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            global _load_seconds
+            started = time.perf_counter()
+            try:
+                return load_model(*args, **kwargs)
+            finally:
+                _load_seconds += time.perf_counter() - started
+
+        timed.is_timed_by_vllm_bailing = True  # pyright: ignore[reportAttributeAccessIssue]
+        BaseModelLoader.load_model = timed
+    return lambda: _load_seconds

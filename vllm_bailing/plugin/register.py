@@ -1,0 +1,121 @@
+"""Registration with vLLM: what this package takes over in a process, said in one line of the log."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+
+from vllm_bailing import __version__
+from vllm_bailing.plugin.support import (
+    ARCHITECTURES,
+    DRAFT_ARCHITECTURES,
+    PARSER,
+    USE_INTREE,
+    Decision,
+    decide,
+    wants_intree,
+)
+
+_decision: Decision | None = None
+
+
+def register() -> Decision:
+    """Register the configuration and, where this vLLM allows it, the model classes.
+
+    Returns:
+        What was decided in this process; a second call does nothing else.
+    """
+    global _decision
+    if _decision is not None:
+        return _decision
+    from vllm.logger import init_logger
+    from vllm.version import __version__ as vllm_version  # pyright: ignore[reportPrivateImportUsage]
+
+    from vllm_bailing.config import register_with_transformers
+
+    # A child of vLLM's logger, whose level and format its users have set up.
+    logger = init_logger("vllm.plugins.bailing")
+    decided = decide(vllm_version)
+    register_with_transformers()
+    if decided.active:
+        from vllm import ModelRegistry
+
+        from vllm_bailing.plugin import excepthook, patches
+
+        excepthook.shorten_in_vllm_command()
+        for architecture in decided.active:
+            ModelRegistry.register_model(architecture, ARCHITECTURES[architecture])
+        try:
+            patches.patch_configuration()
+            for architecture, where in DRAFT_ARCHITECTURES.items():
+                ModelRegistry.register_model(architecture, where)
+        except (ImportError, AttributeError) as error:
+            decided.warning = f"no MTP drafts on this vLLM, whose settings differ from the checked ones: {error}"
+    try:
+        register_parsers()
+    except Exception as error:  # a server can do without
+        decided.warning = decided.warning or f"no parsers named {PARSER!r}: {type(error).__name__}: {error}"
+    with _visible(logger):
+        if decided.active:
+            logger.info(
+                "vllm-bailing %s replaces vLLM %s's %s (set %s=1 to keep vLLM's own)",
+                __version__,
+                vllm_version,
+                ", ".join(decided.active),
+                USE_INTREE,
+            )
+        else:
+            logger.log(
+                logging.INFO if wants_intree() else logging.WARNING,
+                "vllm-bailing %s leaves vLLM %s's own model class in place: %s",
+                __version__,
+                vllm_version,
+                decided.reason,
+            )
+        if decided.warning:
+            logger.warning("vllm-bailing %s: %s", __version__, decided.warning)
+    _decision = decided
+    return decided
+
+
+@contextlib.contextmanager
+def _visible(logger: logging.Logger) -> Iterator[None]:
+    """Let `logger` print what vLLM's logging settings allow, also before vLLM has applied them.
+
+    Differs:  vLLM sets up logging after it has loaded the plugins, so that their INFO lines go nowhere; older ones did
+              it on import.
+    Upstream: `configure_logging_if_needed`, first seen in 0.32.
+    Remove:   when plugins are loaded after it.
+    """
+    from vllm import envs
+
+    if logging.getLogger("vllm").handlers or not envs.VLLM_CONFIGURE_LOGGING:
+        yield
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    before = logger.level, logger.propagate
+    logger.setLevel(envs.VLLM_LOGGING_LEVEL)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+def register_parsers() -> None:
+    """Make `--reasoning-parser bailing` and `--tool-call-parser bailing` known, where this process has such flags.
+
+    Importing vLLM's tool parsers takes seconds, so processes that do without them, the workers, are spared.
+    """
+    for module, manager, parser in (
+        ("vllm.reasoning", "ReasoningParserManager", "BailingReasoningParser"),
+        ("vllm.tool_parsers", "ToolParserManager", "BailingToolParser"),
+    ):
+        if module in sys.modules:
+            getattr(sys.modules[module], manager).register_lazy_module(PARSER, "vllm_bailing.parsers", parser)

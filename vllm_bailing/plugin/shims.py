@@ -1,0 +1,73 @@
+"""Where vLLM's versions differ: one call for each difference, with when it can go. Nothing is changed in vLLM here."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import math
+from typing import Any
+
+
+def protocol() -> Any:
+    """vLLM's module with `DeltaMessage` and the other parts of an answer.
+
+    Differs:  moved from the OpenAI server's folder in 0.29.
+    Remove:   when the oldest supported version has it at the new place.
+    """
+    return _first_of("vllm.entrypoints.generate.base.protocol", "vllm.entrypoints.openai.engine.protocol")
+
+
+def make_tool_call_id() -> str:
+    """A fresh id for a tool call, as vLLM makes them.
+
+    Differs:  moved to the renderers after 0.31.
+    Remove:   when the oldest supported version has it there.
+    """
+    return _first_of("vllm.renderers.chat_utils", "vllm.entrypoints.chat_utils").make_tool_call_id()
+
+
+def _first_of(*modules: str) -> Any:
+    for module in modules[:-1]:
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(module)
+    return importlib.import_module(modules[-1])
+
+
+def rope_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
+    """`parameters` as this vLLM's `get_rope` reads them.
+
+    Differs:  older vLLM ignores YaRN's `attention_factor`, `mscale` and `mscale_all_dim`; it takes the finished factor
+              as `attn_factor` with `apply_yarn_scaling` off.
+    Upstream: `YaRNScalingRotaryEmbedding.__init__`; takes the three keys in 0.30, not in 0.27.
+    Remove:   when the oldest supported version takes them.
+    """
+    from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import YaRNScalingRotaryEmbedding
+
+    known = inspect.signature(YaRNScalingRotaryEmbedding.__init__).parameters
+    if parameters["rope_type"] != "yarn" or "attention_factor" in known:
+        return parameters
+    factor, attention_factor = parameters["factor"], parameters.get("attention_factor")
+    mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    if attention_factor is None and mscale and mscale_all_dim:
+        growth = math.log(factor)
+        attention_factor = (0.1 * mscale * growth + 1) / (0.1 * mscale_all_dim * growth + 1)
+    if attention_factor is None:
+        return parameters
+    return {**parameters, "attn_factor": attention_factor, "apply_yarn_scaling": False}
+
+
+def portable_cpu_experts() -> Any:
+    """vLLM's class of experts for CPUs without instructions of their own; None where it is of another kind.
+
+    Differs:  experts for CPUs came as one function with the router in it, to which no kernel can be given.
+    Upstream: `CPUUnquantizedExperts` is one of `FusedMoEExpertsModular` in 0.32, not in 0.27.
+    Remove:   when the oldest supported version has it so, or when vLLM takes its AVX-512 bf16 kernels without AMX.
+    """
+    from vllm.model_executor.layers.fused_moe import modular_kernel
+
+    try:
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    except ImportError:
+        return None
+    return CPUUnquantizedExperts if issubclass(CPUUnquantizedExperts, modular_kernel.FusedMoEExpertsModular) else None

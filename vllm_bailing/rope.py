@@ -1,0 +1,176 @@
+"""The rope keys of a configuration, in all the spellings that files and flags use, settled into one.
+
+Imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from vllm_bailing.validation import LARGEST, require_int, require_number, require_object
+
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_dim")
+ROPE_TYPES = {  # rope_type -> the parameters it takes beside the common ones
+    "default": set(),
+    "linear": {"factor"},
+    "yarn": {
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    },
+}
+_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_DEFAULT_THETA = 600000.0
+
+
+def settled_rope(
+    head_dim: int,
+    rope_parameters: dict[str, Any] | None,
+    rope_scaling: dict[str, Any] | None,
+    rope_theta: float | None,
+    partial_rotary_factor: float | None,
+    rotary_dim: int | None,
+    window: int,
+) -> dict[str, Any]:
+    """The rope keys of a configuration, each with the value that all of them together mean.
+
+    Args:
+        head_dim: Channels of a head.
+        window: Tokens that the model was trained with, or that a stretched configuration names.
+
+    Returns:
+        `rope_theta`, `partial_rotary_factor`, `rotary_dim` (channels), `max_position_embeddings` (tokens; with YaRN
+        `factor` times the original window) and `rope_parameters`, in which the first two stand again.
+
+    Raises:
+        ValueError: If a value is of the wrong type or range, or two keys contradict each other.
+    """
+    given = _merged(rope_parameters, rope_scaling)
+    rope_type = _rope_type(given)
+    scaling = _scaling(given, rope_type)
+    theta = _agreed("rope_theta", rope_theta, given.get("rope_theta"), _DEFAULT_THETA)
+    require_number("rope_theta", theta)
+    factor = _agreed("partial_rotary_factor", partial_rotary_factor, given.get("partial_rotary_factor"), None)
+    width = _rotary_width(head_dim, factor, rotary_dim)
+    if "factor" in ROPE_TYPES[rope_type]:
+        require_number(f"factor of rope_type {rope_type!r}", scaling.get("factor"))
+        if scaling["factor"] < 1:
+            raise ValueError(f"factor={scaling['factor']} of rope_type {rope_type!r} must be at least 1")
+    if rope_type == "yarn":
+        window = _stretched_window(scaling, window)
+
+    share = width / head_dim
+    if int(head_dim * share) < width:  # everyone computes the width back from the share, this way
+        share = math.nextafter(share, 1)
+    return {
+        "rope_theta": theta,
+        "partial_rotary_factor": share,
+        "rotary_dim": width,
+        "max_position_embeddings": window,
+        "rope_parameters": {
+            "rope_type": rope_type,
+            "rope_theta": theta,
+            "partial_rotary_factor": share,
+            **scaling,
+        },
+    }
+
+
+def _merged(rope_parameters: dict[str, Any] | None, rope_scaling: dict[str, Any] | None) -> dict[str, Any]:
+    require_object("rope_parameters", rope_parameters)
+    require_object("rope_scaling", rope_scaling)
+    if rope_parameters and rope_scaling:
+        for key in sorted(set(rope_parameters) & set(rope_scaling)):
+            if rope_parameters[key] != rope_scaling[key]:
+                raise ValueError(
+                    f"rope_parameters.{key}={rope_parameters[key]!r} contradicts "
+                    f"rope_scaling.{key}={rope_scaling[key]!r}; keep one of them"
+                )
+    return {**(rope_parameters or {}), **(rope_scaling or {})}
+
+
+def _rope_type(given: dict[str, Any]) -> str:
+    spellings = [given[key] for key in ("rope_type", "type") if given.get(key) is not None] or ["default"]
+    rope_type = spellings[0]
+    if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+        raise ValueError(f"rope_type={rope_type!r} is not supported; use one of {', '.join(sorted(ROPE_TYPES))}")
+    if spellings[-1] != rope_type:
+        raise ValueError(f"type={given['type']!r} contradicts rope_type={rope_type!r}; keep one of them")
+    return rope_type
+
+
+def _scaling(given: dict[str, Any], rope_type: str) -> dict[str, Any]:
+    """The scaling parameters of `given`, all of which belong to `rope_type`."""
+    allowed = ROPE_TYPES[rope_type]
+    scaling = {key: value for key, value in given.items() if key not in _COMMON and value is not None}
+    unknown = sorted(set(scaling) - allowed)
+    if rope_type == "default":
+        # vLLM and transformers write a leftover window or factor of 1 into plain ropes; anything else is a mistake.
+        unknown = [key for key in unknown if key != "original_max_position_embeddings" and scaling[key] != 1]
+        scaling = {}
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]}={given[unknown[0]]!r} does not belong to rope_type={rope_type!r}; "
+            f"it takes {', '.join(sorted(allowed)) or 'no scaling keys'} (for YaRN write rope_type 'yarn')"
+        )
+    return scaling
+
+
+def _stretched_window(scaling: dict[str, Any], window: int) -> int:
+    """Tokens that the YaRN parameters in `scaling` give; writes the original window into them."""
+    original = scaling.setdefault("original_max_position_embeddings", window)
+    require_int("original_max_position_embeddings", original, 1)
+    if not scaling["factor"] * original <= LARGEST:
+        raise ValueError(
+            f"factor={scaling['factor']} times original_max_position_embeddings={original} of the YaRN scaling "
+            f"exceeds {LARGEST}; correct one of the two"
+        )
+    extended = round(scaling["factor"] * original)
+    if window > extended:
+        raise ValueError(
+            f"max_position_embeddings={window} exceeds factor={scaling['factor']} times "
+            f"original_max_position_embeddings={original} of the YaRN scaling; correct one of the three"
+        )
+    for key in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+        if key in scaling:
+            require_number(f"{key} of rope_type 'yarn'", scaling[key])
+    if not isinstance(scaling.get("truncate", True), bool):
+        raise ValueError(f"truncate={scaling['truncate']!r} of rope_type 'yarn' must be true or false")
+    return extended
+
+
+def _agreed(name: str, outer: Any, inner: Any, default: Any) -> Any:
+    if outer is not None and inner is not None and outer != inner:
+        raise ValueError(f"{name}={outer!r} contradicts rope_parameters.{name}={inner!r}; keep one of them")
+    return next((value for value in (outer, inner) if value is not None), default)
+
+
+def _rotary_width(head_dim: int, factor: float | None, rotary_dim: int | None) -> int:
+    if rotary_dim is not None:
+        require_int("rotary_dim", rotary_dim, 1)
+    if factor is not None:
+        require_number("partial_rotary_factor", factor)
+        if factor > 1:
+            raise ValueError(f"partial_rotary_factor={factor} exceeds 1, the whole of head_dim={head_dim}")
+    width = rotary_dim if factor is None else int(head_dim * factor)
+    width = head_dim if width is None else width
+    if rotary_dim is not None and width != rotary_dim:
+        raise ValueError(
+            f"rotary_dim={rotary_dim} contradicts partial_rotary_factor={factor}, which gives {width} of "
+            f"head_dim={head_dim} channels; correct one of the two"
+        )
+    if width > head_dim:
+        raise ValueError(f"rotary_dim={rotary_dim} is wider than head_dim={head_dim}; correct one of the two")
+    if width < 2 or width % 2:
+        given = f"rotary_dim={rotary_dim}" if factor is None else f"partial_rotary_factor={factor}"
+        raise ValueError(
+            f"{given} gives {width} of head_dim={head_dim} channels to the rotary part, "
+            "which takes an even number of at least 2"
+        )
+    return width

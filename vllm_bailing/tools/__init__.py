@@ -1,0 +1,1 @@
+"""What the commands do that need no room of their own. Nothing here prints or exits."""

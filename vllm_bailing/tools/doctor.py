@@ -1,0 +1,255 @@
+"""Checks of an installation and of a checkpoint; each returns what it found and what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+GROUP, NAME = "vllm.general_plugins", "bailing"
+_WORKER = f"""
+import json
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm import ModelRegistry
+from vllm_bailing.plugin import support
+names = [*support.ARCHITECTURES, *support.DRAFT_ARCHITECTURES]
+where = {{name: getattr(ModelRegistry.models.get(name), "module_name", "") for name in names}}
+print("{NAME}:" + json.dumps(where))
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A result. `ok` is None where there is nothing to judge; `fix` says what to do if it is False."""
+
+    name: str
+    ok: bool | None
+    detail: str
+    fix: str = ""
+
+
+def environment() -> Iterator[Check]:
+    """Checks of this machine, the quick ones first."""
+    yield Check("python", sys.version_info >= (3, 10), sys.version.split()[0], "use Python 3.10 or newer")
+    yield from _packages()
+    yield _entry_point()
+    yield _accelerator()
+    yield _memory()
+    yield _disk()
+    yield _worker()
+
+
+def _packages() -> Iterator[Check]:
+    from vllm_bailing import __version__
+    from vllm_bailing.plugin import support
+
+    yield Check("vllm-bailing", True, __version__)
+    try:
+        found = version("vllm")
+    except PackageNotFoundError:
+        yield Check("vllm", False, "not installed", "pip install vllm, or for CPUs see scripts/setup.sh")
+        return
+    decided = support.decide(_vllm_version() or found)
+    first, last = support.CHECKED_VLLM
+    if not decided.active:
+        yield Check("vllm", False, f"{found}: {decided.reason}", f"install vLLM {first} to {last}")
+    elif decided.warning:
+        yield Check("vllm", None, f"{found}, newer than the checked {first} to {last}")
+    else:
+        yield Check("vllm", True, f"{found} (checked: {first} to {last})")
+    for package in ("torch", "transformers", "safetensors", "compressed-tensors"):
+        try:
+            yield Check(package, True, version(package))
+        except PackageNotFoundError:
+            yield Check(package, False, "not installed", f"pip install {package}")
+
+
+def _vllm_version() -> str | None:
+    try:
+        from vllm.version import __version__  # pyright: ignore[reportPrivateImportUsage]
+    except ImportError:
+        return None
+    return __version__
+
+
+def _entry_point() -> Check:
+    found = [point for point in entry_points(group=GROUP) if point.name == NAME]
+    if not found:
+        return Check("entry point", False, f"no {NAME!r} in {GROUP}", "pip install vllm-bailing into this environment")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and NAME not in allowed.split(","):
+        wanted = ",".join([*filter(None, allowed.split(",")), NAME])
+        return Check(
+            "entry point", False, f"VLLM_PLUGINS={allowed!r} leaves {NAME!r} out", f"export VLLM_PLUGINS={wanted}"
+        )
+    return Check("entry point", True, f"{NAME} = {found[0].value}")
+
+
+def _worker() -> Check:
+    """What a process that vLLM starts would use."""
+    done = subprocess.run([sys.executable, "-c", _WORKER], capture_output=True, text=True)
+    told = [line for line in done.stdout.splitlines() if line.startswith(f"{NAME}:")]
+    if not told:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return Check("a worker's classes", False, last[:200], "run `python -c 'import vllm'` and mend what it says")
+    where: dict[str, str] = json.loads(told[0].partition(":")[2])
+    detail = ", ".join(f"{name} from {module.partition('.')[0] or 'nowhere'}" for name, module in where.items())
+    if all(module.startswith("vllm_bailing") for module in where.values()):
+        return Check("a worker's classes", True, detail)
+    from vllm_bailing.plugin.support import USE_INTREE
+
+    if os.environ.get(USE_INTREE, "0") not in ("", "0"):
+        return Check("a worker's classes", None, f"{detail}, since {USE_INTREE} is set")
+    return Check("a worker's classes", False, detail, "see the lines above: vLLM's version, or VLLM_PLUGINS")
+
+
+def _accelerator() -> Check:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return Check("GPU", None, "no nvidia-smi: vLLM runs on what its build is for, such as the CPU")
+    query = "name,driver_version,memory.total"
+    done = subprocess.run([tool, f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
+    if done.returncode or not done.stdout.strip():
+        last = (done.stdout + done.stderr).strip().splitlines()[-1:] or ["no output"]
+        return Check("GPU", False, f"nvidia-smi: {last[0]}", "mend the driver; `nvidia-smi` has to list the GPUs")
+    rows = done.stdout.strip().splitlines()
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            cuda = torch.version.cuda or "none"
+            fix = "install vLLM's CUDA build: pip install vllm" if cuda == "none" else f"a driver for CUDA {cuda}"
+            return Check("GPU", False, f"{rows[0]}, but torch (CUDA {cuda}) cannot use it", fix)
+        detail = f"{len(rows)} x {rows[0]}, CUDA {torch.version.cuda}"
+    except ImportError:
+        detail = f"{len(rows)} x {rows[0]}"
+    return Check("GPU", True, detail)
+
+
+def _memory() -> Check:
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return Check("memory", None, f"{pages * size / GIB:.0f} GiB")
+
+
+def _disk() -> Check:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE)
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return Check("disk for models", None, f"{shutil.disk_usage(there).free / GIB:.0f} GiB free for {folder}")
+
+
+def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[Check]:
+    """Checks of a checkpoint on this machine; reads configuration and headers, no weights."""
+    from vllm_bailing.audit import Audit
+    from vllm_bailing.checkpoint import Checkpoint, local_folder
+    from vllm_bailing.config import read_config
+
+    try:
+        folder = local_folder(model)
+    except ValueError as error:
+        yield Check("files", False, str(error), f"hf download {model}")
+        return
+    try:
+        config = read_config(folder, overrides)
+    except ValueError as error:
+        yield Check("config.json", False, str(error), "correct config.json, or fetch it again")
+        return
+    scaling = config.rope_parameters["rope_type"]
+    window = f"{config.max_position_embeddings} tokens" + (f" by {scaling}" if scaling != "default" else "")
+    yield Check("config.json", True, f"{config.num_hidden_layers} layers, {config.num_experts} experts, {window}")
+
+    found = Checkpoint(folder)
+    if found.damage:
+        yield Check("files", False, found.damage, f"hf download {model}")
+        return
+    if not found.tensors:
+        yield Check("files", False, f"no safetensors files in {folder}", f"hf download {model}")
+        return
+    files = {stored.file for stored in found.tensors.values()}
+    yield Check("files", True, f"{len(files)} of {_size(found.size)}, {len(found.tensors)} tensors")
+
+    stored = config.stored_quantization_config or getattr(config, "quantization_config", None)
+    scheme = f"{stored.get('quant_method')}" if stored else "none"
+    yield Check("quantisation", None, scheme)
+    yield from _audited(Audit.of_target(config, quantized=bool(stored), folder=str(folder)), found, "tensors")
+
+    layers = found.layers_behind(config)
+    if len(layers) != config.num_nextn_predict_layers and layers:
+        yield Check(
+            "MTP layer",
+            False,
+            f"{len(layers)} in the files, num_nextn_predict_layers={config.num_nextn_predict_layers} in config.json",
+            f"""pass --hf-overrides '{{"num_nextn_predict_layers": {len(layers)}}}'""",
+        )
+    elif not layers:
+        yield Check("MTP layer", None, "none: speculation needs a checkpoint that has it as the draft")
+    else:
+        draft = Audit.of_draft(config, quantized=bool(stored), folder=str(folder))
+        yield from _audited(draft, found, "MTP layer")
+    yield from _template(folder)
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
+
+
+def _audited(audit: Any, found: Any, name: str) -> Iterator[Check]:
+    from vllm_bailing.errors import CheckpointError
+
+    try:
+        audit.check(found)
+    except CheckpointError as error:
+        detail, _, cause = str(error).partition(". Likely cause: ")
+        yield Check(name, False, detail, cause)
+    else:
+        yield Check(name, True, "complete, every shape as config.json says")
+
+
+def _template(folder: Path) -> Iterator[Check]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # of any type, depending on the file that is wrong
+        reason = " ".join(str(error).split())[:160]
+        yield Check("tokenizer", False, reason, "fetch tokenizer.json and tokenizer_config.json again")
+        return
+    yield Check("tokenizer", True, f"{len(tokenizer)} tokens")
+    if not tokenizer.chat_template:
+        yield Check("chat template", None, "none: /v1/completions works, chat needs --chat-template")
+        return
+    question = [{"role": "user", "content": "?"}]
+    try:
+        plain = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        tools = [{"type": "function", "function": {"name": "look_up_name", "parameters": {}}}]
+        with_tools = tokenizer.apply_chat_template(question, tools=tools, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever a template raises
+        yield Check("chat template", False, " ".join(str(error).split())[:160], "pass a mended one by --chat-template")
+        return
+    lacks = [
+        what
+        for what, there in (
+            ("thinking", "detailed thinking" in plain or "<think>" in plain),
+            ("tools", "look_up_name" in with_tools),
+        )
+        if not there
+    ]
+    if lacks:
+        yield Check(
+            "chat template",
+            None,
+            f"knows no {' and no '.join(lacks)}, as those of base models",
+            'for Ring: --chat-template "$(vllm-bailing chat-template ring)"',
+        )
+    else:
+        yield Check("chat template", True, "with tools and thinking")

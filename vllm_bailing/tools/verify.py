@@ -1,0 +1,461 @@
+"""Does a deployment compute its checkpoint? Served log-probabilities against those of the plain reference.
+
+The reference (`reference.py`) runs in fp32 on a CPU and reads the checkpoint as it goes: attention, router and shared
+experts of one layer and one routed expert are in memory at a time, beside the hidden states of all prompts. So a
+checkpoint of any size can be verified on a machine that cannot serve it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_bailing.audit import Audit
+from vllm_bailing.checkpoint import Checkpoint
+from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.errors import CheckpointError
+from vllm_bailing.weights import EMBEDDING, HEAD
+
+if TYPE_CHECKING:
+    import torch
+
+TOP = 20  # log-probabilities per position, what vLLM's server allows by default
+DEFAULT_PROMPTS = (
+    "Who are you? Please answer in one or two sentences.",
+    "Write a short story about a lighthouse keeper who finds a message in a bottle.",
+    "What is the derivative of x^3 * sin(x)? Show every step.",
+    "Translate into French, German and Chinese: The early bird catches the worm.",
+    "def fibonacci(n):\n    # Complete this function and explain its running time.",
+    "List the planets of the solar system with their diameters, as a table.",
+)
+_ROWS = 16384  # of the head at once
+
+
+class VerifyError(RuntimeError):
+    """What kept the comparison from being made, in words for the person who wanted it."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A sequence as the deployment computed it.
+
+    Attributes:
+        token_ids: Prompt and answer.
+        top: For every position but the first, log-probabilities by token id: the `TOP` likeliest and the one that
+            stands there.
+    """
+
+    token_ids: list[int]
+    top: list[dict[int, float]]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a right deployment may be from the reference.
+
+    Attributes:
+        mean: Of |Δ log-probability| over the tokens that stand in the texts, in nats.
+        divergence: Mean Kullback-Leibler divergence of a position, in nats.
+    """
+
+    mean: float
+    divergence: float
+
+
+# fp32: summation order. bf16: rounding of activations at each of some hundred operations. fp8: that of the weights is
+# part of the checkpoint, that of activations and of the KV cache is not.
+TOLERANCES = {
+    "float32": Tolerance(mean=1e-4, divergence=1e-6),
+    "bfloat16": Tolerance(mean=0.05, divergence=0.004),
+    "float16": Tolerance(mean=0.02, divergence=0.002),
+    "fp8": Tolerance(mean=0.15, divergence=0.05),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A prompt's result: deviations in nats, `agreement` the share of positions with the same likeliest token."""
+
+    tokens: int
+    mean: float
+    max: float
+    divergence: float
+    agreement: float
+
+
+def expected_dtype(config: BailingMoeV2Config) -> str:
+    """The key of `TOLERANCES` that a deployment of `config` should fit if nothing else is known of it."""
+    stored = config.stored_quantization_config or getattr(config, "quantization_config", None)
+    name = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    return "fp8" if stored else name if name in TOLERANCES else "bfloat16"
+
+
+def prompt_ids(folder: Path, texts: list[str]) -> list[list[int]]:
+    """Token ids of user messages, in the checkpoint's chat template where it has one."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    if tokenizer.chat_template:
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
+# ---- the deployment -------------------------------------------------------------------------------------------
+
+
+def ask_server(url: str, model: str | None, prompts: list[list[int]], max_tokens: int) -> Iterator[Served]:
+    """What a running vLLM server computes for each of `prompts`, and for its greedy answer to it.
+
+    Raises:
+        VerifyError: If there is no server, or it gives no log-probabilities.
+    """
+    from openai import OpenAIError
+
+    from vllm_bailing.tools.chat import connect
+
+    client = connect(url, max_retries=1)
+    try:
+        name = model or client.models.list().data[0].id
+        for prompt in prompts:
+            answer = client.completions.create(
+                model=name,
+                prompt=prompt,
+                max_tokens=max_tokens,
+                temperature=0,
+                logprobs=TOP,
+                extra_body={"prompt_logprobs": TOP, "return_tokens_as_token_ids": True, "repetition_penalty": 1.0},
+            ).choices[0]
+            table: Any = getattr(answer, "prompt_logprobs", None)
+            if not table or answer.logprobs is None:
+                raise VerifyError(f"{url} returned no prompt_logprobs; it has to be a vLLM server")
+            top = [{int(token): found["logprob"] for token, found in row.items()} for row in table[1:]]
+            said = [int(token.removeprefix("token_id:")) for token in answer.logprobs.tokens or []]
+            for token, logprob, row in zip(
+                said, answer.logprobs.token_logprobs or [], answer.logprobs.top_logprobs or [], strict=True
+            ):
+                likeliest = {int(name.removeprefix("token_id:")): found for name, found in row.items()}
+                top.append({**likeliest, token: logprob})
+            yield Served(prompt + said, top)
+    except OpenAIError as error:
+        raise VerifyError(f"{url} did not answer as a vLLM server does: {error}") from None
+
+
+def ask_offline(
+    folder: str, options: dict[str, Any], prompts: list[list[int]], max_tokens: int
+) -> tuple[list[Served], str]:
+    """What `vllm.LLM(folder, **options)` computes in this process, as `ask_server`, and its dtype."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(folder, **{"max_logprobs": TOP, "skip_tokenizer_init": True, **options})
+    params = SamplingParams(max_tokens=max_tokens, temperature=0, logprobs=TOP, prompt_logprobs=TOP, detokenize=False)
+    found = []
+    for prompt, output in zip(
+        prompts, llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False), strict=True
+    ):
+        answer: Any = output.outputs[0]
+        rows: Any = [*(output.prompt_logprobs or [])[1:], *(answer.logprobs or [])]
+        found.append(
+            Served(
+                prompt + list(answer.token_ids),
+                [{token: one.logprob for token, one in row.items()} for row in rows],
+            )
+        )
+    config = llm.llm_engine.model_config
+    kind = "fp8" if config.quantization else str(config.dtype).removeprefix("torch.")
+    return found, kind
+
+
+# ---- the reference --------------------------------------------------------------------------------------------
+
+
+class Weights:
+    """A checkpoint's tensors one by one, in fp32, quantised ones as what they stand for.
+
+    Raises:
+        CheckpointError: If the files are damaged or do not fit the configuration.
+    """
+
+    def __init__(self, folder: Path, config: BailingMoeV2Config) -> None:
+        import torch
+
+        from vllm_bailing.dequantize import Dequantizer
+
+        self.config, self.checkpoint = config, Checkpoint(folder)
+        if not self.checkpoint.tensors and not self.checkpoint.damage:
+            raise CheckpointError(f"{folder} has no safetensors files; give the folder that the server was started on")
+        stored = config.stored_quantization_config or getattr(config, "quantization_config", None)
+        Audit.of_target(config, quantized=stored is not None, folder=str(folder)).check(self.checkpoint)
+        self._plain = None if stored is None else Dequantizer(stored, torch.float32)
+        self._parts: dict[str, list[str]] = {}
+        for name in self.checkpoint.tensors:
+            self._parts.setdefault(name.rpartition(".")[0], []).append(name)
+        self._open = contextlib.ExitStack()
+        self._files: dict[Path, Any] = {}
+
+    def close(self) -> None:
+        """Let go of the files, whose pages would otherwise stay in memory."""
+        self._open.close()
+        self._files.clear()
+
+    def _file(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        path = self.checkpoint.tensors[name].file
+        if path not in self._files:
+            self._files[path] = self._open.enter_context(safe_open(path, framework="pt"))
+        return self._files[path]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """`name` as a whole."""
+        if name in self.checkpoint.tensors and self._plain is None:
+            return self._file(name).get_tensor(name).float()
+        parts = self._parts[name.rpartition(".")[0]]
+        stored = [(part, self._file(part).get_tensor(part)) for part in parts]
+        return dict(self._plain.plain(stored) if self._plain else stored)[name].float()
+
+    def rows(self, name: str, start: int, end: int) -> torch.Tensor:
+        """Rows `start` to `end` of the matrix `name`; embedding and head are never quantised row-wise."""
+        if name not in self.checkpoint.tensors or self._is_quantized(name):
+            return self.tensor(name)[start:end]
+        return self._file(name).get_slice(name)[start:end].float()
+
+    def _is_quantized(self, name: str) -> bool:
+        return self.checkpoint.has_scales(name.rpartition(".")[0])
+
+
+def reference_logprobs(
+    folder: Path,
+    config: BailingMoeV2Config,
+    served: list[Served],
+    work: Path,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[list[list[dict[int, float]]], list[list[int]]]:
+    """Log-probabilities of the reference for every token id that `served` names, and its likeliest token per position.
+
+    Args:
+        work: Folder for the hidden states behind every layer, from which an interrupted run goes on.
+        progress: Called with the number of steps that are done, and of all.
+    Raises:
+        CheckpointError: As from `Weights`.
+    """
+    import torch
+
+    from vllm_bailing import reference
+
+    weights = Weights(folder, config)
+    steps = config.num_hidden_layers + 1
+    lengths = [len(one.token_ids) for one in served]
+    mask = torch.zeros(len(served), max(lengths), dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
+    with torch.no_grad():
+        done, hidden_states = _resumed(work) or (0, _embedded(weights, served, mask))
+        positions = reference.BailingMoeV2ForCausalLM._positions(mask, mask.shape[1], 0, mask.device)
+        cos, sin = reference.rotary_cos_sin(config, positions)
+        visible = reference.attention_mask_4d(mask, mask.shape[1], 0, mask.device)
+        for index in range(done, config.num_hidden_layers):
+            progress(index, steps)
+            layer = _layer(weights, index)
+            hidden_states, _ = layer(hidden_states, cos, sin, visible)
+            weights.close()
+            _keep(work, index + 1, hidden_states)
+        progress(config.num_hidden_layers, steps)
+        norm = reference.BailingMoeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        norm.weight.copy_(weights.tensor("model.norm.weight"))
+        hidden_states = norm(hidden_states)
+        kept = torch.cat([hidden_states[row, : length - 1] for row, length in enumerate(lengths)])  # [N, H]
+        wanted = [row for one in served for row in one.top]
+        logprobs, likeliest = _head(weights, kept, wanted)
+        weights.close()
+    progress(steps, steps)
+    rows, best, place = [], [], 0
+    for length in lengths:
+        rows.append(logprobs[place : place + length - 1])
+        best.append(likeliest[place : place + length - 1])
+        place += length - 1
+    return rows, best
+
+
+def _embedded(weights: Weights, served: list[Served], mask: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    hidden_states = torch.zeros(*mask.shape, weights.config.hidden_size)
+    rows = {token: weights.rows(EMBEDDING, token, token + 1)[0] for one in served for token in set(one.token_ids)}
+    for number, one in enumerate(served):
+        hidden_states[number, : len(one.token_ids)] = torch.stack([rows[token] for token in one.token_ids])
+    return hidden_states
+
+
+def _layer(weights: Weights, index: int) -> Any:
+    """Decoder layer `index` in fp32, whose routed experts are read when they are called."""
+    import torch
+    from torch import nn
+
+    from vllm_bailing import reference
+
+    config, prefix = weights.config, f"model.layers.{index}"
+
+    def filled(module: nn.Module, prefix: str) -> nn.Module:
+        state = {}
+        for name, empty in module.state_dict().items():
+            full = f"{prefix}.{name}"
+            absent = name.endswith("expert_bias") and full not in weights.checkpoint.tensors
+            state[name] = torch.zeros(empty.shape) if absent else weights.tensor(full)
+        module.load_state_dict(state, assign=True)
+        return module
+
+    class Experts(nn.Module):
+        def __getitem__(self, expert: int) -> nn.Module:
+            with torch.device("meta"):
+                empty = reference.BailingMoeV2MLP(config.hidden_size, config.moe_intermediate_size)
+            return filled(empty, f"{prefix}.mlp.experts.{expert}")
+
+    with torch.device("meta"):
+        layer = reference.BailingMoeV2DecoderLayer(config, index)
+    if index >= config.first_k_dense_replace:
+        layer.mlp.experts = Experts()  # pyright: ignore[reportAttributeAccessIssue]
+    return filled(layer, prefix)
+
+
+def _head(
+    weights: Weights, hidden_states: torch.Tensor, wanted: list[dict[int, float]]
+) -> tuple[list[dict[int, float]], list[int]]:
+    """Log-probabilities of the `wanted` ids and the likeliest id for each row of `hidden_states` [N, H]."""
+    import torch
+
+    config = weights.config
+    name = EMBEDDING if config.tie_word_embeddings else HEAD
+    starts = range(0, config.vocab_size, _ROWS)
+    if config.norm_head:
+        squares = sum(weights.rows(name, start, start + _ROWS).pow(2).sum(0) for start in starts)
+        hidden_states = hidden_states / torch.as_tensor(squares).sqrt().clamp(min=1e-7)
+    normalizer = torch.full((len(hidden_states),), -math.inf)
+    best, likeliest = normalizer.clone(), torch.zeros(len(hidden_states), dtype=torch.long)
+    found: list[dict[int, float]] = [{} for _ in wanted]
+    for start in starts:
+        logits = hidden_states @ weights.rows(name, start, start + _ROWS).T  # [N, rows]
+        normalizer = torch.logaddexp(normalizer, logits.logsumexp(-1))
+        top, place = logits.max(-1)
+        likeliest = torch.where(top > best, place + start, likeliest)
+        best = torch.maximum(best, top)
+        for row, ids in enumerate(wanted):
+            for token in ids:
+                if start <= token < start + _ROWS:
+                    found[row][token] = float(logits[row, token - start])
+    return (
+        [
+            {token: logit - float(normalizer[row]) for token, logit in logits.items()}
+            for row, logits in enumerate(found)
+        ],
+        likeliest.tolist(),
+    )
+
+
+# ---- resuming -------------------------------------------------------------------------------------------------
+
+_STATES = "hidden_states.safetensors"
+_SERVED = "served.json"
+
+
+def work_folder(cache: Path, *identity: Any) -> Path:
+    """A folder of `cache` for the run that `identity` describes."""
+    return cache / hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()[:16]
+
+
+def served_before(work: Path) -> tuple[list[Served], str] | None:
+    """What an interrupted run was told by the deployment, and the deployment's dtype."""
+    file = work / _SERVED
+    if not file.is_file():
+        return None
+    told = json.loads(file.read_text(encoding="utf-8"))
+    served = [
+        Served(one["token_ids"], [{int(token): found for token, found in row.items()} for row in one["top"]])
+        for one in told["served"]
+    ]
+    return served, told["dtype"]
+
+
+def keep_served(work: Path, served: list[Served], dtype: str) -> None:
+    """Keep what the deployment said: asked again, it may round differently and answer otherwise."""
+    work.mkdir(parents=True, exist_ok=True)
+    told = {"dtype": dtype, "served": [asdict(one) for one in served]}
+    (work / _SERVED).write_text(json.dumps(told), encoding="utf-8")
+
+
+def forget(work: Path) -> None:
+    """Remove what was kept."""
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _resumed(work: Path) -> tuple[int, torch.Tensor] | None:
+    from safetensors import safe_open
+
+    file = work / _STATES
+    if not file.is_file():
+        return None
+    with safe_open(file, framework="pt") as opened:
+        return int(opened.metadata()["layers"]), opened.get_tensor("hidden_states")
+
+
+def _keep(work: Path, layers: int, hidden_states: torch.Tensor) -> None:
+    from safetensors.torch import save_file
+
+    work.mkdir(parents=True, exist_ok=True)
+    new = work / f"{_STATES}.new"
+    save_file({"hidden_states": hidden_states.contiguous()}, new, {"layers": str(layers)})
+    new.replace(work / _STATES)
+
+
+# ---- the verdict ----------------------------------------------------------------------------------------------
+
+
+def compare(served: Served, logprobs: list[dict[int, float]], likeliest: list[int]) -> Comparison:
+    """Deviations of a served sequence from the reference."""
+    deviations, divergences, same = [], [], 0
+    for token, said, right, best in zip(served.token_ids[1:], served.top, logprobs, likeliest, strict=True):
+        deviations.append(abs(said[token] - right[token]))
+        divergences.append(_divergence(right, said))
+        same += max(said, key=said.__getitem__) == best
+    count = len(deviations)
+    return Comparison(count, sum(deviations) / count, max(deviations), sum(divergences) / count, same / count)
+
+
+def _divergence(right: dict[int, float], said: dict[int, float]) -> float:
+    """Kullback-Leibler divergence over the named ids, all others taken together: a lower bound of the whole."""
+    total = sum(math.exp(right[token]) * (right[token] - said[token]) for token in said)
+    rest_right = max(1 - sum(map(math.exp, right.values())), 0.0)
+    rest_said = max(1 - sum(map(math.exp, said.values())), 0.0)
+    if rest_right > 1e-9 and rest_said > 1e-9:
+        total += rest_right * math.log(rest_right / rest_said)
+    return max(total, 0.0)
+
+
+def overall(comparisons: list[Comparison]) -> Comparison:
+    """All positions together."""
+    tokens = sum(one.tokens for one in comparisons)
+
+    def mean(name: str) -> float:
+        return sum(getattr(one, name) * one.tokens for one in comparisons) / tokens
+
+    return Comparison(tokens, mean("mean"), max(one.max for one in comparisons), mean("divergence"), mean("agreement"))
+
+
+def verdict(total: Comparison, tolerance: Tolerance) -> str:
+    """What speaks against the deployment; empty if nothing does."""
+    reasons = [
+        f"{title} {value:.2g} is above {limit:.2g}"
+        for title, value, limit in (
+            ("mean |Δ log-probability|", total.mean, tolerance.mean),
+            ("mean KL divergence", total.divergence, tolerance.divergence),
+        )
+        if not value <= limit  # also if it is no number
+    ]
+    return " and ".join(reasons)

@@ -1,0 +1,111 @@
+"""Tables of vLLM's fused experts for a model, a GPU and a tensor-parallel size, from timings on that GPU.
+
+vLLM's Triton kernel for routed experts takes its tile sizes from a file that is named after the experts' shape and the
+GPU, and falls back on rules of thumb where there is none. What a table may replace here is the baseline: whatever this
+vLLM does without it, be that a table of its own or those rules. An entry of the new table differs from the baseline
+only where it was faster in a second pass of timings.
+
+Two passes over each number of tokens M. The first times every candidate briefly. The second times the fastest few
+against the baseline, in turns and with the same routing. Each timing is a CUDA graph of several calls that rotate
+among copies of the weights, since in a model the weights of every layer come from memory and not from the cache.
+
+Only `GpuTimer` and the functions behind it need a GPU; the search takes anything that has the methods of `Timer`.
+
+Dimension letters: M tokens, E routed experts, N their width on one rank, K hidden size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_bailing.errors import TuneError
+from vllm_bailing.planning.gpus import GPUS
+from vllm_bailing.plugin.patches import TABLE_FOLDER
+from vllm_bailing.tuning.gpu_timer import GpuTimer, device_info, shared_memory
+from vllm_bailing.tuning.search import CALLS, FINALISTS, FIRST_ROUNDS, SECOND_ROUNDS, Notes, Row, search
+from vllm_bailing.tuning.space import LADDER, Experts, TileConfig, candidates, shared_memory_of, tile_key
+from vllm_bailing.tuning.table import (
+    baseline,
+    partial_file,
+    partial_key,
+    provenance,
+    table,
+    table_name,
+    vllm_table,
+    write_table,
+)
+
+# For the estimate of the time: two kernels to compile, and what else a candidate takes.
+_COMPILE_SECONDS, _CANDIDATE_SECONDS = 1.5, 0.3
+
+
+@dataclass(frozen=True)
+class TuningPlan:
+    """What is going to be tuned.
+
+    Attributes:
+        file: The table to write.
+        space: Candidates for each M.
+        seconds: About how long it takes.
+        replaced: The table that this vLLM has itself, if any.
+        is_there: Whether `file` exists.
+    """
+
+    experts: Experts
+    device_name: str
+    file: Path
+    space: dict[int, list[TileConfig]]
+    seconds: float
+    replaced: Path | None
+    is_there: bool
+
+
+def make_tuning_plan(experts: Experts, folder: Path, device_name: str | None = None) -> TuningPlan:
+    """Plan a table in `folder`, for this machine's GPU or the one called `device_name`, which need not be here."""
+    name = table_name(experts, device_name)
+    limit = shared_memory_of(device_name) if device_name else shared_memory()
+    device_name = device_name or name.partition("device_name=")[2].partition(",")[0].removesuffix(".json")
+    space = {tokens: candidates(experts, tokens, limit) for tokens in LADDER}
+    file = folder / name
+    seconds = estimate_seconds(experts, space, device_name)
+    return TuningPlan(experts, device_name, file, space, seconds, vllm_table(name), file.is_file())
+
+
+def estimate_seconds(experts: Experts, space: dict[int, list[TileConfig]], device_name: str) -> float:
+    """About how long tuning takes: compiling, and timings of candidates half as fast as the hardware allows."""
+
+    spelled = device_name.replace("_", " ").replace("-SXM4", "").split()
+    gpu = next((gpu for name, gpu in GPUS.items() if name in spelled), GPUS["H20"])
+    seconds = _COMPILE_SECONDS * len({tile_key(config) for configs in space.values() for config in configs})
+    for tokens, configs in space.items():
+        distinct = 1 - (1 - experts.top_k / experts.num_experts) ** tokens  # of the experts, with uniform routing
+        flops = 6 * tokens * experts.top_k * experts.intermediate_size * experts.hidden_size
+        call = 2 * max(experts.weight_bytes * distinct / gpu.bandwidth, flops / gpu.flops_16) + 50e-6
+        timings = (FIRST_ROUNDS + 2) * len(configs) + SECOND_ROUNDS * (FINALISTS + 1)
+        seconds += timings * CALLS * call + _CANDIDATE_SECONDS * len(configs)
+    return seconds
+
+
+def run(
+    plan: TuningPlan, model: str, tp_size: int, advance: Callable[[int, int], object] = lambda _tokens, _steps: None
+) -> tuple[list[Row], list[Path]]:
+    """Tune on this machine's GPU, going on with what an earlier run left; returns the rows and the files written.
+
+    Raises:
+        TuneError: If it cannot be done; what was measured by then is kept.
+    """
+    from vllm.platforms import current_platform
+
+    if plan.experts.block_shape and not current_platform.supports_fp8():
+        raise TuneError(f"the {plan.device_name} has no fp8 arithmetic; add --dtype bf16")
+    os.environ.pop(TABLE_FOLDER, None)  # the baseline is what vLLM does without such a folder
+    here = device_info()
+    notes = Notes(partial_file(plan.file.parent, plan.file.name), partial_key(plan.experts, plan.space, here))
+    rows = search(GpuTimer(plan.experts), plan.space, lambda tokens: baseline(plan.experts, tokens), notes, advance)
+    origin = provenance(rows, plan.experts, here, model, tp_size, plan.replaced)
+    written = write_table(plan.file, table(rows, here["triton"]), origin)
+    notes.forget()
+    return rows, written

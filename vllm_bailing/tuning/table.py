@@ -1,0 +1,95 @@
+"""Tables of tile sizes as vLLM reads them: their names, their contents, and where they come from."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm_bailing.tuning.search import CALLS, FINALISTS, FIRST_ROUNDS, GAIN, SECOND_ROUNDS, Row
+from vllm_bailing.tuning.space import FIELDS, Experts, TileConfig, tile_key
+
+
+def table_name(experts: Experts, device_name: str | None = None) -> str:
+    """Name of the file that vLLM looks for, for this machine's GPU or the one called `device_name`."""
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
+
+    from vllm_bailing.plugin.patches import pretend_device
+
+    with pretend_device(device_name):
+        # vLLM reads E and N off the down projection.
+        return get_config_file_name(
+            experts.num_experts, experts.intermediate_size, experts.table_dtype, experts.block_shape
+        )
+
+
+def vllm_table(name: str) -> Path | None:
+    """The table of that name that vLLM comes with, if any."""
+    from vllm.model_executor.layers.fused_moe import fused_moe
+
+    file = Path(fused_moe.__file__).parent / "configs" / name
+    return file if file.is_file() else None
+
+
+def baseline(experts: Experts, tokens: int) -> TileConfig:
+    """What vLLM takes for M tokens without a table of the user's."""
+    from vllm.model_executor.layers.fused_moe.fused_moe import try_get_optimal_moe_config
+
+    found = try_get_optimal_moe_config(
+        experts.w1_shape, experts.w2_shape, experts.top_k, experts.table_dtype, tokens, block_shape=experts.block_shape
+    )
+    return {field: found[field] for field in FIELDS}  # what else it may hold, SPLIT_K, is 1 whatever a table says
+
+
+def table(rows: Iterable[Row], triton: str) -> dict[str, Any]:
+    """Contents of the file, as vLLM reads them."""
+    return {"triton_version": triton} | {str(row.tokens): row.config for row in rows}
+
+
+def provenance(
+    rows: list[Row], experts: Experts, machine: dict[str, Any], model: str, tp_size: int, replaced: Path | None
+) -> dict[str, Any]:
+    """Where a table comes from and what it gains."""
+    return {
+        **machine,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "model": model,
+        "tensor_parallel_size": tp_size,
+        "experts": asdict(experts),
+        "baseline": f"vLLM's table {replaced.name}" if replaced else "vLLM's defaults",
+        "kept_above": GAIN,
+        "rounds": SECOND_ROUNDS,
+        "calls_per_round": CALLS,
+        "candidates_tried": sum(row.tried for row in rows),
+        "candidates_failed": sum(row.failed for row in rows),
+        "entries_kept": sum(row.is_kept for row in rows),
+        "tokens": {str(row.tokens): {k: v for k, v in asdict(row).items() if k != "tokens"} for row in rows},
+    }
+
+
+def write_table(file: Path, contents: dict[str, Any], origin: dict[str, Any]) -> list[Path]:
+    """Write a table and, beside it, its provenance; returns both files."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.stem}.provenance.json")
+    beside.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    unfinished.write_text(json.dumps(contents, indent=4) + "\n", encoding="utf-8")
+    unfinished.replace(file)  # a server that starts meanwhile finds all of it or nothing
+    return [file, beside]
+
+
+def partial_file(folder: Path, name: str) -> Path:
+    """Where the results of an unfinished run are kept."""
+    return folder / f"{name.removesuffix('.json')}.partial.jsonl"
+
+
+def partial_key(experts: Experts, space: dict[int, list[TileConfig]], machine: dict[str, Any]) -> dict[str, Any]:
+    """All that results depend on."""
+    searched = json.dumps({tokens: [tile_key(config) for config in configs] for tokens, configs in space.items()})
+    method = [GAIN, FINALISTS, FIRST_ROUNDS, SECOND_ROUNDS, CALLS]
+    digest = hashlib.sha256(searched.encode()).hexdigest()
+    return {"experts": asdict(experts), "machine": machine, "candidates": digest, "method": method}
