@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 from xdist.scheduler import LoadScopeScheduling
 
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 
 # Files whose tests share something that takes long to make: a server, an environment with the built wheel.

@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.engine import run
 from tests.support.speculation import answers
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 
 
 @pytest.fixture(scope="module")

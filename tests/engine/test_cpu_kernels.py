@@ -10,7 +10,7 @@ import torch
 from tests.support.cases import load_case
 from tests.support.conversations import HELD_OUT
 from tests.support.engine import ask, generate, make_llm, run
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 
 pytestmark = [
     pytest.mark.skipif(
@@ -40,7 +40,7 @@ def _served(model, additional=None, damage=None, **options):
     vllm_bailing.register()
     from vllm import _custom_ops
 
-    from vllm_bailing.probe import EXTENSION
+    from vllm_bailing.bench.worker_extension import EXTENSION
 
     if damage:
         kernel = getattr(_custom_ops, damage)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.support.conversations import MAX_TOKENS, greedy, prompt_ids, spread
 from tests.support.engine import make_llm, run
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 
 
 def _answers(prompts):

@@ -9,7 +9,7 @@ import torch
 from tests.support.checkpoints import PROMPT, make_checkpoint
 from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, make_llm, run
 from tests.support.speculation import RPC, answers, draft_logits, mtp
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 
 
 def test_a_draft_vocabulary_changes_no_answer_and_only_the_chosen_tokens_are_proposed(tmp_path, plain_answers):

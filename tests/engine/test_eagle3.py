@@ -9,7 +9,7 @@ from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, wri
 from tests.support.conversations import evenly
 from tests.support.engine import TOLERANCE, run
 from tests.support.speculation import RPC, answers, draft_logits
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 
 

@@ -1,6 +1,6 @@
 """The engine on an NVIDIA GPU: fidelity in fp32 and bf16, drafts, YaRN, quantised experts, adapters, ranks and runners.
 
-scripts/gpu_smoke.sh runs this file in steps.
+scripts/gpu/smoke.sh runs this file in steps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.support.checkpoints import PROMPT, make_checkpoint
 from tests.support.engine import EngineError, generate, run
 from tests.support.quantized import quantized_demo
 from tests.support.speculation import answers
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 
 pytestmark = [
     pytest.mark.gpu,

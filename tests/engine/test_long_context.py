@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 import vllm_bailing.reference as reference
 from tests.support.engine import ask, make_llm, run
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 
 DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
 ASKED = [one for rows in questions(FACTOR * WINDOW, DEPTHS, count=8).values() for one in rows]

@@ -124,9 +124,9 @@ def _landed(model, adapter):
     from vllm.lora.request import LoRARequest
     from vllm.model_executor.layers.fused_moe import modular_kernel
 
-    from vllm_bailing import lora, settings
+    from vllm_bailing.plugin import checks, lora
 
-    settings.choose_targets = lambda config, on_cpu, has_draft: lora.choose_targets(config, False, has_draft)
+    checks.settle_lora_targets = lambda config, on_cpu, has_draft: lora.settle_lora_targets(config, False, has_draft)
     modular_kernel.FusedMoEKernel.supports_lora = lambda self: True
     FusedMoEWithLoRA.set_mapping = BaseLayerWithLoRA.set_mapping
     llm = make_llm(model, enable_lora=True)

@@ -7,7 +7,7 @@ from tests.support.checkpoints import PROMPT, make_checkpoint
 from tests.support.conversations import evenly
 from tests.support.engine import TWO_RANKS, TWO_SPAWNED_RANKS, ask, make_llm, run
 from tests.support.speculation import answers, counters, mtp
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])

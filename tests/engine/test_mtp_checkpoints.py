@@ -12,7 +12,7 @@ from tests.support.conversations import evenly
 from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, make_llm, run
 from tests.support.quantized import no_expert, quantize
 from tests.support.speculation import RPC, answers, draft_logits, mtp
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 
 
 def split_mtp(folder, tmp_path, count=1):

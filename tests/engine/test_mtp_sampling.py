@@ -9,7 +9,7 @@ from scipy.stats import chi2_contingency
 from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, write_tensors
 from tests.support.engine import TOLERANCE, make_llm, run
 from tests.support.speculation import counters, demo_requests, mtp, prompts_of
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 
 
 def sampled(model, tokens, prompts, params, **options):

@@ -11,7 +11,7 @@ from tests.support.engine import EngineError, generate, run
 
 def stand_in(damage=0.0, fails=False):
     """Puts a kernel in plain PyTorch into vLLM's place, written from its documentation; counts its calls."""
-    from vllm_bailing import fusion
+    from vllm_bailing.plugin.kernels import qk_norm_rope
 
     calls = []
 
@@ -42,8 +42,8 @@ def stand_in(damage=0.0, fails=False):
         "stand_in::fused_qk_norm_rope", fused_qk_norm_rope, mutates_args=["qkv"], schema=schema
     )
 
-    fusion._kernel = lambda: operation
-    fusion._obstacle = lambda *_: ""
+    qk_norm_rope._kernel = lambda: operation
+    qk_norm_rope._obstacle = lambda *_: ""
     return calls
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer, read_tensors, write_tensors
 from tests.support.engine import TOLERANCE, EngineError, generate, make_llm, run
-from tests.support.quantized import DEQUANTIZE, SCHEMES, no_expert, plain_copy, quantize, quantize_by_script
+from tests.support.quantized import DEQUANTIZE, SCHEMES, no_expert, plain_copy, quantize, quantize_by_command
 from tests.support.speculation import mtp
 
 
@@ -43,7 +43,7 @@ def test_linear_layers_in_vllms_quantised_kernels(scheme, mean_error, tmp_path):
     model = make_checkpoint(tmp_path / "plain", hidden_size=128, moe_intermediate_size=128)
     if scheme.startswith("script-"):
         arguments = ("--group-size", "32", "--keep", r"re:.*\.mlp\.experts\..*")
-        meaning = quantize_by_script(model, tmp_path / "model", scheme.removeprefix("script-"), *arguments)
+        meaning = quantize_by_command(model, tmp_path / "model", scheme.removeprefix("script-"), *arguments)
         model = tmp_path / "model"
     else:
         meaning = quantize(model, scheme, no_expert)

@@ -10,7 +10,7 @@ import pytest
 from tests.support.engine import EngineError, run
 from tests.support.quantized import DEQUANTIZE, SCHEMES, quantized_demo
 from tests.support.speculation import answers, mtp
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 
 from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.engine import loaded_rank, run_ranks
-from tests.support.quantized import quantize, quantize_by_script
+from tests.support.quantized import quantize, quantize_by_command
 
 
 def _loaded_experts(rank, ranks, init, model):
@@ -22,9 +22,9 @@ def _loaded_experts(rank, ranks, init, model):
     from vllm.model_executor.layers.quantization import auto_gptq, moe_wna16  # noqa: F401
     from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors  # noqa: F401
 
-    from vllm_bailing import settings
+    from vllm_bailing.plugin import checks
 
-    settings._has_amx = lambda: True
+    checks._has_amx = lambda: True
     choices = {
         "select_fp8_moe_backend": fp8.Fp8MoeBackend.TRITON,
         "select_int8_moe_backend": int8.Int8MoeBackend.TRITON,
@@ -49,7 +49,7 @@ def test_every_quantised_expert_lands_in_its_slice(scheme, ranks, tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 128, "moe_intermediate_size": 256}
     model = make_checkpoint(tmp_path / "model", num_experts=8, n_group=2, **sizes)
     if scheme.startswith("script-"):
-        quantize_by_script(model, tmp_path / "out", scheme.removeprefix("script-"), "--group-size", "32")
+        quantize_by_command(model, tmp_path / "out", scheme.removeprefix("script-"), "--group-size", "32")
         model = tmp_path / "out"
     else:
         quantize(model, scheme)

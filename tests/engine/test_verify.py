@@ -10,10 +10,10 @@ import torch
 from tests.support.checkpoints import changed_demo, with_two_experts_swapped
 from tests.support.commands import run_command
 from tests.support.engine import run
-from vllm_bailing import verify
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 from vllm_bailing.config import read_config
-from vllm_bailing.verify import TOLERANCES
+from vllm_bailing.tools import verify
+from vllm_bailing.tools.verify import TOLERANCES
 
 YARN = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}
 
@@ -81,7 +81,7 @@ def test_without_a_server_only_the_report_is_printed(tmp_path):
     """vLLM logs to standard output, and so does the process that it starts."""
     engine = json.dumps({"enforce_eager": True, "max_model_len": 512, "dtype": "float32"})
     done = run_command(
-        *(DEMO, "--engine", engine, "--json", "--max-tokens", 4),
+        *("verify", DEMO, "--engine", engine, "--json", "--max-tokens", 4),
         cache=tmp_path,
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
     )

@@ -14,7 +14,7 @@ from tests.support.checkpoints import write_config
 from tests.support.engine import ENGINE_ENV, ask, make_llm, run
 from tests.support.paths import ROOT
 from tests.support.zoo import ZOO, raw_config
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 
 # Cut to what a small machine holds: one dense and one MoE layer; of the bigger ones fewer experts and words.
 CUTS = {

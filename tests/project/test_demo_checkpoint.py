@@ -17,13 +17,10 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from tests.support.paths import DATA, ROOT
-from vllm_bailing import cli
+from vllm_bailing import DEMO, DEMO_ADAPTER, cli
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 
-DEMO = ROOT / "vllm_bailing" / "demo"
-
-
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "demo"))
 
 
 FILES = {
@@ -195,7 +192,7 @@ def test_the_adapter_changes_the_kinds_it_was_trained_for_and_no_other():
     import train_adapter  # pyright: ignore[reportMissingImports]
 
     model, tokenizer = train_demo.load_checkpoint(DEMO)
-    folder = cli.DEMO_ADAPTER
+    folder = DEMO_ADAPTER
     scale = train_adapter.ALPHA / train_adapter.RANK
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         parts = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118

@@ -20,8 +20,8 @@ import pytest
 from vllm.utils.network_utils import get_open_port
 
 from tests.support.paths import ROOT
+from vllm_bailing import DEMO
 
-DEMO = ROOT / "vllm_bailing" / "demo"
 SH = shutil.which("bash") or "bash"
 
 

@@ -148,7 +148,7 @@ def test_every_guide_is_in_the_index_and_in_the_readme():
 def test_the_table_of_benchmarks_shows_the_results_beside_it():
     table = importlib.import_module("benchmark_table")
     page = table.PAGE.read_text(encoding="utf-8")
-    assert table.with_table(page) == page, "run `python scripts/benchmark_table.py --write`"
+    assert table.with_table(page) == page, "run `python scripts/dev/benchmark_table.py --write`"
 
 
 def test_every_block_is_one_that_the_tests_know():
@@ -173,7 +173,9 @@ def noted(block: Block, folder: Path) -> list[list[str]]:
     stubs.mkdir()
     scripts.mkdir()
     programs = [stubs / name for name in "vllm vllm-bailing python pip git docker kubectl hf".split()]
-    for program in [*programs, *(scripts / file.name for file in (ROOT / "scripts").glob("*.sh"))]:
+    programs += [scripts / file.relative_to(ROOT / "scripts") for file in (ROOT / "scripts").rglob("*.sh")]
+    for program in programs:
+        program.parent.mkdir(exist_ok=True)
         program.write_text(STUB.format(python=sys.executable, log=str(log)))
         program.chmod(0o755)
     bash = shutil.which("bash") or "bash"
@@ -288,7 +290,7 @@ def test_commands_and_options_in_the_text_exist(vllm_options):
         return found.union(*(options_of(part) for part in getattr(command, "commands", {}).values()))
 
     known = vllm_options | options_of(parser)
-    for script in ("quantize", "needle", "check_versions"):
+    for script in ("needle", "check_versions"):
         known |= options_of(parser_of(program_of(script)))
     known |= set(re.findall(r"--[\w-]+", (ROOT / "scripts" / "demo.sh").read_text()))
     known |= {"--trust-remote-code"}
@@ -330,7 +332,7 @@ def joined(files: Any) -> str:
 
 def test_messages_are_those_of_the_code():
     vllm = Path(importlib.util.find_spec("vllm").submodule_search_locations[0])  # type: ignore[union-attr]
-    ours = joined((ROOT / "vllm_bailing").glob("*.py"))
+    ours = joined((ROOT / "vllm_bailing").rglob("*.py"))
     theirs = joined(vllm.rglob("*.py")) if version("vllm").startswith("0.32.") else None
     rows = [
         [child.content for child in token.children or () if child.type == "code_inline"]

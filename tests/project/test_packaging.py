@@ -22,12 +22,7 @@ import vllm_bailing
 from tests.support.paths import ROOT
 
 VERSION = vllm_bailing.__version__
-DATA = {
-    str(path.relative_to(ROOT))
-    for folder in ("demo", "demo-adapter", "templates", "tables")
-    for path in (ROOT / "vllm_bailing" / folder).rglob("*")
-    if path.is_file()
-}
+DATA = {str(path.relative_to(ROOT)) for path in (ROOT / "vllm_bailing" / "assets").rglob("*") if path.is_file()}
 
 
 def build(source: Path, folder: Path, kind: str) -> Path:
@@ -91,7 +86,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "vllm_bailing").rglob("*.py")}
     metadata = {name for name in names if name.startswith(f"vllm_bailing-{VERSION}.dist-info/")}
     assert names - metadata == sources | DATA | {"vllm_bailing/py.typed"}
-    assert {f"vllm_bailing/demo/{name}" for name in ("config.json", "tokenizer.json", "model.safetensors")} <= names
+    assert {
+        f"vllm_bailing/assets/demo/{name}" for name in ("config.json", "tokenizer.json", "model.safetensors")
+    } <= names
     assert f"vllm_bailing-{VERSION}.dist-info/licenses/LICENSE" in metadata
 
 
@@ -142,7 +139,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm import ModelRegistry
 plugins = entry_points(group="vllm.general_plugins")
 (bailing,) = [plugin for plugin in plugins if plugin.name == "bailing"]
-model = EngineArgs(model=str(Path(vllm_bailing.__file__).parent / "demo")).create_engine_config().model_config
+model = EngineArgs(model=str(vllm_bailing.DEMO)).create_engine_config().model_config
 found, _ = ModelRegistry.resolve_model_cls(["BailingMoeV2ForCausalLM"], model)
 print(json.dumps([vllm_bailing.__file__, bailing.value, found.__module__, type(model.hf_config).__module__]))
 """
@@ -166,7 +163,7 @@ import json
 from pathlib import Path
 import vllm_bailing
 from vllm import LLM, SamplingParams
-llm = LLM(str(Path(vllm_bailing.__file__).parent / "demo"), enforce_eager=True, dtype="float32", max_model_len=512)
+llm = LLM(str(vllm_bailing.DEMO), enforce_eager=True, dtype="float32", max_model_len=512)
 question = [{"role": "user", "content": "What is the capital of France?"}]
 answer = llm.chat([question], SamplingParams(temperature=0, max_tokens=40))[0].outputs[0].text
 print(json.dumps(answer))
@@ -177,5 +174,5 @@ print(json.dumps(answer))
 def test_readme_shows_the_recorded_versions():
     readme = (ROOT / "README.md").read_text()
     results = check_versions.read_results()
-    assert results, "no recorded results; run scripts/check_versions.py"
-    assert check_versions.with_table(readme, results) == readme, "run scripts/check_versions.py table --write"
+    assert results, "no recorded results; run scripts/dev/check_versions.py"
+    assert check_versions.with_table(readme, results) == readme, "run scripts/dev/check_versions.py table --write"

@@ -11,7 +11,7 @@ import pytest
 from tests.support.adapters import make_adapter
 from tests.support.conversations import MAX_TOKENS
 from tests.support.server import serving
-from vllm_bailing.cli import DEMO, DEMO_ADAPTER
+from vllm_bailing import DEMO, DEMO_ADAPTER
 
 
 def say(server, model, question):

@@ -19,7 +19,7 @@ from tests.support.checkpoints import change_config, without_its_end, without_mt
 from tests.support.conversations import MAX_TOKENS, as_openai, conversation, greedy, prompt_ids, spread
 from tests.support.engine import ENGINE_ENV
 from tests.support.server import serving
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["plain", "mtp"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vllm_bailing.answers import CallArguments, CallStart, ReasoningStream, ToolCallStream
+from vllm_bailing.reasoning import ReasoningStream
+from vllm_bailing.tool_calls import CallArguments, CallStart, ToolCallStream
 
 WEATHER = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 TIME = '<tool_call>\n{"name": "time", "arguments": {"zone": "a </tool_call> b", "n": [1, {"x": "}"}]}}\n</tool_call>'

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from vllm_bailing import compare
-from vllm_bailing.compare import KINDS, PLUGIN
+from vllm_bailing.bench import statistics
+from vllm_bailing.bench.statistics import KINDS, PLUGIN
 
 
 def planted(gains, rounds=5, noise=0.02, drift=0.0, **figures):
@@ -22,4 +22,4 @@ def planted(gains, rounds=5, noise=0.02, drift=0.0, **figures):
 
 
 def verdicts(results, arm=PLUGIN):
-    return {row["figure"]: row["verdict"] for row in compare.summarize(results) if row["arm"] == arm}
+    return {row["figure"]: row["verdict"] for row in statistics.summarize(results) if row["arm"] == arm}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 

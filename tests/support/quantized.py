@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ from typing import Any
 import torch
 
 from tests.support.checkpoints import raw_config_of, read_tensors, write_tensors
-from tests.support.paths import ROOT
-from vllm_bailing.cli import DEMO
+from tests.support.commands import invoke_quantize
+from vllm_bailing import DEMO
 
 
 def is_linear(name: str) -> bool:
@@ -179,11 +177,10 @@ def plain_copy(folder, meaning, out):
     return out
 
 
-def quantize_by_script(folder, out, scheme, *arguments):
-    """Run scripts/quantize.py; returns what the tensors that it wrote mean, in fp32, as `quantize` does."""
-    command = [sys.executable, str(ROOT / "scripts" / "quantize.py"), str(folder), str(out), "--scheme", scheme]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def quantize_by_command(folder, out, scheme, *arguments):
+    """Quantize as a user does; returns what the tensors that were written mean, in fp32, as `quantize` does."""
+    done = invoke_quantize(folder, out, "--scheme", scheme, *arguments)
+    assert done.exit_code == 0, done.output
     return meaning_of(read_tensors(out))
 
 
@@ -214,5 +211,5 @@ def quantized_demo(scheme, folder):
         shutil.copytree(DEMO, folder)
         quantize(folder, scheme)
     else:
-        quantize_by_script(DEMO, folder, scheme.removeprefix("script-"), "--group-size", "32")
+        quantize_by_command(DEMO, folder, scheme.removeprefix("script-"), "--group-size", "32")
     return folder

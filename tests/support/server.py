@@ -17,7 +17,7 @@ from openai import OpenAI
 from vllm.utils.network_utils import get_open_port
 
 from tests.support.engine import ENGINE_ENV
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 
 
 @contextmanager

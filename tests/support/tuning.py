@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from vllm_bailing.tune import FIELDS, CandidateFailed, Experts
+from vllm_bailing.tuning.search import CandidateFailed
+from vllm_bailing.tuning.space import FIELDS, Experts
 
 MINI = Experts(256, 512, 2048, 8, 8, 4, "bf16")
 TINY = Experts(16, 128, 256, 2, 4, 2, "fp8")

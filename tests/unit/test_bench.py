@@ -3,9 +3,10 @@
 import pytest
 from typer.testing import CliRunner
 
-from vllm_bailing import bench
-from vllm_bailing.bench import Job, Measurement
-from vllm_bailing.cli import DEMO, app
+from vllm_bailing import DEMO
+from vllm_bailing.bench import mtp, plots, runner
+from vllm_bailing.bench.mtp import Job, Measurement
+from vllm_bailing.cli import app
 
 JOB = Job("model", {"dtype": "float32"}, [1, 8], ["Hi"], 16)
 
@@ -15,7 +16,7 @@ def measured(tokens, seconds, drafts=0, accepted=(), answers=7):
 
 
 def test_jobs_differ_in_the_speculative_configuration_alone():
-    jobs = bench.mtp_jobs(JOB, [0, 2], draft={"model": "draft"})
+    jobs = mtp.mtp_jobs(JOB, [0, 2], draft={"model": "draft"})
     assert jobs["0"] == JOB
     speculation = {"method": "mtp", "num_speculative_tokens": 2, "model": "draft"}
     assert jobs["2"].engine == {"dtype": "float32", "speculative_config": speculation}
@@ -23,7 +24,7 @@ def test_jobs_differ_in_the_speculative_configuration_alone():
 
 
 def test_a_given_acceptance_is_one_chance_per_position_and_answers_go_on_to_the_limit():
-    jobs = bench.mtp_jobs(JOB, [0, 3], acceptance=0.5)
+    jobs = mtp.mtp_jobs(JOB, [0, 3], acceptance=0.5)
     speculation = jobs["3"].engine["speculative_config"]
     assert speculation["rejection_sample_method"] == "synthetic"
     assert speculation["synthetic_acceptance_rates"] == [0.5, 0.25, 0.125]
@@ -40,7 +41,7 @@ def test_summary_pairs_the_rounds_and_counts_acceptance():
             {1: measured(100, 1.0, 20, (14, 6), answers=8)},
         ],
     }
-    plain, two = bench.summarize(results, "0")
+    plain, two = mtp.summarize(results, "0")
     assert plain["ratio"] == {"median": 1, "low": 1, "high": 1}
     assert plain["tokens_per_second"] == {"median": 50, "low": 25, "high": 100}
     assert two["ratio"] == {"median": 2, "low": 1, "high": 4}
@@ -55,23 +56,23 @@ def row(size, arm, median, low):
 
 def test_advice_names_the_fastest_that_won_every_round():
     rows = [row(1, "0", 1, 1), row(1, "1", 1.3, 1.2), row(1, "2", 1.5, 1.4), row(8, "0", 1, 1), row(8, "1", 1.1, 0.9)]
-    told = bench.advice(rows, "0")
+    told = mtp.advice(rows, "0")
     assert told[1] == "num_speculative_tokens=2: 1.50 times as fast"
     assert "without speculation" in told[8]
 
 
 def test_only_jobs_that_speculate_get_the_draft_vocabulary():
     job = Job("model", {"additional_config": {"other": 1}}, [1], ["Hi"], 8)
-    jobs = bench.mtp_jobs(job, [0, 2], draft_vocab="ids.json")
+    jobs = mtp.mtp_jobs(job, [0, 2], draft_vocab="ids.json")
     assert jobs["0"].engine == job.engine == {"additional_config": {"other": 1}}
     assert jobs["2"].engine["additional_config"] == {"other": 1, "bailing_draft_vocab": "ids.json"}
 
 
 def test_rounds_take_turns_and_show_how_far_they_are(monkeypatch, capsys):
     ran = []
-    monkeypatch.setattr(bench, "run_job", lambda job: ran.append(job.model) or {1: measured(1, 1.0)})
+    monkeypatch.setattr(runner, "run_job", lambda job: ran.append(job.model) or {1: measured(1, 1.0)})
     jobs = {name: Job(name, {}, [1], [], 1) for name in "abc"}
-    results = bench.alternate(jobs, 3)
+    results = runner.alternate(jobs, 3)
     assert ran == list("abccbaabc")
     assert {name: len(rounds) for name, rounds in results.items()} == {"a": 3, "b": 3, "c": 3}
     assert "9/9" in capsys.readouterr().err
@@ -82,7 +83,7 @@ def test_plot_is_written(tmp_path):
         {**row(1, "0", 1, 1), "acceptance": []},
         {**row(1, "1", 1.4, 1.3), "acceptance": [0.9]},
     ]
-    bench.plot_mtp(rows, "MTP", tmp_path / "plot.png")
+    plots.plot_mtp(rows, "MTP", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

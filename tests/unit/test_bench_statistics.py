@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from tests.support.benchmarks import planted, verdicts
-from vllm_bailing import compare
-from vllm_bailing.compare import AGAIN, IN_TREE, KINDS, PLUGIN
+from vllm_bailing.bench import statistics
+from vllm_bailing.bench.statistics import AGAIN, IN_TREE, KINDS, PLUGIN
 
 
 def test_interval_of_five_ratios_is_their_range_and_narrows_with_more():
-    assert compare.interval([1.0, 1.1, 1.2, 1.3, 1.4]) == (1.0, 1.4)
-    assert compare.interval([1.5]) == (1.5, 1.5)
+    assert statistics.interval([1.0, 1.1, 1.2, 1.3, 1.4]) == (1.0, 1.4)
+    assert statistics.interval([1.5]) == (1.5, 1.5)
     draw = np.random.default_rng(0).normal(1.2, 0.05, 100)
-    low, high = compare.interval(list(draw))
+    low, high = statistics.interval(list(draw))
     # Of a normal distribution the median of n has the standard error 1.2533 sigma / sqrt(n).
     assert (high - low) / 2 == pytest.approx(1.96 * 1.2533 * 0.05 / 10, rel=0.3)
 
@@ -20,7 +20,7 @@ def test_interval_of_five_ratios_is_their_range_and_narrows_with_more():
 def test_the_interval_encloses_the_true_median_as_often_as_it_says():
     draw = np.random.default_rng(2)
     samples = draw.normal(1, 0.05, (200, 9))
-    enclosed = sum(low <= 1 <= high for low, high in map(compare.interval, samples.tolist()))
+    enclosed = sum(low <= 1 <= high for low, high in map(statistics.interval, samples.tolist()))
     assert enclosed >= 0.9 * 200
 
 
@@ -45,8 +45,8 @@ def test_a_planted_fifth_is_found_in_either_direction():
 
 def test_a_gain_below_the_noise_floor_is_no_difference():
     ratios = [1.05, 1.06, 1.05, 1.07, 1.06]
-    assert compare.judge(ratios, noise=1.08, kind=KINDS["decode"]) == "no difference"
-    assert compare.judge(ratios, noise=1.01, kind=KINDS["decode"]) == "faster"
+    assert statistics.judge(ratios, noise=1.08, kind=KINDS["decode"]) == "no difference"
+    assert statistics.judge(ratios, noise=1.01, kind=KINDS["decode"]) == "faster"
 
 
 def test_few_rounds_give_no_verdict():
@@ -59,7 +59,7 @@ def test_rows_pair_the_rounds_and_turn_times_around():
         AGAIN: [{"figures": {"TPOT 1": 10.0}}, {"figures": {"TPOT 1": 25.0}}, {"figures": {"TPOT 1": 40.0}}],
         PLUGIN: [{"figures": {"TPOT 1": 5.0}}, {"figures": {"TPOT 1": 10.0}}, {"figures": {"TPOT 1": 10.0}}],
     }
-    base, again, plugin = compare.summarize(results)
+    base, again, plugin = statistics.summarize(results)
     assert (base["median"], base["low"], base["high"], base["ratio"]) == (20, 10, 40, 1)
     assert again["interval"] == (0.8, 1.0) and again["noise"] == plugin["noise"] == 1.25
     assert (plugin["ratio"], plugin["interval"]) == (2, (2, 4))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
-from vllm_bailing.chat import Answer, Chat, as_json, converse, show
+from vllm_bailing.tools.chat import Answer, Chat, as_json, converse, show
 
 
 def delta(content=None, reasoning=None, calls=()):

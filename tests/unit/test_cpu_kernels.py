@@ -14,7 +14,7 @@ def _product(n, k, tokens, bias=False):
 
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    from vllm_bailing.cpu import PackedLinear
+    from vllm_bailing.plugin.kernels.cpu import PackedLinear
 
     torch.manual_seed(n + k + tokens)
     weight, x = torch.randn(n, k).bfloat16(), torch.randn(tokens, k).bfloat16()
@@ -41,7 +41,7 @@ def test_a_bias_is_added():
 
 
 def _experts(tokens, width):
-    from vllm_bailing import cpu
+    from vllm_bailing.plugin.kernels import cpu
 
     torch.manual_seed(tokens)
     hidden, experts, top_k = 64, 8, 3
@@ -76,7 +76,7 @@ def _compiled_while_running(folder, damage=None):
 
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    from vllm_bailing import cpu
+    from vllm_bailing.plugin.kernels import cpu
 
     os.chdir(folder)
     if damage:

@@ -9,7 +9,7 @@ from tests.support.checkpoints import make_checkpoint, raw_config_of, read_tenso
 from tests.support.quantized import SCHEMES, is_linear, quantize
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.dequantize import Dequantizer
-from vllm_bailing.weights import CheckpointError
+from vllm_bailing.errors import CheckpointError
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "gptq-v2"])

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.checkpoints import change_config, read_tensors, without_mtp_in_config, write_tensors
-from vllm_bailing import compat, doctor
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
+from vllm_bailing.plugin import support
+from vllm_bailing.tools import doctor
 
 
 def by_name(checks):
@@ -60,7 +61,7 @@ def test_vllms_version_is_compared_with_the_checked_ones(found, ok, words, monke
 
 def test_a_newer_vllm_that_lacks_what_is_needed_is_told(monkeypatch):
     monkeypatch.setattr(doctor, "_vllm_version", lambda: "0.99.0")
-    monkeypatch.setattr(compat, "probe", lambda root: ["FusedMoEFactory is gone"])
+    monkeypatch.setattr(support, "missing_from_vllm", lambda root: ["FusedMoEFactory is gone"])
     check = by_name(doctor._packages())["vllm"]
     assert check.ok is False and "FusedMoEFactory is gone" in check.detail
 

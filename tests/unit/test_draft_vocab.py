@@ -5,7 +5,8 @@ import json
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from vllm_bailing.cli import DEMO, app
+from vllm_bailing import DEMO
+from vllm_bailing.cli import app
 
 
 def test_draft_vocabulary_keeps_the_most_frequent_tokens_and_all_that_end_an_answer(tmp_path):

@@ -9,8 +9,8 @@ import pydantic
 import pytest
 
 import vllm_bailing
-from vllm_bailing import refusals
 from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.plugin import excepthook
 
 PACKAGE = vllm_bailing.__path__[0]
 
@@ -21,7 +21,7 @@ def hook(monkeypatch):
     passed_on = []
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/vllm", "serve", "model"])
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, traceback: passed_on.append(error))
-    refusals.shorten_in_vllm_command()
+    excepthook.shorten_in_vllm_command()
     return passed_on
 
 
@@ -102,11 +102,11 @@ def test_a_folder_beside_the_package_is_another_package(hook, capsys):
 def test_other_programs_keep_their_tracebacks(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["my_program.py"])
     before = sys.excepthook
-    refusals.shorten_in_vllm_command()
+    excepthook.shorten_in_vllm_command()
     assert sys.excepthook is before
 
 
 def test_the_hook_is_set_once(hook):
     once = sys.excepthook
-    refusals.shorten_in_vllm_command()
+    excepthook.shorten_in_vllm_command()
     assert sys.excepthook is once

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from tests.support.tuning import DEFAULT, TEN, TINY, config
-from vllm_bailing import tune
-from vllm_bailing.tune import FIELDS, CandidateFailed, Experts, TuneError
+from vllm_bailing.errors import TuneError
+from vllm_bailing.tuning import gpu_timer, search
+from vllm_bailing.tuning.search import CandidateFailed
+from vllm_bailing.tuning.space import FIELDS, Experts
 
 
 def test_weights_that_do_not_fit_are_an_error(timer, monkeypatch):
@@ -50,7 +52,7 @@ def test_vllm_has_all_that_is_called_by_these_names():
 @pytest.mark.parametrize("n_group", [1, 4])
 def test_random_routing_is_group_limited(n_group):
     experts = Experts(16, 128, 256, 3, n_group, min(n_group, 2), "bf16")
-    ids, weights = tune.random_routing(experts, (5, 40), torch.Generator().manual_seed(0))
+    ids, weights = gpu_timer.random_routing(experts, (5, 40), torch.Generator().manual_seed(0))
     assert (ids.shape, ids.dtype, weights.dtype) == ((5, 40, 3), torch.int32, torch.float32)
     assert all(len(set(one)) == 3 for one in ids.flatten(0, 1).tolist())
     assert ids.unique().tolist() == list(range(16))
@@ -110,9 +112,9 @@ def timer(monkeypatch):
 
     for name, value in {"CUDAGraph": Graph, "graph": graph, "Event": Event, "synchronize": lambda *_: None}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(tune.GpuTimer, "_cache_bytes", lambda _: 64)
+    monkeypatch.setattr(gpu_timer.GpuTimer, "_cache_bytes", lambda _: 64)
     monkeypatch.setattr(fused_moe, "fused_experts", fused_experts)
-    made = tune.GpuTimer(TINY, "cpu", copies=2)
+    made = gpu_timer.GpuTimer(TINY, "cpu", copies=2)
     made.seen = seen
     return made
 
@@ -120,14 +122,14 @@ def timer(monkeypatch):
 def test_a_timing_is_of_one_replay_divided_by_its_calls(timer):
     timer.start(24, DEFAULT)
     measure = timer.arm(TEN)
-    assert measure() == 4.0 / tune.CALLS
+    assert measure() == 4.0 / search.CALLS
 
 
 def test_calls_run_under_the_candidate_and_rotate_weights_and_routing(timer):
     timer.start(24, DEFAULT)
     timer.seen.clear()
     timer.arm(TEN)
-    assert len(timer.seen) == 2 * tune.CALLS  # once to compile, once to capture
+    assert len(timer.seen) == 2 * search.CALLS  # once to compile, once to capture
     assert all(call.config == TEN for call in timer.seen)
     assert len({call.w1.data_ptr() for call in timer.seen}) == 2
     assert timer.seen[0].w1.data_ptr() != timer.seen[1].w1.data_ptr()
@@ -192,6 +194,6 @@ def test_copies_of_the_weights_are_several_times_the_cache_and_fit(timer, monkey
     experts = Experts(256, 64, 2048, 8, 8, 4, "bf16")
     assert experts.weight_bytes == 192 * 2**20
     timer.experts = experts
-    monkeypatch.setattr(tune.GpuTimer, "_cache_bytes", lambda _: cache * 2**20)
+    monkeypatch.setattr(gpu_timer.GpuTimer, "_cache_bytes", lambda _: cache * 2**20)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * 2**20, 0))
     assert timer._affordable_copies() == copies

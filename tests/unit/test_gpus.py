@@ -10,7 +10,8 @@ from serve_configs import zoo_config
 
 from tests.support.engine import run
 from tests.support.paths import DATA
-from vllm_bailing.planner import GPUS, plan
+from vllm_bailing.planning.gpus import GPUS
+from vllm_bailing.planning.plan import make_plan
 
 SHEETS = json.loads((DATA / "gpus.json").read_text(encoding="utf-8"))
 SHEETS.pop("comment")
@@ -58,5 +59,5 @@ def test_a_plan_gives_the_tokens_of_a_step_where_vllm_would_take_others():
     config = zoo_config("Ling-mini-2.0")
     for name, default in taken.items():
         for tokens in (2048, 8192, 16384):
-            found = plan(config, name, 1, 4096, 1, max_num_batched_tokens=tokens)
+            found = make_plan(config, name, 1, 4096, 1, max_num_batched_tokens=tokens)
             assert found.settings().get("max-num-batched-tokens", default) == tokens, name

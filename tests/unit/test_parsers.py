@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 import vllm_bailing
 from tests.support.answers import ASK, ROME, TOOLS, WEATHER, read_calls, read_thoughts
 from tests.support.conversations import HELD_OUT
-from vllm_bailing.cli import DEMO, TEMPLATES
+from vllm_bailing import DEMO, TEMPLATES
 
 
 def by_kind(kind, count):

@@ -12,9 +12,9 @@ def _low_rank_products():
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
 
-    from vllm_bailing import compat
+    from vllm_bailing.plugin import patches
 
-    compat.adapt_only_their_requests_on_cpu()
+    patches.fix_lora_base_rows_on_cpu()
     torch.manual_seed(0)
     hidden, shrunk = torch.randn(3, 16), torch.randn(3, 4)
     a, b = torch.randn(2, 1, 4, 16), torch.randn(2, 1, 16, 4)

@@ -9,7 +9,9 @@ from serve_configs import zoo_config
 
 from tests.support.engine import run
 from tests.support.planning import MTP, YARN
-from vllm_bailing.planner import GPUS, find_gpu, plan, vllm_partition
+from vllm_bailing.planning.gpus import GPUS, find_gpu
+from vllm_bailing.planning.memory import vllm_partition
+from vllm_bailing.planning.plan import make_plan
 
 
 @pytest.mark.parametrize(("layers", "pp"), [(80, 2), (32, 3), (20, 3), (21, 4), (22, 4), (7, 5)])
@@ -25,12 +27,12 @@ def _partition(layers, pp):
 
 def test_stages_are_levelled_where_vllms_own_leave_no_room():
     """Ling-1T: the last stage has more MoE layers than the first, the head, and the draft."""
-    found = plan(zoo_config("Ling-1T", **MTP), "H200", 16, 32768, 1, draft_tokens=1)
+    found = make_plan(zoo_config("Ling-1T", **MTP), "H200", 16, 32768, 1, draft_tokens=1)
     assert (found.tp, found.pp, found.layer_partition) == (8, 2, (42, 38))
     assert found.environment == {"VLLM_PP_LAYER_PARTITION": "42,38"}
     assert found.serve_line().startswith("VLLM_PP_LAYER_PARTITION=42,38 vllm serve ")
     assert "VLLM_PP_LAYER_PARTITION=42,38" in found.yaml()
-    roomy = plan(zoo_config("Ling-1T", **MTP), "B200", 16, 32768, 1, draft_tokens=1)
+    roomy = make_plan(zoo_config("Ling-1T", **MTP), "B200", 16, 32768, 1, draft_tokens=1)
     assert (roomy.layer_partition, roomy.environment) == ((40, 40), {})
 
 
@@ -59,14 +61,14 @@ def test_stages_are_levelled_where_vllms_own_leave_no_room():
 )
 def test_the_dtype_is_by_default_the_checkpoints(quantization, dtype):
     overrides = {"quantization_config": quantization} if quantization else {}
-    assert plan(zoo_config("Ling-mini-2.0", **overrides), "H200", 1, 4096, 1).dtype == dtype
+    assert make_plan(zoo_config("Ling-mini-2.0", **overrides), "H200", 1, 4096, 1).dtype == dtype
 
 
 def test_fp8_is_weight_only_where_there_is_no_fp8_arithmetic():
     config = zoo_config("Ling-flash-2.0")
-    found = plan(config, "A100-80G", 2, 4096, 1, dtype="fp8")
+    found = make_plan(config, "A100-80G", 2, 4096, 1, dtype="fp8")
     assert "no fp8 arithmetic" in found.notes[0]
-    assert not plan(config, "H100", 2, 4096, 1, dtype="fp8").notes
+    assert not make_plan(config, "H100", 2, 4096, 1, dtype="fp8").notes
 
 
 def test_a_gpu_is_found_in_any_case_and_may_be_described():
@@ -98,7 +100,7 @@ REFUSED = [
 @pytest.mark.parametrize(("options", "fragments"), REFUSED)
 def test_impossible_requests_are_refused_in_one_line(options, fragments):
     with pytest.raises(ValueError) as refusal:
-        plan(zoo_config("Ling-mini-2.0"), **{**BASE, **options})
+        make_plan(zoo_config("Ling-mini-2.0"), **{**BASE, **options})
     message = str(refusal.value)
     assert "\n" not in message
     for fragment in fragments:
@@ -117,7 +119,7 @@ def test_impossible_requests_are_refused_in_one_line(options, fragments):
 )
 def test_requests_that_the_model_does_not_allow_are_refused(overrides, options, fragments):
     with pytest.raises(ValueError) as refusal:
-        plan(zoo_config("Ling-mini-2.0", **overrides), **{**BASE, **options})
+        make_plan(zoo_config("Ling-mini-2.0", **overrides), **{**BASE, **options})
     for fragment in fragments:
         assert fragment in str(refusal.value)
 
@@ -125,10 +127,10 @@ def test_requests_that_the_model_does_not_allow_are_refused(overrides, options, 
 def test_blocks_of_fp8_stay_whole_on_every_rank():
     """The shared expert of the vendor's export of Ling-mini has 512 inputs, four blocks."""
     config = zoo_config("own export in FP8")
-    found = plan(config, "H100", 8, 4096, 1)
+    found = make_plan(config, "H100", 8, 4096, 1)
     assert (found.tp, found.pp) == (4, 2)
     with pytest.raises(ValueError, match="width=512 into whole blocks of 128"):
-        plan(config, "H100", 8, 4096, 1, tp=8)
+        make_plan(config, "H100", 8, 4096, 1, tp=8)
 
 
 # --- properties ---------------------------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ CONFIGS = {name: zoo_config(name, **MTP) for name in ("Ling-mini-2.0", "Ling-fla
 
 def planned(options, **changes):
     options = {**options, **changes}
-    return plan(CONFIGS[options.pop("name")], **options)
+    return make_plan(CONFIGS[options.pop("name")], **options)
 
 
 # Within one machine: stages of unequal size can cost what further GPUs bring.

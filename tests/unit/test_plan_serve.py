@@ -12,7 +12,7 @@ from serve_configs import zoo_config
 
 from tests.support.engine import run
 from tests.support.planning import YARN
-from vllm_bailing.planner import plan
+from vllm_bailing.planning.plan import make_plan
 
 
 def _parsed(arguments):
@@ -101,7 +101,7 @@ EXPECTED = {
 @pytest.mark.parametrize("case", COMMANDS)
 def test_vllm_reads_command_and_file_as_planned(case, tmp_path):
     options = dict(COMMANDS[case])
-    found = plan(zoo_config(options.pop("name")), model="some one's/model", **options)
+    found = make_plan(zoo_config(options.pop("name")), model="some one's/model", **options)
     file = tmp_path / "serve.yaml"
     file.write_text(found.yaml())
     command = shlex.split(found.serve_line().replace("\\\n", ""))
@@ -117,12 +117,12 @@ def test_vllm_reads_command_and_file_as_planned(case, tmp_path):
 @pytest.mark.parametrize("case", list(COMMANDS)[:2])
 def test_command_is_at_most_100_columns_wide(case):
     options = dict(COMMANDS[case])
-    found = plan(zoo_config(options.pop("name")), model="inclusionAI/Ling-flash-base-2.0", **options)
+    found = make_plan(zoo_config(options.pop("name")), model="inclusionAI/Ling-flash-base-2.0", **options)
     assert max(map(len, found.serve_line().splitlines())) <= 100
 
 
 def test_the_window_of_ring_1t_is_stretched_to_what_its_card_promises():
-    found = plan(zoo_config("Ring-1T"), "B200", 16, 131072, 1)
+    found = make_plan(zoo_config("Ring-1T"), "B200", 16, 131072, 1)
     scaling = json.loads(found.settings()["hf-overrides"])["rope_scaling"]
     assert scaling == {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 65536}
 
@@ -130,5 +130,5 @@ def test_the_window_of_ring_1t_is_stretched_to_what_its_card_promises():
 def test_files_of_deploy_are_what_the_script_writes():
     plans = serve_configs.plans()
     files = {file.stem: file.read_text(encoding="utf-8") for file in serve_configs.FOLDER.glob("*.yaml")}
-    assert files == {name: found.yaml() for name, found in plans.items()}, "run scripts/serve_configs.py"
+    assert files == {name: found.yaml() for name, found in plans.items()}, "run scripts/dev/serve_configs.py"
     assert all(found.fits for found in plans.values())

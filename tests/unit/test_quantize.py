@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from tests.support.checkpoints import make_checkpoint, read_tensors
-from tests.support.quantized import ROOT, is_linear, quantize_by_script
+from tests.support.commands import invoke_quantize
+from tests.support.quantized import is_linear, quantize_by_command
 
 
 @pytest.mark.parametrize(
@@ -16,7 +14,7 @@ from tests.support.quantized import ROOT, is_linear, quantize_by_script
 )
 def test_the_script_rounds_every_linear_layer_and_nothing_else(scheme, error, tmp_path):
     model = make_checkpoint(tmp_path / "model", num_nextn_predict_layers=1, hidden_size=160, shards=3)
-    meaning = quantize_by_script(model, tmp_path / "out", scheme, "--group-size", "32")
+    meaning = quantize_by_command(model, tmp_path / "out", scheme, "--group-size", "32")
     plain = read_tensors(model)
     assert set(meaning) == set(plain)
     for name, tensor in plain.items():
@@ -34,7 +32,6 @@ def test_the_script_rounds_every_linear_layer_and_nothing_else(scheme, error, tm
 )
 def test_the_script_refuses_what_it_cannot_do(arguments, fragment, tmp_path):
     model = make_checkpoint(tmp_path / "model")
-    command = [sys.executable, str(ROOT / "scripts" / "quantize.py"), str(model), str(tmp_path / "out"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and "Traceback" not in done.stderr
+    done = invoke_quantize(model, tmp_path / "out", *arguments)
+    assert done.exit_code == 2 and isinstance(done.exception, SystemExit)
     assert fragment in " ".join(done.stderr.replace("│", " ").split())

@@ -183,15 +183,15 @@ def register_with_a_fault(fault: str) -> tuple[list, str]:
     if fault == "registry fails":
         type(ModelRegistry).register_model = broken
     if fault == "probe fails":
-        from vllm_bailing import compat
+        from vllm_bailing.plugin import support
 
         pretend_version("99.0")
-        compat.probe = broken
+        support.missing_from_vllm = broken
     if fault == "missing symbol":
-        from vllm_bailing import compat
+        from vllm_bailing.plugin import support
 
         pretend_version("99.0")
-        compat.REQUIRED = (*compat.REQUIRED, ("model_executor/layers", "NoSuchLayer", ""))
+        support.REQUIRED = (*support.REQUIRED, ("model_executor/layers", "NoSuchLayer", ""))
     if fault == "too old":
         pretend_version("0.26.1")
     return load_plugins(None), registered_models()[ARCHITECTURE]

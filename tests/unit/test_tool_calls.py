@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.answers import ROME, TIME, WEATHER, ZONE, cuts, read_calls
-from vllm_bailing.answers import CallArguments, ToolCallStream
+from vllm_bailing.tool_calls import CallArguments, ToolCallStream
 
 # text: (content, calls)
 CALLS = {

@@ -10,9 +10,11 @@ from serve_configs import zoo_config
 from typer.testing import CliRunner
 
 from tests.support.tuning import DEFAULT, H20, MACHINE, FakeTimer
-from vllm_bailing import compat, tune
-from vllm_bailing.cli import DEMO, app
-from vllm_bailing.tune import LADDER
+from vllm_bailing import DEMO
+from vllm_bailing.cli import app
+from vllm_bailing.plugin import patches
+from vllm_bailing.tuning import gpu_timer, plan
+from vllm_bailing.tuning.space import LADDER
 
 
 def invoke(*arguments):
@@ -76,11 +78,11 @@ def test_a_request_that_makes_no_sense_ends_with_exit_code_2(arguments, words, m
 @pytest.fixture
 def with_gpu(monkeypatch):
     """The command as it would run on a GPU, with times that are made up."""
-    monkeypatch.setattr(tune, "missing", str)
-    monkeypatch.setattr(tune, "shared_memory", lambda: 99 * 1024)
-    monkeypatch.setattr(tune, "machine", lambda: MACHINE)
-    monkeypatch.setattr(tune, "LADDER", (1, 4096))
-    monkeypatch.setattr(tune, "baseline", lambda _experts, _tokens: DEFAULT)
+    monkeypatch.setattr(gpu_timer, "missing", str)
+    monkeypatch.setattr(plan, "shared_memory", lambda: 99 * 1024)
+    monkeypatch.setattr(plan, "device_info", lambda: MACHINE)
+    monkeypatch.setattr(plan, "LADDER", (1, 4096))
+    monkeypatch.setattr(plan, "baseline", lambda _experts, _tokens: DEFAULT)
 
     class ThreeStagesAreFast(FakeTimer):
         def __init__(self, _experts):
@@ -90,8 +92,8 @@ def with_gpu(monkeypatch):
             self.times[tuple(one.values())] = 0.8 if one["num_stages"] == 3 else 1.0
             return super().arm(one)
 
-    monkeypatch.setattr(tune, "GpuTimer", ThreeStagesAreFast)
-    with compat.device_called(H20):
+    monkeypatch.setattr(plan, "GpuTimer", ThreeStagesAreFast)
+    with patches.pretend_device(H20):
         yield ThreeStagesAreFast
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from tests.support.tuning import DEFAULT, H20, MINI, ONE, SLOW, TEN, TINY, FakeTimer
-from vllm_bailing import tune
-from vllm_bailing.tune import CandidateFailed, Notes, TuneError, search
+from vllm_bailing.errors import TuneError
+from vllm_bailing.tuning import search, table
+from vllm_bailing.tuning.search import CandidateFailed, Notes
 
 
 def found(timer, tmp_path, configs, tokens=(16,)):
     notes = Notes(tmp_path / "partial.jsonl", {"key": 1})
-    return search(timer, dict.fromkeys(tokens, configs), lambda _: DEFAULT, notes)
+    return search.search(timer, dict.fromkeys(tokens, configs), lambda _: DEFAULT, notes)
 
 
 def test_a_gain_of_ten_percent_is_kept(tmp_path):
@@ -40,9 +41,9 @@ def test_noise_is_not_taken_for_a_gain(seed, tmp_path):
 
 
 def test_the_second_pass_decides_and_not_the_first():
-    assert tune.choose([1.0, 1.0, 1.0, 1.0], [[0.99] * 4, [0.9] * 4]) == (1, pytest.approx(1 / 0.9), True)
+    assert search.choose([1.0, 1.0, 1.0, 1.0], [[0.99] * 4, [0.9] * 4]) == (1, pytest.approx(1 / 0.9), True)
     # Much faster now and then, slower at other times.
-    assert tune.choose([1.0] * 8, [[0.5] * 5 + [1.1] * 3])[2] is False
+    assert search.choose([1.0] * 8, [[0.5] * 5 + [1.1] * 3])[2] is False
 
 
 def test_candidates_that_fail_are_counted_and_passed_over(tmp_path):
@@ -60,8 +61,8 @@ def test_all_steps_are_told(tmp_path):
     told = []
     space = {1: [ONE, TEN], 2: [DEFAULT, ONE]}
     timer = FakeTimer([(DEFAULT, 1.0), (ONE, None), (TEN, 0.9)])
-    search(timer, space, lambda _: DEFAULT, Notes(tmp_path / "n", {}), lambda *step: told.append(step))
-    assert sum(count for _, count in told) == tune.steps(space)
+    search.search(timer, space, lambda _: DEFAULT, Notes(tmp_path / "n", {}), lambda *step: told.append(step))
+    assert sum(count for _, count in told) == search.steps(space)
     assert [tokens for tokens, _ in told] == sorted(tokens for tokens, _ in told)
 
 
@@ -108,15 +109,15 @@ def test_a_last_line_that_was_cut_off_is_dropped(tmp_path):
 def test_results_of_anything_else_do_not_count(tmp_path):
     here = {"gpu": H20, "driver": "1", "vllm": "0.32.0"}
     space = {1: [ONE, TEN]}
-    key = tune.partial_key(MINI, space, here)
+    key = table.partial_key(MINI, space, here)
     others = [
-        tune.partial_key(MINI, space, here | {"driver": "2"}),
-        tune.partial_key(MINI, space, here | {"vllm": "0.33.0"}),
-        tune.partial_key(TINY, space, here),
-        tune.partial_key(MINI, {1: [ONE]}, here),
-        tune.partial_key(MINI, {2: [ONE, TEN]}, here),
+        table.partial_key(MINI, space, here | {"driver": "2"}),
+        table.partial_key(MINI, space, here | {"vllm": "0.33.0"}),
+        table.partial_key(TINY, space, here),
+        table.partial_key(MINI, {1: [ONE]}, here),
+        table.partial_key(MINI, {2: [ONE, TEN]}, here),
     ]
-    assert key == tune.partial_key(MINI, {1: [dict(ONE), dict(TEN)]}, dict(here))
+    assert key == table.partial_key(MINI, {1: [dict(ONE), dict(TEN)]}, dict(here))
     for number, other in enumerate(others):
         file = tmp_path / str(number)
         Notes(file, key).add_time(1, ONE, 0.5)

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from serve_configs import zoo_config
 
 from tests.support.tuning import MINI, config
-from vllm_bailing import tune
-from vllm_bailing.tune import FIELDS, LADDER, Experts, candidates
+from vllm_bailing.tuning import space
+from vllm_bailing.tuning.space import FIELDS, LADDER, Experts, candidates
 
 # ---- what is tuned -------------------------------------------------------------------------------------------------
 
 
 def test_shapes_are_those_of_one_rank():
-    experts = tune.experts_of(zoo_config("Ling-flash-2.0"), 4)
+    experts = space.experts_of(zoo_config("Ling-flash-2.0"), 4)
     assert experts == Experts(256, 256, 4096, 8, 8, 4, "bf16")
     assert (experts.w1_shape, experts.w2_shape) == ((256, 512, 4096), (256, 4096, 256))
     assert experts.weight_bytes == 256 * 3 * 256 * 4096 * 2
@@ -37,7 +37,7 @@ def test_shapes_are_those_of_one_rank():
 )
 def test_the_checkpoints_own_dtype_is_taken(quantization, wanted):
     overrides = {"quantization_config": quantization} if quantization else {}
-    assert tune.experts_of(zoo_config("Ling-mini-2.0", **overrides), 1).dtype == wanted
+    assert space.experts_of(zoo_config("Ling-mini-2.0", **overrides), 1).dtype == wanted
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_the_checkpoints_own_dtype_is_taken(quantization, wanted):
 )
 def test_what_has_no_table_is_refused_in_one_line(overrides, tp, dtype, words):
     with pytest.raises(ValueError) as error:
-        tune.experts_of(zoo_config("Ling-mini-2.0", **overrides), tp, dtype)
+        space.experts_of(zoo_config("Ling-mini-2.0", **overrides), tp, dtype)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -74,7 +74,7 @@ def test_what_has_no_table_is_refused_in_one_line(overrides, tp, dtype, words):
         st.sampled_from([1, 2, 8]),
         st.just(8),
         st.just(4),
-        st.sampled_from(tune.DTYPES),
+        st.sampled_from(space.DTYPES),
     ),
     kib=st.sampled_from([64, 99, 163, 227]),
 )
@@ -84,7 +84,7 @@ def test_candidates_keep_to_the_limits(tokens, experts, kib):
     assert found and len(set(keys)) == len(keys)
     for one in found:
         assert tuple(one) == FIELDS
-        assert tune.shared_memory_bytes(experts, one) <= kib * 1024
+        assert space.shared_memory_bytes(experts, one) <= kib * 1024
         assert all(value & (value - 1) == 0 for value in list(one.values())[:5]), "Triton takes powers of two"
         assert one["BLOCK_SIZE_M"] >= 16, "no matrix instruction takes fewer rows"
         assert one["BLOCK_SIZE_M"] * one["BLOCK_SIZE_N"] // (32 * one["num_warps"]) <= 128
@@ -104,7 +104,7 @@ def test_shared_memory_is_what_triton_reports_for_sm_90():
         (fp8, (128, 256, 128, 16, 8, 4), 197632),
         (fp8, (32, 64, 64, 16, 8, 4), 24576),
     ):
-        assert tune.shared_memory_bytes(experts, config(*values)) == pytest.approx(reported, rel=0.02)
+        assert space.shared_memory_bytes(experts, config(*values)) == pytest.approx(reported, rel=0.02)
 
 
 def test_tiles_grow_with_the_tokens_of_an_expert():

@@ -16,12 +16,13 @@ from tests.support.cases import CASES, load_case
 from tests.support.checkpoints import changed_demo, make_checkpoint, plain_answer
 from tests.support.commands import run_command
 from tests.support.quantized import plain_copy, quantize
-from vllm_bailing import verify
-from vllm_bailing.cli import DEMO
+from vllm_bailing import DEMO
 from vllm_bailing.config import BailingMoeV2Config, read_config
+from vllm_bailing.errors import CheckpointError
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
-from vllm_bailing.verify import TOLERANCES, Served
-from vllm_bailing.weights import CheckpointError, main_tensors
+from vllm_bailing.tools import verify
+from vllm_bailing.tools.verify import TOLERANCES, Served
+from vllm_bailing.weights import main_tensors
 
 
 def asked(sequences, vocab):
@@ -169,7 +170,7 @@ def test_each_deviation_alone_speaks_against_a_deployment(field, title, dtype):
     ],
 )
 def test_what_cannot_be_compared_is_one_line(arguments, message, tmp_path):
-    done = run_command(*arguments, cache=tmp_path)
+    done = run_command("verify", *arguments, cache=tmp_path)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 

@@ -4,10 +4,7 @@ import pytest
 
 from tests.support.checkpoints import small_config
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
-from vllm_bailing.weights import (
-    layer_tensors,
-    main_tensors,
-)
+from vllm_bailing.weights import layer_tensors, main_tensors
 
 
 @pytest.mark.parametrize(
