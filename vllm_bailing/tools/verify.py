@@ -21,7 +21,7 @@ from vllm_bailing.audit import Audit
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import CheckpointError
-from vllm_bailing.weights import EMBEDDING, HEAD, main_tensors
+from vllm_bailing.weights import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     import torch
@@ -192,7 +192,7 @@ class Weights:
         if not self.checkpoint.tensors and not self.checkpoint.damage:
             raise CheckpointError(f"{folder} has no safetensors files; give the folder that the server was started on")
         stored = config.stored_quantization_config or getattr(config, "quantization_config", None)
-        Audit(config, main_tensors(config), quantized=stored is not None, folder=str(folder)).check(self.checkpoint)
+        Audit.of_target(config, quantized=stored is not None, folder=str(folder)).check(self.checkpoint)
         self._plain = None if stored is None else Dequantizer(stored, torch.float32)
         self._parts: dict[str, list[str]] = {}
         for name in self.checkpoint.tensors:
