@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from vllm_bailing.checkpoint import Checkpoint, damaged_files
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import NAME_ANOTHER_DRAFT, CheckpointError
-from vllm_bailing.weights import KV_SCALES, Shape, layer_of
+from vllm_bailing.weights import EMBEDDING, KV_SCALES, Shape, layer_of, main_tensors, mtp_tensors
 
 if TYPE_CHECKING:  # registering must not import it
     import torch
@@ -28,8 +28,8 @@ class Audit:
     Args:
         config: The model's configuration.
         expected: Names and shapes that this model loads.
-        quantized: Whether the checkpoint has a quantisation config; then a linear layer may store its weight under
-            other names and in packed shapes, which vLLM's quantisation method checks.
+        quantized: Whether the checkpoint has a quantization config; then a linear layer may store its weight under
+            other names and in packed shapes, which vLLM's quantization method checks.
         folder: Where the checkpoint's files lie, for a better message; may be None or not exist.
         may_lack_experts: Whether another rank may hold whole experts (expert parallelism).
         elsewhere: Names that another rank loads, or another model.
@@ -53,6 +53,45 @@ class Audit:
         self.unexpected: list[str] = []
         self.misshapen: list[str] = []
         self.stray_layers: set[int] = set()
+
+    @classmethod
+    def of_target(
+        cls, config: BailingMoeV2Config, is_here: Callable[[str], bool] = lambda _name: True, **options: Any
+    ) -> Audit:
+        """The audit of the main layers, embedding and head.
+
+        Args:
+            is_here: Whether this rank loads the tensor of that name; another one does otherwise.
+            options: As for the class: `quantized`, `folder`, `may_lack_experts`.
+        """
+        tensors = main_tensors(config)
+        here = {name: shape for name, shape in tensors.items() if is_here(name)}
+        return cls(config, here, elsewhere=tensors.keys() - here.keys(), **options)
+
+    @classmethod
+    def of_draft(cls, config: BailingMoeV2Config, has_embedding: bool = False, **options: Any) -> Audit:
+        """The audit of the MTP layers.
+
+        Args:
+            has_embedding: Whether the draft loads an embedding of its own.
+            options: As for the class: `quantized`, `folder`, `may_lack_experts`.
+        """
+        main, own = main_tensors(config), mtp_tensors(config)
+        if has_embedding:
+            own[EMBEDDING] = main[EMBEDDING]
+        return cls(config, own, elsewhere=main.keys() - own.keys(), is_draft=True, **options)
+
+    def restarted(self) -> Audit:
+        """The same audit with nothing seen yet."""
+        return Audit(
+            self.config,
+            self.expected,
+            self.quantized,
+            self.folder,
+            self.may_lack_experts,
+            self.elsewhere,
+            self.is_draft,
+        )
 
     def skip_rule(self, name: str) -> str | None:
         """Why `name` is not loaded although nothing is wrong with it, or None."""
@@ -109,13 +148,13 @@ class Audit:
         self.finish()
 
     def _accepts(self, name: str, shape: Shape, is_float: bool) -> bool:
-        wanted = self.expected.get(name)
-        if wanted is not None:
+        expected = self.expected.get(name)
+        if expected is not None:
             self.seen.add(name)
             packed = self.quantized and not is_float
-            if shape == wanted or packed:
+            if shape == expected or packed:
                 return True
-            self.misshapen.append(f"{name} is {list(shape)}, config.json asks for {list(wanted)}")
+            self.misshapen.append(f"{name} is {list(shape)}, config.json asks for {list(expected)}")
             return False
         module, _, leaf = name.rpartition(".")
         if self.quantized and leaf in KV_SCALES and module.endswith((".attention", ".attention.attn")):
@@ -141,7 +180,7 @@ class Audit:
         return absent
 
     def finish(self, complete: bool = True) -> None:
-        """Report what was found.
+        """Report every tensor that does not fit.
 
         Args:
             complete: Whether all tensors were to come; False where a trainer sends them in portions.
@@ -152,13 +191,13 @@ class Audit:
         if not (missing or self.unexpected or self.misshapen):
             return
         parts = [
-            f"{len(found)} {title} ({', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''})"
-            for title, found in (
+            f"{len(names)} {title} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+            for title, names in (
                 ("missing", missing),
                 ("unexpected", self.unexpected),
                 ("of the wrong shape", self.misshapen),
             )
-            if found
+            if names
         ]
         raise CheckpointError(
             f"the checkpoint does not fit its config.json: {'; '.join(parts)}. {self._cause(missing)}"
@@ -175,7 +214,8 @@ class Audit:
         if self.stray_layers:
             layers = len(self.stray_layers)
             return (
-                f"Likely cause: there are {layers} layer(s) behind num_hidden_layers={self.config.num_hidden_layers}, "
+                f"Likely cause: the checkpoint has {layers} layer(s) past num_hidden_layers="
+                f"{self.config.num_hidden_layers}, "
                 f"but num_nextn_predict_layers={self.config.num_nextn_predict_layers}; if they are MTP layers, set "
                 f"num_nextn_predict_layers to {layers} in config.json or by --hf-overrides"
             )

@@ -3,14 +3,15 @@
 Modules carry the names of the checkpoint, except that `word_embeddings` is `embed_tokens` here, which is what vLLM's
 speculative decoding looks for, and that the projections `gate_proj` and `up_proj` are one `gate_up_proj`.
 
-Dimension letters: T tokens of all requests, H hidden size, E routed experts, D head size.
+Dimension letters: T tokens of all requests, H hidden size, E routed experts, D head size, V vocabulary; Q query heads
+and KV key/value heads of this rank.
 
 Source: inclusionAI/Ling-V2, `modeling_bailing_moe_v2.py`; the interfaces are those of vLLM.
 """
 
 # No postponed annotations in this file: vLLM's compile decorator reads them as types.
 import time
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -56,7 +57,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_bailing.audit import Audit
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.dequantize import as_plain
+from vllm_bailing.dequantize import dequantized
 from vllm_bailing.errors import CheckpointError
 from vllm_bailing.plugin.checks import adding_the_remedy
 from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
@@ -65,7 +66,8 @@ from vllm_bailing.plugin.lora import RejectsPartialAdapters
 from vllm_bailing.plugin.options import FP32_ROUTER, keeps_fp32_router
 from vllm_bailing.plugin.patches import experts_without_lora_on_cpu, patch_for_model, repack_experts_on_reload
 from vllm_bailing.plugin.shims import rope_parameters
-from vllm_bailing.weights import EMBEDDING, HEAD, layer_of, main_tensors
+from vllm_bailing.units import GIB
+from vllm_bailing.weights import EMBEDDING, HEAD, layer_of
 
 # A child of vLLM's logger, whose level and format its users have set up.
 logger = init_logger("vllm.plugins.bailing.model")
@@ -120,6 +122,7 @@ class BailingMoeV2Attention(nn.Module):
             rope_parameters=rope_parameters(config.rope_parameters),
         )
         self.fused_qk_norm_rope = fused_qk_norm_rope_for(self, get_current_vllm_config())
+        self.norm_and_rotate = self._in_one_kernel if self.fused_qk_norm_rope else self._layer_by_layer
         self.attn = Attention(
             self.num_heads,
             self.head_dim,
@@ -131,28 +134,36 @@ class BailingMoeV2Attention(nn.Module):
         )
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        qkv, _ = self.query_key_value(hidden_states)
-        if self.fused_qk_norm_rope is not None:
-            self.fused_qk_norm_rope(
-                qkv,
-                self.num_heads,
-                self.num_kv_heads,
-                self.num_kv_heads,
-                self.head_dim,
-                self.query_layernorm.variance_epsilon,
-                self.query_layernorm.weight,
-                self.key_layernorm.weight,
-                self.rotary_emb.cos_sin_cache,
-                True,
-                positions,
-            )
-        q, k, v = qkv.split((self.q_size, self.kv_size, self.kv_size), dim=-1)
-        if self.fused_qk_norm_rope is None:
-            q = self.query_layernorm(q.view(-1, self.num_heads, self.head_dim)).view(q.shape)
-            k = self.key_layernorm(k.view(-1, self.num_kv_heads, self.head_dim)).view(k.shape)
-            q, k = self.rotary_emb(positions, q, k)
-        output, _ = self.dense(self.attn(q, k, v))
+        """Output [T, H] for positions [T] and hidden states [T, H]."""
+        qkv, _ = self.query_key_value(hidden_states)  # [T, (Q + 2 KV) D]
+        q, k, v = self.norm_and_rotate(positions, qkv)  # [T, Q D], [T, KV D], [T, KV D]
+        output, _ = self.dense(self.attn(q, k, v))  # [T, H]
         return output
+
+    def _layer_by_layer(self, positions: torch.Tensor, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, v = qkv.split((self.q_size, self.kv_size, self.kv_size), dim=-1)
+        q = self.query_layernorm(q.view(-1, self.num_heads, self.head_dim)).view(q.shape)
+        k = self.key_layernorm(k.view(-1, self.num_kv_heads, self.head_dim)).view(k.shape)
+        q, k = self.rotary_emb(positions, q, k)
+        return q, k, v
+
+    def _in_one_kernel(self, positions: torch.Tensor, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        is_neox = True  # halves are rotated, not neighbors
+        assert self.fused_qk_norm_rope is not None
+        self.fused_qk_norm_rope(  # changes q and k in place
+            qkv,
+            self.num_heads,
+            self.num_kv_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.query_layernorm.variance_epsilon,
+            self.query_layernorm.weight,
+            self.key_layernorm.weight,
+            self.rotary_emb.cos_sin_cache,
+            is_neox,
+            positions,
+        )
+        return qkv.split((self.q_size, self.kv_size, self.kv_size), dim=-1)
 
 
 class BailingMoeV2MLP(nn.Module):
@@ -227,7 +238,7 @@ class BailingMoeV2Gate(GateLinear):
         self.expert_bias = nn.Parameter(torch.zeros(config.num_experts, dtype=torch.float32), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Logits [N, E] fp32 of hidden states [N, H], in the form of a vLLM linear layer."""
+        """Logits [T, E] fp32 of hidden states [T, H], in the form of a vLLM linear layer."""
         if not current_platform.is_cpu():
             return super().forward(x)
         # GateLinear casts to its weight's dtype, but on CPUs vLLM packs the weight and may leave an empty one in bf16.
@@ -252,7 +263,11 @@ class BailingMoeV2Gate(GateLinear):
 
 
 class BailingMoeV2MoE(nn.Module):
-    """Routed experts behind group-limited top-k of sigmoid scores, plus shared experts that see every token."""
+    """Routed experts chosen by group-limited top-k of sigmoid scores, plus shared experts that see every token.
+
+    vLLM's runner applies the rule from the arguments below; the rule itself is written out in `reference.py`,
+    `BailingMoeV2Gate.forward`.
+    """
 
     def __init__(
         self,
@@ -285,7 +300,7 @@ class BailingMoeV2MoE(nn.Module):
                 top_k=config.num_experts_per_tok,
                 hidden_size=config.hidden_size,
                 intermediate_size=config.moe_intermediate_size,
-                # The official code normalises only where there is more than one weight.
+                # The official code normalizes only where there is more than one weight.
                 renormalize=config.num_experts_per_tok > 1,
                 use_grouped_topk=True,
                 num_expert_group=config.n_group,
@@ -306,9 +321,9 @@ class BailingMoeV2MoE(nn.Module):
         repack_experts_on_reload(self.experts.routed_experts)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        num_tokens = hidden_states.shape[0]
+        num_tokens = hidden_states.shape[0]  # [T, H]
         if self.is_sequence_parallel:
-            hidden_states = sequence_parallel_chunk(hidden_states)
+            hidden_states = sequence_parallel_chunk(hidden_states)  # [T / ranks, H]
         # The runner holds the gate and replaces what is given as logits.
         output = self.experts(hidden_states=hidden_states, router_logits=hidden_states)
         if self.is_sequence_parallel:
@@ -317,7 +332,7 @@ class BailingMoeV2MoE(nn.Module):
 
 
 class BailingMoeV2DecoderLayer(nn.Module):
-    """Attention and feed-forward block, each behind a norm that also adds to the residual stream."""
+    """Attention and feed-forward block, each after a norm that also adds to the residual stream."""
 
     def __init__(self, vllm_config: VllmConfig, config: BailingMoeV2Config, prefix: str) -> None:
         super().__init__()
@@ -418,7 +433,7 @@ class BailingMoeV2Model(nn.Module, EagleModelMixin):
 
 
 def normalized_head(config: BailingMoeV2Config, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The head [vocab, H] as it multiplies: with `norm_head`, columns of unit length over the whole vocabulary."""
+    """The head [V, H] as it multiplies: with `norm_head`, columns of unit length over the whole vocabulary."""
     return F.normalize(weight.float(), dim=0, eps=1e-7).to(dtype) if config.norm_head else weight
 
 
@@ -516,29 +531,30 @@ class BailingMoeV2ForCausalLM(
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Logits [T, V] of hidden states [T, H] after the final norm, on the rank that gathers them."""
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors, under the names of the published checkpoints.
 
-        The first call has to bring everything; later ones (a trainer updating the model) may bring a part.
+        The first call must bring everything; later ones (a trainer updating the model) may bring a part.
         """
-        audit = self._audit()
+        audit = self._audit.restarted()
         start = time.perf_counter()
         loader = AutoWeightsLoader(self)
-        weights = as_plain(audit.needed(weights), self.config, self.vllm_config.model_config.dtype)
+        weights = dequantized(audit.needed(weights), self.config, self.vllm_config.model_config.dtype)
         loaded = loader.load_weights(self._with_head(audit.passed(weights)), mapper=self.hf_to_vllm_mapper)
         audit.finish(complete=self._expect_complete)
         self._expect_complete = False
         seconds, size = time.perf_counter() - start, sum(parameter.nbytes for parameter in self.parameters())
         logger.info(
-            "This rank's %.2f GiB of weights took %.1f s (%.2f GB/s)", size / 2**30, seconds, size / seconds / 1e9
+            "This rank's %.2f GiB of weights took %.1f s (%.2f GB/s)", size / GIB, seconds, size / seconds / 1e9
         )
         return loaded
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """Files with nothing but such tensors are not even read, by vLLM 0.32 and newer."""
-        return self._audit().skip_rule(name) is not None
+        return self._audit.skip_rule(name) is not None
 
     def _is_of_this_rank(self, name: str) -> bool:
         layer = layer_of(name)
@@ -548,21 +564,14 @@ class BailingMoeV2ForCausalLM(
         return not isinstance(module, PPMissingLayer)
 
     @cached_property
-    def _tensors(self) -> tuple[dict[str, tuple[int, ...]], Set[str]]:
-        """Names and shapes of what this rank loads, and names of what others do."""
-        tensors = main_tensors(self.config)
-        here = {name: shape for name, shape in tensors.items() if self._is_of_this_rank(name)}
-        return here, tensors.keys() - here.keys()
-
     def _audit(self) -> Audit:
-        here, elsewhere = self._tensors
-        return Audit(
+        """Made once: its rules are asked for every name of a checkpoint."""
+        return Audit.of_target(
             self.config,
-            here,
+            is_here=self._is_of_this_rank,
             quantized=self.quant_config is not None,
             folder=self.vllm_config.model_config.model,
             may_lack_experts=self.vllm_config.parallel_config.enable_expert_parallel,
-            elsewhere=elsewhere,
         )
 
     def _with_head(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:

@@ -1,6 +1,6 @@
 """The multi-token prediction (MTP) layer of BailingMoeV2 as a draft model for vLLM's speculative decoding.
 
-Row i of the draft's input pairs the target's hidden state of token i, behind its final norm, with the embedding of
+Row i of the draft's input pairs the target's hidden state of token i, after its final norm, with the embedding of
 token i + 1; row i of its output predicts token i + 2. Embedding and head are the target's.
 
 Source: inclusionAI/Ling-V2, `modeling_bailing_moe_v2.py`, class `BailingMoeV2MTPLayer`; the interface is what
@@ -35,7 +35,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_bailing.audit import Audit
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.dequantize import as_plain
+from vllm_bailing.dequantize import dequantized
 from vllm_bailing.errors import CheckpointError
 from vllm_bailing.model import (
     BailingMoeV2DecoderLayer,
@@ -47,7 +47,7 @@ from vllm_bailing.model import (
 from vllm_bailing.plugin.checks import adding_the_remedy
 from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
 from vllm_bailing.plugin.options import draft_vocabulary
-from vllm_bailing.weights import EMBEDDING, HEAD, layer_of, main_tensors, mtp_tensors
+from vllm_bailing.weights import EMBEDDING, HEAD, layer_of
 
 
 class DraftHead(nn.Module):
@@ -102,7 +102,7 @@ class BailingMoeV2MTPLayer(BailingMoeV2DecoderLayer):
         super().__init__(vllm_config, config, prefix)
         self.enorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        # The vendor's exporter quantises everything around this projection and says so nowhere.
+        # The vendor's exporter quantizes everything around this projection and says so nowhere.
         name = f"{prefix}.eh_proj"
         is_quantized = Checkpoint.of(vllm_config.model_config).has_scales(name)
         self.eh_proj = ReplicatedLinear(
@@ -115,7 +115,7 @@ class BailingMoeV2MTPLayer(BailingMoeV2DecoderLayer):
         self.final_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor, next_embeds: torch.Tensor) -> torch.Tensor:
-        """Returns [T, H] behind the layer's own final norm, for tensors [T], [T, H] and [T, H]."""
+        """Returns [T, H] after the layer's own final norm, for tensors [T], [T, H] and [T, H]."""
         joined, _ = self.eh_proj(torch.cat((self.enorm(next_embeds), self.hnorm(hidden_states)), dim=-1))
         output, residual = super().forward(positions, joined, None)
         output, _ = self.final_layernorm(output, residual)
@@ -175,7 +175,7 @@ class BailingMoeV2MTPStack(nn.Module):
 
 
 def _of_the_draft(vllm_config: VllmConfig) -> VllmConfig:
-    """`vllm_config` with the draft's model and quantisation, where vLLM leaves the target's."""
+    """`vllm_config` with the draft's model and quantization, where vLLM leaves the target's."""
     assert vllm_config.speculative_config is not None
     own = copy.copy(vllm_config)  # the layers register in the parts that both share
     own.model_config = vllm_config.speculative_config.draft_model_config
@@ -212,13 +212,19 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
         )
-        self.expected = mtp_tensors(config)
-        if get_pp_group().world_size > 1:
-            self.has_own_embed_tokens = True
-            self.expected[EMBEDDING] = main_tensors(config)[EMBEDDING]
+        has_embedding = get_pp_group().world_size > 1  # the target's is on another stage then
+        if has_embedding:
+            self.has_own_embed_tokens = True  # vLLM asks whether the attribute is there
+        self._audit = Audit.of_draft(
+            config,
+            has_embedding=has_embedding,
+            quantized=self.quant_config is not None,
+            folder=vllm_config.model_config.model,
+            may_lack_experts=vllm_config.parallel_config.enable_expert_parallel,
+        )
         # The other files of a large target would be read from disk a second time.
         files = Checkpoint.of(vllm_config.model_config).files_with(
-            lambda name: name in self.expected or layer_of(name) in config.mtp_layer_ids
+            lambda name: name in self._audit.expected or layer_of(name) in config.mtp_layer_ids
         )
         self.allow_patterns_overrides = [files] if files else None
         self._expect_complete = vllm_config.load_config.load_format != "dummy"
@@ -241,7 +247,7 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
         Args:
             input_ids: [T]; row i holds the token that follows row i's hidden state.
             positions: [T], of the hidden states.
-            hidden_states: [T, H] behind the target's final norm, or this method's result for the step before.
+            hidden_states: [T, H] after the target's final norm, or this method's result for the step before.
         """
         return self.model(input_ids, positions, hidden_states, inputs_embeds, spec_step_idx)
 
@@ -258,16 +264,8 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the MTP layers of a checkpoint; what belongs to the target is passed over."""
-        audit = Audit(
-            self.config,
-            self.expected,
-            quantized=self.quant_config is not None,
-            folder=self.vllm_config.model_config.model,
-            may_lack_experts=self.vllm_config.parallel_config.enable_expert_parallel,
-            elsewhere=main_tensors(self.config).keys() - self.expected.keys(),
-            is_draft=True,
-        )
-        weights = as_plain(audit.needed(weights), self.config, self.vllm_config.model_config.dtype)
+        audit = self._audit.restarted()
+        weights = dequantized(audit.needed(weights), self.config, self.vllm_config.model_config.dtype)
         loaded = AutoWeightsLoader(self).load_weights(audit.passed(weights), mapper=self.hf_to_vllm_mapper)
         audit.finish(complete=self._expect_complete)
         if self.draft_head is not None and self._expect_complete:

@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 from vllm_bailing import DEMO  # noqa: E402
 from vllm_bailing.bench import mtp, runner  # noqa: E402
-from vllm_bailing.cli import collect_info  # noqa: E402
 from vllm_bailing.config import BailingMoeV2Config  # noqa: E402
 from vllm_bailing.reference import BailingMoeV2ForCausalLM  # noqa: E402
+from vllm_bailing.tools.info import collect_info  # noqa: E402
 
 ACCEPTANCES = (0.6, 0.7, 0.8)
 CONFIG: dict[str, Any] = {  # the proportions of Ling-mini-2.0, at a fiftieth of its size

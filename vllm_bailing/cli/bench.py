@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import tempfile
-from datetime import datetime, timezone
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,48 +37,23 @@ def bench_mtp(
 
     The same prompts run with each number of draft tokens, in fresh processes that take turns.
     """
-    from vllm_bailing.bench import mtp, plots, runner
+    from vllm_bailing.bench import mtp, plots, report, runner
     from vllm_bailing.errors import BenchError
-    from vllm_bailing.tools.info import collect_info
 
     counts = sorted({0, *options.numbers(draft_tokens)})
     arguments = options.json_object("--engine", engine)
     lines = options.lines_of(prompts) or list(mtp.DEFAULT_PROMPTS)
-    job = mtp.Job(model, arguments, options.numbers(batch_size), lines, max_tokens)
+    task = mtp.MtpTask(model, arguments, options.numbers(batch_size), lines, max_tokens)
     draft = {"model": draft_model} if draft_model else None
     vocabulary = str(draft_vocab.resolve()) if draft_vocab else None
-    jobs = mtp.mtp_jobs(job, counts, acceptance, draft, vocabulary)
-
+    tasks = mtp.mtp_tasks(task, counts, acceptance, draft, vocabulary)
     try:
-        results = runner.alternate(jobs, rounds)
+        results = runner.alternate(tasks, rounds)
     except BenchError as error:
         raise SystemExit(f"vllm-bailing bench: {error}") from None
-    rows = mtp.summarize(results, "0")
-    advice = mtp.advice(rows, "0")
-    with output.output_aside():
-        versions = collect_info()
-    report = {
-        "model": model,
-        "acceptance": acceptance,
-        "rounds": rounds,
-        "engine": arguments,
-        "versions": versions,
-        "rows": rows,
-        "advice": advice,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    written = [out.with_suffix(".json")]
-    try:
-        plots.plot_mtp(rows, f"MTP on {Path(model).name}", out.with_suffix(".png"))
-        written.append(out.with_suffix(".png"))
-    except ImportError:
-        typer.echo("no plot: `pip install 'vllm-bailing[bench]'`", err=True)
-    if as_json:
-        typer.echo(json.dumps(report))
-        return
-    show_mtp(rows, advice)
-    output.show_files(written)
+    measured = report.mtp_report(task, results, acceptance=acceptance, versions=_versions())
+    written = report.write_report(measured, out, plots.plot_mtp)
+    _show(measured, written, as_json, show_mtp)
 
 
 def bench_compare(
@@ -110,9 +85,8 @@ def bench_compare(
     arms run in fresh processes that take turns, with the arguments of --engine. An arm that ran another class or other
     kernels than it should is an error. --bandwidth is for the share of the roofline.
     """
-    from vllm_bailing.bench import in_tree, plots, shapes, statistics
+    from vllm_bailing.bench import in_tree, plots, report, shapes
     from vllm_bailing.errors import BenchError
-    from vllm_bailing.tools.info import collect_info
     from vllm_bailing.units import full_dtype
 
     arms = dict(_named_object("--option", text) for text in option or [])
@@ -125,41 +99,33 @@ def bench_compare(
         if model in shapes.SHAPES:
             shapes.write_shape(model, Path(folder))
             path, arguments["load_format"] = folder, "dummy"
-        trial = in_tree.Trial(path, arguments, sizes, lengths, prompt_tokens, output_tokens, repeats)
+        task = in_tree.CompareTask(path, arguments, sizes, lengths, prompt_tokens, output_tokens, repeats)
         try:
-            comparison = in_tree.run(trial, arms, rounds, warm_up, bandwidth)
+            result = in_tree.run(task, arms, rounds, warm_up, bandwidth)
         except BenchError as error:
             raise SystemExit(f"vllm-bailing bench: {error}") from None
+    command = shlex.join(["vllm-bailing", *sys.argv[1:]])
+    measured = report.comparison_report(model, task, arms, rounds, result, command=command, versions=_versions())
+    written = report.write_report(measured, out, plots.plot_comparison)
+    _show(measured, written, as_json, show_comparison)
+
+
+def _versions() -> dict[str, Any]:
+    from vllm_bailing.tools.info import collect_info
+
     with output.output_aside():
-        versions = collect_info()
-    report = {
-        "model": model,
-        "config": shapes.SHAPES.get(model),
-        "command": shlex.join(["vllm-bailing", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions,
-        "rounds": rounds,
-        "engine": arguments,
-        "options": arms,
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
-        **comparison,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    written = [out.with_name(f"{out.name}.json")]
-    written[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    try:
-        picture = out.with_name(f"{out.name}.png")
-        facts = comparison["arms"][statistics.PLUGIN]
-        title = (Path(model).name, "eager" if eager else "compiled", facts["dtype"], facts["device"])
-        plots.plot_comparison(comparison["rows"], f"vllm-bailing: {', '.join(title)}", picture)
-        written.append(picture)
-    except ImportError:
+        return collect_info()
+
+
+def _show(
+    measured: dict[str, Any], written: list[Path], as_json: bool, show_table: Callable[[dict[str, Any]], None]
+) -> None:
+    if len(written) == 1:
         typer.echo("no plot: `pip install 'vllm-bailing[bench]'`", err=True)
     if as_json:
-        typer.echo(json.dumps(report))
+        typer.echo(json.dumps(measured))
         return
-    show_comparison(report)
+    show_table(measured)
     output.show_files(written)
 
 
@@ -172,8 +138,9 @@ def _named_object(option: str, text: str) -> tuple[str, dict[str, Any]]:
     return name, options.json_object(option, value)
 
 
-def show_mtp(rows: list[dict[str, Any]], advice: dict[int, str]) -> None:
-    """Rows and advice of `bench.mtp`."""
+def show_mtp(report: dict[str, Any]) -> None:
+    """The report of `bench mtp`."""
+    rows = report["rows"]
     table = output.table("batch", "draft", "tokens/s", "times none", "step", "accepted")  # fits into 80 columns
     for row in rows:
         speed, ratio = row["tokens_per_second"], row["ratio"]
@@ -191,7 +158,7 @@ def show_mtp(rows: list[dict[str, Any]], advice: dict[int, str]) -> None:
     # Rounding depends on how many tokens are computed at once, so answers in bf16 may part where two tokens are close.
     differ = ", ".join(f"{row['arm']} at batch {row['batch_size']}" for row in rows if not row["same_answers"])
     console.print(f"answers differ with draft tokens {differ}" if differ else "all answers are the same")
-    for size, text in advice.items():
+    for size, text in report["advice"].items():
         console.print(f"batch {size}: {text}")
 
 

@@ -48,26 +48,26 @@ def plan(
     """
     from vllm_bailing.config import read_config
     from vllm_bailing.planning.gpus import find_gpu
-    from vllm_bailing.planning.plan import make_plan
+    from vllm_bailing.planning.plan import Request, make_plan
     from vllm_bailing.units import short_dtype
 
     try:
         config = read_config(model)
-        deployment = make_plan(
-            config,
+        request = Request(
             find_gpu(gpu, memory_gib, bandwidth),
             gpus,
             config.max_position_embeddings if context is None else context,
             concurrency,
-            dtype and short_dtype(dtype),
-            kv_dtype,
-            draft_tokens,
-            tensor_parallel_size,
-            pipeline_parallel_size,
-            gpu_memory_utilization,
+            dtype=dtype and short_dtype(dtype),
+            kv_dtype=kv_dtype,
+            draft_tokens=draft_tokens,
+            tp=tensor_parallel_size,
+            pp=pipeline_parallel_size,
+            memory_utilization=gpu_memory_utilization,
             model=model,
             draft_model=draft_model,
         )
+        deployment = make_plan(config, request)
     except ValueError as error:
         raise output.fail("plan", error, 2) from None
     is_possible = deployment.verdict != "no"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_bailing.audit import Audit
@@ -14,7 +14,7 @@ from vllm_bailing.errors import DEQUANTIZE, SettingsError
 from vllm_bailing.plugin.lora import settle_lora_targets
 from vllm_bailing.plugin.options import DRAFT_VOCABULARY, check_switches, draft_vocabulary
 from vllm_bailing.plugin.speculation import has_mtp_draft
-from vllm_bailing.weights import main_tensors, mtp_tensors
+from vllm_bailing.weights import main_tensors
 
 _SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 
@@ -63,14 +63,14 @@ def check_quantization(vllm_config: Any) -> None:
     draft = speculation.draft_model_config.hf_config if has_mtp_draft(speculation) else config
     if config.dequantize and stored is None and draft.stored_quantization_config is None:
         raise SettingsError(
-            "dequantize=true, but config.json has no quantization_config: nothing to dequantise; leave it out"
+            "dequantize=true, but config.json has no quantization_config: nothing to dequantize; leave it out"
         )
     if stored is not None:
         Dequantizer(stored, model_config.dtype)
         elements = sum(math.prod(shape) for shape in main_tensors(config).values())
         init_logger("vllm.plugins.bailing").warning(
             "dequantize: the checkpoint's %s weights become %s while they load: %.1f GiB over all ranks instead of "
-            "%.1f, a slower load, and no quantised kernels",
+            "%.1f, a slower load, and no quantized kernels",
             stored.get("quant_method"),
             str(model_config.dtype).removeprefix("torch."),
             elements * model_config.dtype.itemsize / 2**30,
@@ -79,7 +79,7 @@ def check_quantization(vllm_config: Any) -> None:
     elif model_config.quantization is not None and current_platform.is_cpu() and not _has_amx():
         if getattr(config, "quantization_config", None) is None:
             raise SettingsError(
-                f"--quantization {model_config.quantization}: vLLM's CPU build quantises no experts on a processor "
+                f"--quantization {model_config.quantization}: vLLM's CPU build cannot quantize experts on a processor "
                 "without AMX; leave it out"
             )
         if checkpoint.has_quantized_experts or model_config.quantization == "fp8":
@@ -116,7 +116,7 @@ def _check_draft_head(vllm_config: Any) -> None:
     if Checkpoint.of(vllm_config.model_config).has_scales("lm_head"):
         raise SettingsError(
             f"{DRAFT_VOCABULARY} in --additional-config takes rows of the head, and that of "
-            f"{vllm_config.model_config.model} is quantised; leave it out"
+            f"{vllm_config.model_config.model} is quantized; leave it out"
         )
 
 
@@ -132,27 +132,16 @@ def check_files(vllm_config: Any) -> None:
     if vllm_config.load_config.load_format not in _SAFETENSORS_FORMATS:
         return
     target, speculation = vllm_config.model_config, vllm_config.speculative_config
-    experts_apart = vllm_config.parallel_config.enable_expert_parallel
-    main = main_tensors(target.hf_config)
-    _check(target, main, (), experts_apart)
+    may_lack_experts = vllm_config.parallel_config.enable_expert_parallel
+    _check_files_of(target, Audit.of_target, may_lack_experts)
     if has_mtp_draft(speculation):
-        draft = speculation.draft_model_config
-        _check(draft, mtp_tensors(draft.hf_config), main, experts_apart)
+        _check_files_of(speculation.draft_model_config, Audit.of_draft, may_lack_experts)
 
 
-def _check(model_config: Any, expected: dict[str, Any], elsewhere: Any, experts_apart: bool) -> None:
-    checkpoint = Checkpoint.of(model_config)
-    if checkpoint.tensors or checkpoint.damage:
-        quantized = (
-            model_config.quantization is not None or model_config.hf_config.stored_quantization_config is not None
-        )
-        audit = Audit(
-            model_config.hf_config,
-            expected,
-            quantized=quantized,
-            folder=model_config.model,
-            may_lack_experts=experts_apart,
-            elsewhere=elsewhere,
-            is_draft=bool(elsewhere),
-        )
-        audit.check(checkpoint)
+def _check_files_of(model_config: Any, audit_of: Callable[..., Audit], may_lack_experts: bool) -> None:
+    checkpoint, config = Checkpoint.of(model_config), model_config.hf_config
+    if not checkpoint.tensors and not checkpoint.damage:
+        return  # not fetched yet: checked while it loads
+    is_quantized = model_config.quantization is not None or config.stored_quantization_config is not None
+    audit = audit_of(config, quantized=is_quantized, folder=model_config.model, may_lack_experts=may_lack_experts)
+    audit.check(checkpoint)

@@ -154,7 +154,6 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
     from vllm_bailing.audit import Audit
     from vllm_bailing.checkpoint import Checkpoint, local_folder
     from vllm_bailing.config import read_config
-    from vllm_bailing.weights import main_tensors, mtp_tensors
 
     try:
         folder = local_folder(model)
@@ -183,9 +182,9 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
     stored = config.stored_quantization_config or getattr(config, "quantization_config", None)
     scheme = f"{stored.get('quant_method')}" if stored else "none"
     yield Check("quantization", None, scheme)
-    yield from _audited(Audit(config, main_tensors(config), bool(stored), str(folder)), stored_files, "tensors")
+    yield from _audited(Audit.of_target(config, quantized=bool(stored), folder=str(folder)), stored_files, "tensors")
 
-    layers = stored_files.layers_behind(config)
+    layers = stored_files.layers_past_main(config)
     if len(layers) != config.num_nextn_predict_layers and layers:
         yield Check(
             "MTP layer",
@@ -196,9 +195,7 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
     elif not layers:
         yield Check("MTP layer", None, "none: speculation needs a checkpoint that has it as the draft")
     else:
-        draft = Audit(
-            config, mtp_tensors(config), bool(stored), str(folder), elsewhere=main_tensors(config), is_draft=True
-        )
+        draft = Audit.of_draft(config, quantized=bool(stored), folder=str(folder))
         yield from _audited(draft, stored_files, "MTP layer")
     yield from _template(folder)
 

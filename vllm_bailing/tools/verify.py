@@ -23,7 +23,7 @@ from vllm_bailing.checkpoint import Checkpoint, local_folder
 from vllm_bailing.config import BailingMoeV2Config, read_config
 from vllm_bailing.errors import CheckpointError, VerifyError
 from vllm_bailing.units import dtype_name
-from vllm_bailing.weights import EMBEDDING, HEAD, main_tensors
+from vllm_bailing.weights import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     import torch
@@ -185,7 +185,7 @@ class TensorReader:
         if not self.checkpoint.tensors and not self.checkpoint.damage:
             raise CheckpointError(f"{folder} has no safetensors files; give the folder that the server was started on")
         stored = config.stored_quantization_config or getattr(config, "quantization_config", None)
-        Audit(config, main_tensors(config), quantized=stored is not None, folder=str(folder)).check(self.checkpoint)
+        Audit.of_target(config, quantized=stored is not None, folder=str(folder)).check(self.checkpoint)
         self._plain = None if stored is None else Dequantizer(stored, torch.float32)
         self._parts: dict[str, list[str]] = {}
         for name in self.checkpoint.tensors:

@@ -1,0 +1,63 @@
+"""A draft vocabulary."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.support.checkpoints import PROMPT, make_checkpoint
+from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, make_llm, run
+from tests.support.speculation import RPC, answers, draft_logits, mtp
+from vllm_bailing import DEMO
+
+
+def test_a_draft_vocabulary_changes_no_answer_and_only_the_chosen_tokens_are_proposed(tmp_path, plain_answers):
+    common = Counter(token for ids in plain_answers for token in ids)
+    chosen = [token for token, _ in common.most_common(len(common) // 2)]
+    file = tmp_path / "draft_vocab.json"
+    file.write_text(json.dumps(chosen))
+    options = {"additional_config": {"bailing_draft_vocab": str(file)}}
+    ids, counted = run(answers, DEMO, 200, 2, **options)
+    _, free = run(answers, DEMO, 200, 2)
+    assert ids == plain_answers
+    assert 0.3 * free["accepted_tokens"] < counted["accepted_tokens"] < free["accepted_tokens"]
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}, {"norm_head": True}], ids=str)
+def test_a_draft_vocabulary_keeps_the_logits_of_its_tokens(overrides, tp_size, tmp_path):
+    model = make_checkpoint(tmp_path, num_nextn_predict_layers=1, **overrides)
+    chosen = list(range(3, 256, 5))
+    env = {**RPC, **(TWO_RANKS if tp_size == 2 else {})}
+    wanted = run(draft_logits, model, PROMPT, env=env, tensor_parallel_size=tp_size)
+    logits = run(
+        draft_logits,
+        model,
+        PROMPT,
+        env=env,
+        tensor_parallel_size=tp_size,
+        additional_config={"bailing_draft_vocab": chosen},
+    )
+    assert (logits[:, chosen] - wanted[:, chosen]).abs().max() <= TOLERANCE
+    others = [token for token in range(256) if token not in chosen]
+    assert torch.isneginf(logits[:, others]).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "speculative_config", "fragment"),
+    [
+        ("missing.json", mtp(1), "missing.json cannot be read"),
+        ([], mtp(1), "must hold a list of token ids from 0 to 255, not []"),
+        ([1, 256], mtp(1), "must hold a list of token ids from 0 to 255, not [1, 256]"),
+        ({"ids": [1]}, mtp(1), "must hold a list of token ids"),
+        ([1, 2], None, "is for MTP drafts; add --speculative-config"),
+    ],
+)
+def test_a_wrong_draft_vocabulary_is_refused(given, speculative_config, fragment, tmp_path):
+    model = make_checkpoint(tmp_path, num_nextn_predict_layers=1)
+    options = {"additional_config": {"bailing_draft_vocab": given}, "speculative_config": speculative_config}
+    with pytest.raises(EngineError) as refusal:
+        run(make_llm, model, **options)
+    assert refusal.value.message.startswith("SettingsError: ")
+    assert fragment in refusal.value.message

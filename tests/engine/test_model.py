@@ -1,0 +1,83 @@
+"""What vLLM finds in the loaded model."""
+
+import json
+
+import torch
+
+from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, write_tensors
+from tests.support.engine import ask, make_llm, run
+from tests.support.quantized import no_expert, quantize
+
+
+def _cache_scales(model):
+    found = []
+
+    def look(module):
+        for layer in module.model.layers:
+            found.append((layer.attention.attn._k_scale_float, layer.attention.attn._v_scale_float))
+
+    llm = make_llm(model, kv_cache_dtype="fp8")
+    llm.apply_model(look)
+    ask(llm, [PROMPT], max_tokens=2, logprobs=False)
+    return found
+
+
+def test_scales_of_the_kv_cache_reach_every_attention_layer(tmp_path):
+    model = make_checkpoint(tmp_path)
+    quantize(model, "w8a8", no_expert)
+    tensors = read_tensors(model)
+    for layer in range(3):
+        prefix = f"model.layers.{layer}.attention"
+        tensors[f"{prefix}.k_scale"], tensors[f"{prefix}.v_scale"] = torch.tensor([[0.5 + layer], [0.25 + layer]])
+    write_tensors(model, tensors)
+    config = json.loads((model / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    config["quantization_config"]["kv_cache_scheme"] = scheme
+    (model / "config.json").write_text(json.dumps(config))
+    scales = run(_cache_scales, model, env={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
+    assert scales == [(0.5 + layer, 0.25 + layer) for layer in range(3)]
+
+
+def _parameter_names(model):
+    names = []
+    make_llm(model).apply_model(lambda module: names.extend(name for name, _ in module.named_parameters()))
+    return names
+
+
+def test_mtp_layers_take_no_memory_without_speculation(tmp_path):
+    model = make_checkpoint(tmp_path, num_nextn_predict_layers=1)
+    names = run(_parameter_names, model, env={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
+    assert any(name.startswith("model.layers.2.") for name in names)
+    assert not any(name.startswith("model.layers.3.") for name in names)
+
+
+def _hooks_for_later_features(model):
+    llm = make_llm(model)
+    found = {}
+
+    def look(module):
+        from vllm.model_executor.models.interfaces import is_mixture_of_experts, supports_eagle3, supports_lora
+
+        found.update(
+            moe=is_mixture_of_experts(module),
+            eagle3=supports_eagle3(module),
+            lora=supports_lora(module),
+            embedding=tuple(module.model.embed_tokens.weight.shape),
+            moe_layers=len(module.moe_layers),
+            experts=(module.num_logical_experts, module.num_physical_experts, module.num_expert_groups),
+        )
+
+    llm.apply_model(look)
+    return found
+
+
+def test_speculation_and_load_balancing_find_their_hooks(tmp_path):
+    found = run(_hooks_for_later_features, make_checkpoint(tmp_path), env={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
+    assert found == {
+        "moe": True,
+        "eagle3": True,
+        "lora": True,
+        "embedding": (256, 64),
+        "moe_layers": 2,
+        "experts": (16, 16, 4),
+    }

@@ -1,0 +1,74 @@
+"""What the planner computes, against loaded models and running engines."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.checkpoints import make_checkpoint
+from tests.support.engine import TWO_RANKS, loaded_rank, make_llm, run, run_ranks
+from tests.support.planning import MIDDLE, plan
+from vllm_bailing import DEMO
+from vllm_bailing.config import read_config
+
+SHAPES = {
+    "middle": {},
+    "one key/value head": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "biases, two shared experts": {"use_bias": True, "use_qkv_bias": True, "num_shared_experts": 2},
+}
+
+
+def _loaded_bytes(rank, ranks, init, options):
+    """Bytes of the parameters of target and draft on one rank, and how many weights its routers have."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM's loaders do
+    target, _ = loaded_rank(rank, ranks, init, options)
+    models, settings = [target], target.vllm_config
+    if settings.speculative_config:
+        with set_current_vllm_config(settings):
+            draft_config = settings.speculative_config.draft_model_config
+            models.append(initialize_model(vllm_config=settings, model_config=draft_config))
+    named = [named for model in models for named in model.named_parameters()]
+    routers = sum(parameter.numel() for name, parameter in named if name.endswith("gate.weight"))
+    return sum(parameter.nbytes for _, parameter in named), routers
+
+
+def loaded_bytes(model, folder, ranks, way, draft_tokens):
+    options = {"model": str(model), f"{way}_parallel_size": ranks}
+    if draft_tokens:
+        options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": draft_tokens}
+    # On CPUs routers are fp32 whatever the model is; the plan is for GPUs.
+    return max(size - 2 * routers for size, routers in run_ranks(_loaded_bytes, ranks, folder, options))
+
+
+@pytest.mark.parametrize(("way", "ranks"), [("tensor", 1), ("tensor", 2), ("pipeline", 2)])
+@pytest.mark.parametrize("shape", ["demo", *SHAPES])
+def test_weights_are_to_the_byte_what_a_rank_loads(shape, way, ranks, tmp_path):
+    model = DEMO if shape == "demo" else make_checkpoint(tmp_path / "model", **{**MIDDLE, **SHAPES[shape]})
+    # On CPUs vLLM's pipelines do not draft.
+    draft_tokens = 1 if shape in ("demo", "middle") and way == "tensor" else 0
+    size = {"tp": ranks} if way == "tensor" else {"pp": ranks}
+    found = plan(read_config(model), "H100", ranks, 64, 1, draft_tokens=draft_tokens, **size)
+    assert found.weights.total == loaded_bytes(model, tmp_path, ranks, way, draft_tokens)
+
+
+def _cache_tokens(model, **options):
+    cache = make_llm(model, **options).llm_engine.vllm_config.cache_config
+    return cache.num_gpu_blocks * cache.block_size
+
+
+@pytest.mark.parametrize(("ranks", "draft_tokens"), [(1, 0), (2, 0), (1, 1)])
+@pytest.mark.parametrize("shape", ["demo", "middle"])
+def test_a_running_engine_has_that_many_tokens_of_cache(shape, ranks, draft_tokens, tmp_path):
+    model = DEMO if shape == "demo" else make_checkpoint(tmp_path, **MIDDLE)
+    options = {"tensor_parallel_size": ranks, "dtype": "bfloat16"}
+    if draft_tokens:
+        options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": draft_tokens}
+    if shape == "middle":
+        options["load_format"] = "dummy"
+    tokens = run(_cache_tokens, model, env=TWO_RANKS if ranks > 1 else None, **options)
+    found = plan(read_config(model), "H100", ranks, 64, 1, draft_tokens=draft_tokens, tp=ranks)
+    assert 2**30 / tokens == pytest.approx(found.kv_bytes_per_token, rel=0.01)  # whole blocks; VLLM_CPU_KVCACHE_SPACE

@@ -1,0 +1,73 @@
+"""Quantized checkpoints: in vLLM's own kernels where the CPU build has them, turned into plain weights elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer, read_tensors, write_tensors
+from tests.support.engine import TOLERANCE, EngineError, generate, make_llm, run
+from tests.support.quantized import DEQUANTIZE, SCHEMES, no_expert, plain_copy, quantize, quantize_by_command
+from tests.support.speculation import mtp
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_engine_serves_what_a_dequantised_checkpoint_means(scheme, tmp_path):
+    model = make_checkpoint(tmp_path / "model", num_nextn_predict_layers=1)
+    meaning = quantize(model, scheme)
+    wanted, wanted_ids = plain_answer(plain_copy(model, meaning, tmp_path / "plain"), PROMPT)
+    ((logprobs, token_ids),) = run(generate, model, [PROMPT], speculative_config=mtp(1), **DEQUANTIZE)
+    assert (logprobs - wanted).abs().max() <= TOLERANCE
+    assert token_ids == wanted_ids
+
+
+def test_a_swapped_scale_shows(tmp_path):
+    """Two experts' scales exchanged: what the comparison above is able to see."""
+    model = make_checkpoint(tmp_path / "model")
+    meaning = quantize(model, "fp8")
+    stored = read_tensors(model)
+    one, other = (f"model.layers.1.mlp.experts.{expert}.up_proj.weight_scale_inv" for expert in (3, 4))
+    stored[one], stored[other] = stored[other], stored[one].float() * 2
+    write_tensors(model, stored)
+    wanted, _ = plain_answer(plain_copy(model, meaning, tmp_path / "plain"), PROMPT)
+    ((logprobs, _),) = run(generate, model, [PROMPT], **DEQUANTIZE)
+    assert (logprobs - wanted).abs().max() > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("scheme", "mean_error"),
+    [("w8a8", 0.3), ("script-fp8", 0.5), ("script-w4a16", 0.1), ("gptq", 0.1), ("awq", 0.1)],
+    ids=lambda value: value,
+)
+def test_linear_layers_in_vllms_quantised_kernels(scheme, mean_error, tmp_path):
+    """Experts stay plain. W8A8 and FP8 round what goes into a layer too, so they cannot agree as well."""
+    model = make_checkpoint(tmp_path / "plain", hidden_size=128, moe_intermediate_size=128)
+    if scheme.startswith("script-"):
+        arguments = ("--group-size", "32", "--keep", r"re:.*\.mlp\.experts\..*")
+        meaning = quantize_by_command(model, tmp_path / "model", scheme.removeprefix("script-"), *arguments)
+        model = tmp_path / "model"
+    else:
+        meaning = quantize(model, scheme, no_expert)
+    wanted, _ = plain_answer(plain_copy(model, meaning, tmp_path / "meaning"), PROMPT)
+    ((logprobs, _),) = run(generate, model, [PROMPT], dtype="bfloat16")
+    assert (logprobs - wanted).abs().mean() <= mean_error
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "fragments"),
+    [
+        ("fp8", {}, ("no kernel for fp8 experts", '"dequantize": true')),
+        ("w8a8", {}, ("no kernel for compressed-tensors experts", '"dequantize": true')),
+        ("awq", {}, ("no kernel for", '"dequantize": true')),
+        (None, {"quantization": "fp8"}, ("--quantization fp8", "leave it out")),
+        (None, DEQUANTIZE, ("dequantize=true, but config.json has no quantization_config",)),
+    ],
+    ids=["fp8", "w8a8", "awq", "online", "nothing"],
+)
+def test_a_scheme_without_a_kernel_is_refused_with_the_way_out(scheme, options, fragments, tmp_path):
+    model = make_checkpoint(tmp_path)
+    if scheme:
+        quantize(model, scheme)
+    with pytest.raises(EngineError) as refusal:
+        run(make_llm, model, **options)
+    for fragment in fragments:
+        assert fragment in refusal.value.message

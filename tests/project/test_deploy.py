@@ -1,0 +1,104 @@
+"""The files below deploy/: valid by their schemas, and every command in them one that vLLM takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.engine import run
+from tests.support.paths import ROOT
+
+DEPLOY = ROOT / "deploy"
+VALUES = {"$(LWS_GROUP_SIZE)": "2", "$(LWS_WORKER_INDEX)": "0", "$(LWS_LEADER_ADDRESS)": "10.0.0.1"}
+
+
+def documents(file):
+    return [one for one in yaml.safe_load_all((DEPLOY / file).read_text()) if one]
+
+
+def checked(*command):
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name(command[0])), *command[1:]], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_dockerfile_passes_the_linter():
+    checked("hadolint", str(DEPLOY / "Dockerfile"))
+
+
+def test_the_compose_file_fits_its_schema():
+    checked("check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yaml"))
+
+
+def pods():
+    """(name, pod specification) of every pod in the Kubernetes files."""
+    for file in sorted((DEPLOY / "kubernetes").glob("*.yaml")):
+        for document in documents(file):
+            if document["kind"] == "Deployment":
+                yield f"{file.stem}", document["spec"]["template"]
+            elif document["kind"] == "LeaderWorkerSet":
+                for role in ("leader", "worker"):
+                    yield f"{file.stem}-{role}", document["spec"]["leaderWorkerTemplate"][f"{role}Template"]
+
+
+def test_the_kubernetes_files_fit_their_schemas(tmp_path):
+    for file in sorted((DEPLOY / "kubernetes").glob("*.yaml")):
+        known = [one for one in documents(file) if one["kind"] != "LeaderWorkerSet"]
+        (tmp_path / file.name).write_text(yaml.safe_dump_all(known))
+        checked("kubernetes-validate", str(tmp_path / file.name))
+    for name, template in pods():  # LeaderWorkerSet is no part of Kubernetes, its pods are
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, **template.get("metadata", {})}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**pod, "spec": template["spec"]}))
+        checked("kubernetes-validate", str(tmp_path / f"{name}.yaml"))
+
+
+def test_a_leader_and_its_worker_differ_in_what_they_must():
+    (document, _) = documents("kubernetes/two-nodes.yaml")
+    template = document["spec"]["leaderWorkerTemplate"]
+    leader, worker = (template[f"{role}Template"]["spec"]["containers"][0] for role in ("leader", "worker"))
+    assert [*leader["args"], "--headless"] == worker["args"]
+    assert leader["image"] == worker["image"] and leader["env"] == worker["env"]
+    settings = yaml.safe_load((DEPLOY / "serve" / Path(leader["args"][1]).name).read_text())
+    assert settings["pipeline-parallel-size"] == template["size"]
+    partition = leader["env"][0]["value"]
+    assert partition in (DEPLOY / "serve" / Path(leader["args"][1]).name).read_text()
+
+
+def _parsed(commands):
+    from vllm.entrypoints.cli.main import main  # noqa: F401 (imports what the command imports)
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    found = []
+    for command in commands:
+        parser = FlexibleArgumentParser()
+        ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+        options = vars(parser.parse_args(["serve", *command]))
+        found.append({key: options.get(key) for key in ("model", "tensor_parallel_size", "nnodes", "node_rank")})
+    return found
+
+
+def test_every_command_is_one_that_vllm_takes():
+    commands = [container["args"] for _, template in pods() for container in template["spec"]["containers"]]
+    commands += [service["command"] for service in documents("compose.yaml")[0]["services"].values()]
+    filled = []
+    for command in commands:
+        assert command[0] == "--config" and command[1].startswith("/etc/vllm-bailing/")
+        rest = list(command[2:])
+        for place, value in VALUES.items():
+            rest = [word.replace(place, value) for word in rest]
+        filled.append(["--config", str(DEPLOY / "serve" / Path(command[1]).name), *rest])
+    found = run(_parsed, filled)
+    assert [one["tensor_parallel_size"] for one in found] == [4, 8, 8, 4]
+    assert [one["nnodes"] for one in found] == [1, 2, 2, 1]
+
+
+@pytest.mark.parametrize("file", sorted(file.name for file in (DEPLOY / "serve").glob("*.yaml")))
+def test_the_image_holds_every_planned_configuration(file):
+    assert "COPY deploy/serve /etc/vllm-bailing" in (DEPLOY / "Dockerfile").read_text()
+    assert yaml.safe_load((DEPLOY / "serve" / file).read_text())["model"].startswith("inclusionAI/")

@@ -1,0 +1,125 @@
+"""The parsers, through the server."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+
+from tests.support.answers import ASK, ROME, TOOLS, read_calls, read_thoughts
+from tests.support.conversations import HELD_OUT, as_openai, conversation
+from tests.support.server import serving
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    log = tmp_path_factory.mktemp("parsers") / "log"
+    flags = ("--enable-auto-tool-choice", "--tool-call-parser", "bailing", "--reasoning-parser", "bailing")
+    with serving(log, *flags) as server:
+        yield server
+
+
+def say(server, messages, options, stream=False, regex=None, **fields):
+    """(reasoning, content, calls, finish reason) of an answer by the OpenAI client."""
+    template = {key: value for key, value in options.items() if key != "tools"}
+    extra = {"chat_template_kwargs": template}
+    if regex:
+        extra["structured_outputs"] = {"regex": regex}
+    if tools := options.get("tools"):
+        fields["tools"] = tools
+    fields = {"model": "demo", "messages": messages, "temperature": 0, "max_tokens": 160, **fields}
+    answer = server.client.chat.completions.create(**fields, stream=stream, extra_body=extra)
+    if not stream:
+        choice = answer.choices[0]
+        message = choice.message
+        calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or []]
+        return getattr(message, "reasoning", None) or "", message.content or "", calls, choice.finish_reason
+    reasoning, content, calls, reason = "", "", [], None
+    for chunk in answer:
+        for choice in chunk.choices:
+            reasoning += getattr(choice.delta, "reasoning", None) or ""
+            content += choice.delta.content or ""
+            reason = choice.finish_reason or reason
+            for call in choice.delta.tool_calls or []:
+                if call.index == len(calls):
+                    calls.append((call.function.name, ""))
+                calls[-1] = (calls[-1][0], calls[-1][1] + (call.function.arguments or ""))
+    return reasoning, content, calls, reason
+
+
+def first(kind):
+    row = next(row for row in HELD_OUT if row["kind"] == kind)
+    messages, options = conversation(row)
+    return as_openai(messages), options, row["answer"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["small talk", "thinking", "tool calls", "tool results"])
+def test_the_server_divides_what_the_model_says(server, kind, stream):
+    messages, options, answer = first(kind)
+    reasoning, content, calls, reason = say(server, messages, options, stream)
+    thought, rest = read_thoughts(False, answer)
+    assert (reasoning, (content, calls)) == (thought, read_calls(rest))
+    assert bool(calls) == (kind == "tool calls") and bool(reasoning) == (kind == "thinking")
+    assert reason == ("tool_calls" if calls else "stop")
+
+
+TWO = r'<tool_call>\n\{"name": "weather", "arguments": \{"city": "Rome"\}\}\n</tool_call>\n'
+
+
+TWO += r'<tool_call>\n\{"name": "time", "arguments": \{"zone": "CET"\}\}\n</tool_call>'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_server_gives_two_calls_and_the_text_before_them(server, stream):
+    """The demo model calls one function at a time, so a grammar has it say more."""
+    told = say(server, ASK, {}, stream, regex="I look\\.\n" + TWO)[:3]
+    assert told[2] == [] and told[1].startswith("I look.\n<tool_call>")  # without tools in the request
+    told = say(server, ASK, {"tools": TOOLS}, stream, regex="I look\\.\n" + TWO)
+    assert told == ("", "I look.", [ROME, ("time", '{"zone": "CET"}')], "tool_calls")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_time"}}])
+def test_calls_can_be_required(server, choice, stream):
+    messages, options, _ = first("tool calls")
+    tools = [*options["tools"]]
+    names = {tool["function"]["name"] for tool in tools}
+    if choice != "required":
+        choice = {"type": "function", "function": {"name": sorted(names)[-1]}}
+        names = {sorted(names)[-1]}
+    _, content, calls, _ = say(server, messages, {"tools": tools}, stream, tool_choice=choice)
+    assert not content.strip() and calls and {name for name, _ in calls} <= names
+    for _, arguments in calls:
+        assert isinstance(json.loads(arguments), dict)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_is_cut_off_keeps_its_text(server, stream):
+    messages, options, _ = first("tool calls")
+    told = []
+    for limit in range(1, 24, 3):
+        _, content, calls, reason = say(server, messages, options, stream, max_tokens=limit)
+        assert reason == "length" or calls
+        told.append(content + "".join(name + arguments for name, arguments in calls))
+    assert all(told)
+    assert all(len(one) < len(other) or one.startswith("<tool_call>") for one, other in itertools.pairwise(told))
+
+
+def test_a_grammar_waits_for_the_end_of_the_reasoning(server):
+    messages, options, answer = first("thinking")
+    thought, _ = read_thoughts(False, answer)
+    reasoning, content, _, _ = say(server, messages, options, regex="yes|no")
+    assert reasoning == thought and content in ("yes", "no")
+    assert say(server, messages, {"thinking_option": "off"}, regex="yes|no")[:2] in (("", "yes"), ("", "no"))
+
+
+def test_the_server_gives_reasoning_and_a_call_in_one_answer(tmp_path):
+    """The demo model does not think before it calls, so a grammar has it do that too."""
+    flags = ("--enable-auto-tool-choice", "--tool-call-parser", "bailing", "--reasoning-parser", "bailing")
+    with serving(tmp_path / "log", *flags, "--structured-outputs-config", '{"enable_in_reasoning": true}') as server:
+        regex = r"<think>\nWhere\?\n</think>\n\nI look\.\n" + TWO
+        for stream in (False, True):
+            told = say(server, ASK, {"tools": TOOLS, "thinking_option": "on"}, stream, regex=regex)
+            assert told == ("Where?", "I look.", [ROME, ("time", '{"zone": "CET"}')], "tool_calls")

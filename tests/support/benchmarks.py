@@ -1,0 +1,44 @@
+"""Results of benchmarks that are made up, with a known gain and noise."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_bailing.bench import statistics
+from vllm_bailing.bench.runner import Task
+from vllm_bailing.bench.statistics import KINDS, PLUGIN
+
+
+def planted(gains, rounds=5, noise=0.02, drift=0.0, **figures):
+    """Results of `bench.alternate` for arms that are `gains` times as good, with noise and a drift over the rounds."""
+    draw = np.random.default_rng(1)
+
+    def value(figure, base, gain, number):
+        disturbed = base * (1 + drift * number) * (1 + noise * draw.standard_normal())
+        return disturbed * gain if KINDS[figure.split()[0]].more_is_better else disturbed / gain
+
+    figures = figures or {"decode 1": 50.0, "TTFT 1": 20.0, "memory": 2.0}
+    return {
+        arm: [{"figures": {name: value(name, base, gain, n) for name, base in figures.items()}} for n in range(rounds)]
+        for arm, gain in gains.items()
+    }
+
+
+def verdicts(results, arm=PLUGIN):
+    return {row["figure"]: row["verdict"] for row in statistics.summarize(results) if row["arm"] == arm}
+
+
+@dataclass
+class EchoTask(Task):
+    """Measures nothing: says where it ran, or fails as an engine does."""
+
+    failure: str = ""
+
+    def work(self):
+        if self.failure:
+            raise RuntimeError(self.failure)
+        return {"model": self.model, "process": os.getpid(), "variable": os.environ["A_VARIABLE"]}
+
+    def read(self, stored):
+        return {**stored, "was_read": True}

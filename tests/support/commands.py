@@ -1,0 +1,27 @@
+"""The commands of `vllm-bailing`: in this process, or in one of their own where that is the point."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from click.testing import Result
+from typer.testing import CliRunner
+
+from tests.support.engine import ENGINE_ENV
+from vllm_bailing.cli import app
+
+
+def invoke(*arguments: Any) -> Result:
+    """The command in this process: its exit code, output and the exception that ended it."""
+    return CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "200"})
+
+
+def run_command(*arguments: Any, cache: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """The command as the shell finds it, in a process of its own, with the environment of an engine."""
+    program = [str(Path(sys.executable).with_name("vllm-bailing")), *map(str, arguments)]
+    environment = {**os.environ, **ENGINE_ENV, **({"XDG_CACHE_HOME": str(cache)} if cache else {}), **env}
+    return subprocess.run(program, capture_output=True, text=True, env=environment)

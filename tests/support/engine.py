@@ -1,0 +1,222 @@
+"""Runs vLLM engines for tests, each in a process of its own.
+
+Importing vLLM takes longer than loading a test checkpoint, so one server process imports it once and every engine is
+forked from there, before anything in it used threads. Engines run one at a time and inside the forked process
+(no engine subprocess), unless a test asks for several ranks.
+"""
+
+from __future__ import annotations
+
+import glob
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import traceback
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+ENGINE_ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_CI_ENV": "1",  # torch.compile traces the model, but does not generate code: 10 s instead of 60
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+# Two ranks, a core each. Forking them from the engine's process saves an import of vLLM for each.
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+TWO_SPAWNED_RANKS = {**TWO_RANKS, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+_context = multiprocessing.get_context("forkserver")
+
+
+_context.set_forkserver_preload(["tests.support.preload"])
+
+
+class EngineError(AssertionError):
+    """The job failed; the message is what the user of the engine would have seen, `log` all that it printed."""
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(f"{message}\n--- end of the engine's output ---\n{log[-6000:]}")
+        self.message, self.log = message, log
+
+
+def run(
+    job: Callable[..., Any], *args: Any, env: dict[str, str] | None = None, timeout: float = 600, **kwargs: Any
+) -> Any:
+    """Return `job(*args, **kwargs)`, computed in a fresh process with vLLM imported.
+
+    Raises:
+        EngineError: If the job raised, died or took longer than `timeout` seconds.
+    """
+    receiver, sender = _context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile("r", suffix=".log", errors="replace") as log:
+        process = _context.Process(
+            target=_child, args=(sender, log.name, {**ENGINE_ENV, **(env or {})}, job, args, kwargs)
+        )
+        process.start()
+        sender.close()
+        try:
+            outcome, value = (
+                pickle.loads(receiver.recv_bytes())
+                if receiver.poll(timeout)
+                else ("error", f"no answer within {timeout} s")
+            )
+        except EOFError:
+            process.join(10)
+            outcome, value = "error", f"the process died with exit code {process.exitcode}"
+        if outcome == "error" and process.is_alive():
+            process.kill()
+        process.join()
+        if outcome == "error":
+            raise EngineError(value, log.read())
+        return value
+
+
+def _child(sender: Any, log: str, env: dict[str, str], job: Callable[..., Any], args: tuple, kwargs: dict) -> None:
+    os.environ.update(env)
+    with Path(log).open("w", buffering=1) as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        sys.stdout = sys.stderr = stream
+        if env.get("VLLM_WORKER_MULTIPROC_METHOD") == "fork":
+            _fork_ranks()
+        try:
+            answer = ("ok", job(*args, **kwargs))
+        except BaseException as error:
+            traceback.print_exc()
+            answer = ("error", f"{type(error).__name__}: {error}")
+        stream.flush()
+        # Plain pickle: multiprocessing's own would pass tensors as handles into a process that is about to end.
+        sender.send_bytes(pickle.dumps(answer))
+        sender.close()
+        # Ranks of a parallel engine notice the end of this process late, and take the cores from the next engine.
+        ranks = psutil.Process().children(recursive=True)
+        shared = {Path(part.path) for rank in ranks for part in rank.memory_maps() if part.path.endswith("cpushm_0")}
+        for rank in ranks:
+            rank.kill()
+        for memory in shared:  # under a name that older vLLM may use again
+            for file in memory.parent.glob(f"{glob.escape(memory.name[:-1])}*"):
+                file.unlink(missing_ok=True)
+        os._exit(0)  # an engine's threads would keep the process alive
+
+
+def _fork_ranks() -> None:
+    """Let the ranks of a parallel engine be forked, where vLLM's CPU platform overrules the environment variable."""
+    from vllm.v1.executor import multiproc_executor
+
+    torch.set_num_threads(1)
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+
+
+def run_ranks(job: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> list[Any]:
+    """`job(rank, ranks, init, *args)` of each rank, computed side by side; `init` is a file for `loaded_rank`."""
+    identity = uuid.uuid4().hex  # of the ranks' shared memory; vLLM's executors set it
+    with ThreadPoolExecutor() as pool:
+        jobs = [
+            pool.submit(run, job, rank, ranks, folder / identity, *args, env={"VLLM_DIST_IDENT": identity})
+            for rank in range(ranks)
+        ]
+        found = [one.result() for one in jobs]
+    for memory in Path("/dev/shm").glob(f"*{identity}*"):
+        memory.unlink(missing_ok=True)
+    return found
+
+
+def loaded_rank(rank: int, ranks: int, init: Path, options: dict[str, Any], watch: Callable = lambda weights: weights):
+    """(model, names that it loaded) of one rank as the loader leaves it, without an engine.
+
+    Args:
+        options: Of `vllm.EngineArgs`, with the way that the ranks are used.
+        watch: Passes the checkpoint's tensors on.
+    """
+    import vllm_bailing
+
+    vllm_bailing.register()
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    defaults = {"dtype": "bfloat16", "enforce_eager": True, "skip_tokenizer_init": True}
+    config = EngineArgs(**{**defaults, **options}).create_engine_config()
+    parallel = config.parallel_config
+    with set_current_vllm_config(config):
+        init_distributed_environment(ranks, rank, f"file://{init}", rank, "gloo")
+        initialize_model_parallel(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+        model = initialize_model(vllm_config=config, model_config=config.model_config)
+        weights = DefaultModelLoader(config.load_config).get_all_weights(config.model_config, model)
+        return model, model.load_weights(watch(weights))
+
+
+_engines: list[Any] = []  # keeps engines: one that is dropped waits some seconds for its ranks to end
+
+
+def make_llm(model: str | Path, **options: Any) -> Any:
+    """An offline engine with the options that the comparisons need; `options` override them."""
+    from vllm import LLM
+    from vllm.v1.sample import sampler
+
+    # vLLM compiles this little helper for the ranks of log-probabilities, which takes longer than all else here.
+    helper = getattr(sampler, "batched_count_greater_than", None)
+    sampler.batched_count_greater_than = getattr(helper, "_torchdynamo_orig_callable", helper)
+
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "max_logprobs": -1,
+        "disable_log_stats": True,
+        "skip_tokenizer_init": not (Path(model) / "tokenizer.json").exists(),
+    }
+    _engines.append(LLM(str(model), **{**defaults, **options}))
+    return _engines[-1]
+
+
+def generate(
+    model: str | Path, prompts: list[list[int]], max_tokens: int = 16, logprobs: bool = True, **options: Any
+) -> list[tuple[torch.Tensor | None, list[int]]]:
+    """Greedy continuations, and log-probabilities of the whole vocabulary at every prompt position but the last.
+
+    Returns:
+        For each prompt `(logprobs [T - 1, vocab] fp32 or None, token ids [max_tokens])`.
+    """
+    return ask(make_llm(model, **options), prompts, max_tokens, logprobs)
+
+
+def ask(
+    llm: Any, prompts: list[list[int]], max_tokens: int = 16, logprobs: bool = True, adapters: list | None = None
+) -> list:
+    """As `generate`, on an engine that is already there; `adapters` has a LoRARequest or None for each prompt."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=0,
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=-1 if logprobs else None,
+    )
+    answers = []
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    for output in llm.generate(requests, params, use_tqdm=False, lora_request=adapters):
+        table = None
+        if logprobs:
+            rows = [[row[token].logprob for token in range(len(row))] for row in output.prompt_logprobs[1:]]
+            table = torch.tensor(rows)
+        answers.append((table, list(output.outputs[0].token_ids)))
+    return answers
+
+
+# Largest difference measured: 1.2e-5 (order of fp32 sums); the promise of the README is 1e-4.
+TOLERANCE = 1e-4

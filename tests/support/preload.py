@@ -1,0 +1,64 @@
+"""Everything that an engine imports, for the process that engines are forked from.
+
+What is imported here is imported once; what is not, by every engine again, which takes longer than its work.
+"""
+
+import contextlib
+import gc
+import importlib
+import os
+
+# Inductor would otherwise start compiling processes as soon as it is imported.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+MODULES = """
+    compressed_tensors.offload
+    torch._dynamo.backends.distributed
+    torch._dynamo.backends.registry
+    torch._inductor.compile_fx
+    torch._inductor.codegen.cpp
+    torch._inductor.codegen.cpp_wrapper_cpu
+    torch.distributed.tensor.experimental
+    vllm
+    vllm.compilation.backends
+    vllm.distributed.elastic_ep.elastic_execute
+    vllm.entrypoints.anthropic.protocol
+    vllm.entrypoints.launchers.cli_args
+    vllm.entrypoints.llm
+    vllm.lora.resolver
+    vllm.lora.worker_manager
+    vllm.lora.punica_wrapper.punica_cpu
+    vllm.model_executor.layers.fused_moe.eep_reconfigure
+    vllm.model_executor.layers.fused_moe.experts.cpu_moe
+    vllm.model_executor.layers.fused_moe.oracle.int8
+    vllm.model_executor.layers.fused_moe.oracle.mxfp8
+    vllm.model_executor.layers.fused_moe.oracle.nvfp4
+    vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors
+    vllm.model_executor.layers.quantization.fp8
+    vllm.model_executor.layers.quantization.auto_gptq
+    vllm.model_executor.layers.quantization.moe_wna16
+    vllm.model_executor.layers.quantization.online.base
+    vllm.model_executor.models.config
+    vllm.model_executor.models.llama_eagle3
+    vllm.model_executor.warmup.kernel_warmup
+    vllm.triton_utils.dispatcher
+    vllm.utils.cpu_triton_utils
+    vllm.v1.attention.backends.cpu_attn
+    vllm.v1.core.sched.scheduler
+    vllm.v1.engine.core
+    vllm.v1.engine.llm_engine
+    vllm.v1.executor.multiproc_executor
+    vllm.v1.spec_decode.eagle
+    vllm.v1.structured_output.backend_xgrammar
+    vllm.v1.worker.cpu_model_runner
+    vllm.v1.worker.cpu_worker
+    vllm_bailing.model
+    vllm_bailing.mtp
+""".split()
+
+for name in MODULES:
+    with contextlib.suppress(ImportError):  # older vLLM has other modules
+        importlib.import_module(name)
+# Collections of garbage would walk through all of this in every engine.
+gc.collect()
+gc.freeze()

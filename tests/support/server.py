@@ -1,0 +1,49 @@
+"""`vllm serve` on the demo checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+from openai import OpenAI
+from vllm.utils.network_utils import get_open_port
+
+from tests.support.engine import ENGINE_ENV
+from vllm_bailing import DEMO
+
+
+@contextmanager
+def serving(log, *flags, **env):
+    """`vllm serve` on the demo checkpoint, in fp32, without any trust flag."""
+    port = get_open_port()
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(DEMO), "--served-model-name", "demo"]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--max-logprobs", "-1", *flags]
+    env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **env}
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=env, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-6000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.5)
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120)
+        yield SimpleNamespace(client=client, log=log, url=f"http://127.0.0.1:{port}")
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,133 @@
+"""Commands and files of a plan, as vLLM's own parser reads them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+import serve_configs
+import yaml
+from serve_configs import zoo_config
+
+from tests.support.engine import run
+from tests.support.planning import YARN, plan
+
+
+def _parsed(arguments):
+    """What `vllm ARGUMENTS` reads, by the names of its attributes."""
+    import vllm_bailing
+
+    vllm_bailing.register()
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    command, parser = ServeSubcommand(), FlexibleArgumentParser()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    parsed = parser.parse_args(arguments)
+    command.validate(parsed)
+    names = [*(name for flags in EXPECTED.values() for name in flags), "model_tag", "model"]
+    return {name: getattr(parsed, name) for name in dict.fromkeys(names)}
+
+
+COMMANDS = {
+    "plain": {"name": "Ling-flash-2.0", "gpu": "H100", "gpus": 4, "context": 32768, "concurrency": 32},
+    "everything": {
+        "name": "Ling-flash-base-2.0",
+        "gpu": "L40S",
+        "gpus": 8,
+        "context": 131072,
+        "concurrency": 4,
+        "dtype": "fp8",
+        "kv_dtype": "fp8",
+        "draft_tokens": 2,
+        "memory_utilization": 0.9,
+        "pp": 2,
+    },
+    "dequantised, draft of another": {
+        "name": "Ling-1T-FP8",
+        "gpu": "B200",
+        "gpus": 32,
+        "context": 65536,
+        "concurrency": 4,
+        "dtype": "fp16",
+        "draft_tokens": 1,
+        "draft_model": "a model's folder",
+    },
+}
+PARSERS = {"enable_auto_tool_choice": True, "tool_call_parser": "bailing", "reasoning_parser": "bailing"}
+EXPECTED = {
+    "plain": {
+        "tensor_parallel_size": 4,
+        "pipeline_parallel_size": 1,
+        "max_model_len": 32768,
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": None,
+        "gpu_memory_utilization": 0.92,
+        "kv_cache_dtype": "auto",
+        "quantization": None,
+        "dtype": "auto",
+        "hf_overrides": {},
+        "speculative_config": None,
+        **PARSERS,
+    },
+    "everything": {
+        "tensor_parallel_size": 4,
+        "pipeline_parallel_size": 2,
+        "max_model_len": 131072,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 8192,  # vLLM would take fewer on a small GPU
+        "gpu_memory_utilization": 0.9,
+        "kv_cache_dtype": "fp8",
+        "quantization": "fp8",
+        "dtype": "auto",
+        "hf_overrides": {"rope_scaling": YARN},
+        "speculative_config": {"method": "mtp", "num_speculative_tokens": 2},
+        **PARSERS,
+    },
+    "dequantised, draft of another": {
+        "tensor_parallel_size": 8,
+        "pipeline_parallel_size": 4,
+        "max_num_batched_tokens": 8192,  # vLLM would take more on a big GPU
+        "dtype": "float16",
+        "hf_overrides": {"dequantize": True, "rope_scaling": YARN},
+        "speculative_config": {"method": "mtp", "model": "a model's folder", "num_speculative_tokens": 1},
+        **PARSERS,
+    },
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_vllm_reads_command_and_file_as_planned(case, tmp_path):
+    options = dict(COMMANDS[case])
+    found = plan(zoo_config(options.pop("name")), model="some one's/model", **options)
+    file = tmp_path / "serve.yaml"
+    file.write_text(found.yaml())
+    command = shlex.split(found.serve_line().replace("\\\n", ""))
+    command = command[command.index("serve") :]
+    by_command, by_file = (run(_parsed, arguments) for arguments in (command, ["serve", "--config", str(file)]))
+    assert by_command.pop("model_tag") == by_file.pop("model") == "some one's/model"
+    by_command.pop("model"), by_file.pop("model_tag")
+    assert by_command == by_file
+    assert {name: by_command[name] for name in EXPECTED[case]} == EXPECTED[case]
+    assert yaml.safe_load(found.yaml()) == found.flags
+
+
+@pytest.mark.parametrize("case", list(COMMANDS)[:2])
+def test_command_is_at_most_100_columns_wide(case):
+    options = dict(COMMANDS[case])
+    found = plan(zoo_config(options.pop("name")), model="inclusionAI/Ling-flash-base-2.0", **options)
+    assert max(map(len, found.serve_line().splitlines())) <= 100
+
+
+def test_the_window_of_ring_1t_is_stretched_to_what_its_card_promises():
+    found = plan(zoo_config("Ring-1T"), "B200", 16, 131072, 1)
+    scaling = json.loads(found.flags["hf-overrides"])["rope_scaling"]
+    assert scaling == {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 65536}
+
+
+def test_files_of_deploy_are_what_the_script_writes():
+    plans = serve_configs.plans()
+    files = {file.stem: file.read_text(encoding="utf-8") for file in serve_configs.FOLDER.glob("*.yaml")}
+    assert files == {name: found.yaml() for name, found in plans.items()}, "run scripts/dev/serve_configs.py"
+    assert all(found.fits for found in plans.values())

@@ -1,0 +1,354 @@
+"""What `register` changes in a vLLM process, what it leaves alone, and that it can never stop one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import multiprocessing
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from tests.support.checkpoints import write_config
+from tests.support.configs import CONFIGS
+from tests.support.engine import run
+from tests.support.registration import load_plugins
+from tests.support.zoo import OTHERS, raw_config
+
+ARCHITECTURE = "BailingMoeV2ForCausalLM"
+OURS = "vllm_bailing.model:BailingMoeV2ForCausalLM"
+DRAFT, OUR_DRAFT = "BailingMoeV2MTPModel", "vllm_bailing.mtp:BailingMoeV2MTPModel"
+INTREE = "vllm.model_executor.models.bailing_moe:BailingMoeV2ForCausalLM"
+
+
+# config.json files that must reach their own loaders as they are.
+FOREIGN = {
+    "V1": {"architectures": ["BailingMoeForCausalLM"], "model_type": "bailing_moe", "auto_map": {"AutoConfig": "a.B"}},
+    "linear": {
+        "architectures": ["BailingMoeLinearV2ForCausalLM"],
+        "model_type": "bailing_moe_linear",
+        "auto_map": {"AutoConfig": "a.B"},
+        "rotary_dim": 64,
+    },
+    "V2.5": {
+        "architectures": ["BailingMoeV2_5ForCausalLM"],
+        "model_type": "bailing_hybrid",
+        "partial_rotary_factor": 0.5,
+    },
+    "V3": {"architectures": ["BailingMoeV3ForCausalLM"], "model_type": "bailing_hybrid_v3", "num_experts": 512},
+}
+
+
+def registered_models() -> dict[str, str]:
+    from vllm import ModelRegistry
+
+    entries = {name: vars(model) for name, model in ModelRegistry.models.items()}
+    return {name: f"{entry['module_name']}:{entry['class_name']}" for name, entry in entries.items()}
+
+
+def pretend_version(version: str) -> None:
+    import vllm.version
+
+    setattr(vllm.version, "__version__", version)  # noqa: B010 (type checkers do not see the name there)
+
+
+def observe(plugins: str | None, folder: str) -> dict:
+    """Everything about this process that the plugin could have changed."""
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    lines = load_plugins(plugins)
+    try:
+        ours = type(AutoConfig.from_pretrained(Path(folder) / "ours", trust_remote_code=False)).__module__
+    except Exception as error:
+        ours = type(error).__name__
+    return {
+        "log": lines,
+        "models": registered_models(),
+        "config of the family": ours,
+        "model types": sorted(CONFIG_MAPPING.keys()),
+        "foreign": {name: PretrainedConfig.get_config_dict(Path(folder) / name)[0] for name in FOREIGN},
+    }
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("configs")
+    write_config(folder / "ours", json.loads((CONFIGS / "Ling-mini-2.0.json").read_text()))
+    for name, contents in FOREIGN.items():
+        write_config(folder / name, contents)
+
+    @functools.cache
+    def observed(plugins: str | None = None, intree: str = "") -> dict:
+        return run(observe, plugins, str(folder), env={"VLLM_BAILING_USE_INTREE": intree})
+
+    return observed
+
+
+@pytest.mark.parametrize("plugins", [None, "bailing", "other,bailing"])
+def test_the_family_is_served_by_this_package(plugins, observed):
+    seen = observed(plugins)
+    assert seen["models"][ARCHITECTURE] == OURS
+    assert seen["config of the family"] == "vllm_bailing.config"
+
+
+@pytest.mark.parametrize("plugins", ["", "other"])
+def test_a_plugin_list_without_this_one_leaves_vllm_as_it_is(plugins, observed):
+    seen = observed(plugins)
+    assert seen["models"][ARCHITECTURE] == INTREE
+    assert seen["config of the family"] == "ValueError"  # "requires you to execute the configuration file"
+    assert seen["log"] == []
+
+
+def test_one_info_line_names_what_is_replaced_and_vllms_version(observed):
+    import vllm
+
+    ((level, message),) = observed()["log"]
+    assert level == "INFO"
+    assert ARCHITECTURE in message
+    assert f"vLLM {vllm.__version__}" in message
+    assert "VLLM_BAILING_USE_INTREE" in message
+
+
+def test_on_request_vllms_class_stays_and_the_config_is_still_ours(observed):
+    seen = observed(None, "1")
+    assert seen["models"][ARCHITECTURE] == INTREE
+    assert seen["config of the family"] == "vllm_bailing.config"
+    ((level, message),) = seen["log"]
+    assert (level, "VLLM_BAILING_USE_INTREE is set" in message) == ("INFO", True)
+
+
+def test_every_other_architecture_resolves_as_without_the_plugin(observed):
+    with_it, without = observed()["models"], observed("")["models"]
+    assert len(without) > 100
+    changed = {name: with_it.get(name) for name in {*with_it, *without} if with_it.get(name) != without.get(name)}
+    assert changed == {ARCHITECTURE: OURS, DRAFT: OUR_DRAFT}
+    assert DRAFT not in without
+
+
+def test_one_model_type_is_added_and_no_other_changes(observed):
+    with_it, without = observed()["model types"], observed("")["model types"]
+    assert len(without) > 100
+    assert with_it == sorted([*without, "bailing_moe_v2"])
+
+
+def test_config_files_of_other_models_are_read_as_they_are(observed):
+    assert observed()["foreign"] == FOREIGN == observed("")["foreign"]
+
+
+# ---- again, and where something is broken ---------------------------------------------------------------------------
+
+
+def register_again_and_in_a_fork() -> tuple[list, dict, dict]:
+    import transformers
+
+    lines = load_plugins(None)
+    first, wrapped = registered_models(), transformers.PretrainedConfig.get_config_dict.__func__
+    from vllm_bailing import register
+
+    register()
+    register()
+    assert transformers.PretrainedConfig.get_config_dict.__func__ is wrapped
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        pool.submit(register).result()
+        forked = pool.submit(registered_models).result()
+    assert first == registered_models()
+    return lines, first, forked
+
+
+def test_registering_again_or_in_a_fork_changes_nothing():
+    lines, here, forked = run(register_again_and_in_a_fork)
+    assert len(lines) == 1
+    assert here == forked
+    assert here[ARCHITECTURE] == OURS
+
+
+def register_with_a_fault(fault: str) -> tuple[list, str]:
+    import transformers
+    from vllm import ModelRegistry
+
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("as broken as can be")
+
+    if fault == "no vllm":
+        sys.modules["vllm.logger"] = None  # type: ignore[assignment]
+    if fault == "no transformers":
+        sys.modules["vllm_bailing.config"] = None  # type: ignore[assignment]
+    if fault == "transformers fails":
+        transformers.AutoConfig.register = broken
+    if fault == "registry fails":
+        type(ModelRegistry).register_model = broken
+    if fault == "probe fails":
+        from vllm_bailing.plugin import support
+
+        pretend_version("99.0")
+        support.missing_from_vllm = broken
+    if fault == "missing symbol":
+        from vllm_bailing.plugin import support
+
+        pretend_version("99.0")
+        support.REQUIRED = (*support.REQUIRED, ("model_executor/layers", "NoSuchLayer", ""))
+    if fault == "too old":
+        pretend_version("0.26.1")
+    return load_plugins(None), registered_models()[ARCHITECTURE]
+
+
+@pytest.mark.parametrize(
+    ("fault", "fragments"),
+    [
+        ("no vllm", ["vllm.logger"]),
+        ("no transformers", ["vllm_bailing.config"]),
+        ("transformers fails", ["as broken as can be"]),
+        ("registry fails", ["as broken as can be"]),
+        ("probe fails", ["as broken as can be"]),
+        ("missing symbol", ["99.0", "NoSuchLayer", "0.27 to 0.33"]),
+        ("too old", ["0.26.1", "0.27"]),
+    ],
+)
+def test_where_something_is_broken_one_warning_says_so_and_vllms_class_stays(fault, fragments):
+    lines, target = run(register_with_a_fault, fault)
+    assert target == INTREE
+    ((level, message),) = lines
+    assert level == "WARNING"
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+def register_with_a_newer_vllm() -> tuple[list, str]:
+    pretend_version("99.0")
+    return load_plugins(None), registered_models()[ARCHITECTURE]
+
+
+def test_a_newer_vllm_with_all_that_is_needed_is_served_with_one_warning():
+    lines, target = run(register_with_a_newer_vllm)
+    assert target == OURS
+    assert [level for level, _ in lines] == ["INFO", "WARNING"]
+    assert "0.27 to 0.33" in lines[1][1]
+
+
+# ---- in fresh interpreters ------------------------------------------------------------------------------------------
+
+
+def fresh(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+
+
+def test_importing_the_package_imports_nothing_else():
+    code = "import sys; before = set(sys.modules); import vllm_bailing; print(sorted(set(sys.modules) - before))"
+    assert fresh(code).stdout.strip() == "['vllm_bailing']"
+
+
+def test_registering_without_vllm_warns_and_goes_on():
+    done = fresh(
+        "import sys; sys.modules['vllm'] = None; import vllm_bailing; vllm_bailing.register(); print('goes on')"
+    )
+    assert done.stdout.strip() == "goes on"
+    assert "could not register" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_registering_imports_no_model_code():
+    code = """
+import json, sys
+import vllm.engine.arg_utils  # from where vLLM loads plugins first
+before = set(sys.modules)
+import vllm_bailing
+vllm_bailing.register()
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    done = fresh(code)
+    new = json.loads(done.stdout.strip().splitlines()[-1])
+    own = {name for name in new if name.startswith("vllm_bailing")}
+    assert own == {"vllm_bailing"} | {
+        f"vllm_bailing.{name}" for name in "compat config dequantize lora refusals settings weights".split()
+    }
+    registry = {"registry", "interfaces", "interfaces_base"}  # which `from vllm import ModelRegistry` needs
+    settings = {"config"}  # checks of settings by architecture
+    models = {name.rsplit(".", 1)[-1] for name in new if name.startswith("vllm.model_executor.models.")}
+    assert models <= registry | settings
+    assert not any(name.startswith(("vllm.model_executor.layers", "torch.")) for name in new)
+    assert len(new) < 30  # measured: 15
+    # vLLM loads plugins before it sets up logging; the line is visible all the same, and once.
+    assert (done.stdout + done.stderr).count(f"{ARCHITECTURE} (set VLLM_BAILING_USE_INTREE=1") == 1
+
+
+def resolve_in_a_worker() -> tuple[list, str, str]:
+    from vllm import ModelRegistry
+
+    lines = load_plugins(None)
+    model_class = ModelRegistry.models[ARCHITECTURE].load_model_cls()
+    return lines, registered_models()[ARCHITECTURE], model_class.__module__
+
+
+def test_a_spawned_worker_resolves_the_same_class():
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        lines, target, module = pool.submit(resolve_in_a_worker).result(timeout=300)
+    assert len(lines) == 1
+    assert (target, module) == (OURS, "vllm_bailing.model")
+
+
+def inspect_and_resolve(model: str) -> tuple[dict, str, str, dict]:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import interfaces
+
+    config = EngineArgs(model=model, skip_tokenizer_init=True, dtype="float32").create_model_config()
+    info = dataclasses.asdict(config.registry.inspect_model_cls([ARCHITECTURE], config)[0])
+    model_class, architecture = config.registry.resolve_model_cls([ARCHITECTURE], config)
+    names = "lora pp eagle eagle3".split()
+    supports = {name: bool(getattr(interfaces, f"supports_{name}")(model_class)) for name in names}
+    supports["quant"] = issubclass(model_class, interfaces.SupportsQuant)
+    supports["mixture_of_experts"] = interfaces.MixtureOfExperts in model_class.__mro__
+    return info, architecture, model_class.__module__, supports
+
+
+def test_vllm_inspects_the_class_in_its_own_subprocess_and_finds_what_it_supports(tmp_path):
+    model = write_config(tmp_path / "model", json.loads((CONFIGS / "Ling-mini-2.0.json").read_text()))
+    # An empty cache: vLLM keeps what an inspection found.
+    info, architecture, module, supports = run(inspect_and_resolve, str(model), env={"VLLM_CACHE_ROOT": str(tmp_path)})
+    assert [path.name for path in (tmp_path / "modelinfos").iterdir()] == [
+        f"{OURS.replace('.', '-').replace(':', '-')}.json"
+    ]
+    assert (architecture, info["architecture"], module) == (ARCHITECTURE, ARCHITECTURE, "vllm_bailing.model")
+    expected = {
+        "is_text_generation_model": True,
+        "is_pooling_model": False,
+        "supports_pp": True,
+        "attn_type": "decoder",
+    }
+    assert {key: info[key] for key in expected} == expected
+    for absent in (
+        "supports_multimodal",
+        "has_inner_state",
+        "is_attention_free",
+        "is_hybrid",
+        "supports_transcription",
+    ):
+        assert info[absent] is False
+    assert all(supports.values()), supports
+
+
+def _resolve(raw):
+    import vllm_bailing
+
+    vllm_bailing.register()
+    from vllm import ModelRegistry
+
+    return (
+        ModelRegistry.models[raw["architectures"][0]].module_name
+        if raw["architectures"][0] in ModelRegistry.models
+        else None
+    )
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_classes_of_other_architectures_are_vllms_own(name):
+    assert not str(run(_resolve, OTHERS[name])).startswith("vllm_bailing")
+
+
+def test_class_of_the_family_is_this_packages():
+    assert run(_resolve, raw_config("Ling-1T")) == "vllm_bailing.model"

@@ -1,0 +1,180 @@
+"""`vllm-bailing verify`: the reference that is read layer by layer, and its verdict."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.support.cases import CASES, load_case
+from tests.support.checkpoints import changed_demo, make_checkpoint, plain_answer
+from tests.support.commands import run_command
+from tests.support.quantized import plain_copy, quantize
+from vllm_bailing import DEMO
+from vllm_bailing.config import BailingMoeV2Config, read_config
+from vllm_bailing.errors import CheckpointError
+from vllm_bailing.reference import BailingMoeV2ForCausalLM
+from vllm_bailing.tools import verify
+from vllm_bailing.tools.verify import TOLERANCES, Served
+from vllm_bailing.weights import main_tensors
+
+
+def asked(sequences, vocab):
+    """Sequences of which every token's log-probability is wanted."""
+    every = dict.fromkeys(range(vocab), 0.0)
+    return [Served(ids, [every] * (len(ids) - 1)) for ids in sequences]
+
+
+# ---- the streamed reference against the whole model --------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reading_layer_by_layer_gives_what_the_whole_model_gives(case, tmp_path):
+    folder, _ = load_case(case)
+    config = read_config(folder)
+    sequences = [[(5 * i * i + i) % config.vocab_size for i in range(length)] for length in (7, 24, 15)]
+    logprobs, likeliest = verify.reference_logprobs(
+        folder, config, asked(sequences, config.vocab_size), tmp_path / "work"
+    )
+    model = BailingMoeV2ForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    for ids, rows, best in zip(sequences, logprobs, likeliest, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1]
+        wanted = logits.log_softmax(-1)
+        came = torch.tensor([[row[token] for token in range(config.vocab_size)] for row in rows])
+        # fp32, other orders of summation, which the number of threads decides: 9e-7 of the largest logit was seen.
+        torch.testing.assert_close(came, wanted, atol=1.5e-6 * float(logits.abs().max()), rtol=0)
+        assert best == wanted.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "gptq", "awq"])
+def test_a_quantised_checkpoint_is_read_as_what_it_stands_for(scheme, tmp_path):
+    folder = make_checkpoint(tmp_path / "model")
+    meaning = quantize(folder, scheme)
+    config = read_config(folder)
+    prompt = list(range(20, 60))
+    wanted, _ = plain_answer(plain_copy(folder, meaning, tmp_path / "plain"), prompt, max_tokens=1)
+    rows = verify.reference_logprobs(folder, config, asked([prompt], config.vocab_size), tmp_path / "work")[0][0]
+    came = torch.tensor([[row[token] for token in range(config.vocab_size)] for row in rows])
+    torch.testing.assert_close(came, wanted[: len(came)], atol=1e-4, rtol=0)
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_stopped(tmp_path):
+    folder, _ = load_case("plain")
+    config, work = read_config(folder), tmp_path / "work"
+    served = asked([list(range(12))], config.vocab_size)
+    whole = verify.reference_logprobs(folder, config, served, tmp_path / "other")
+
+    def cut(done, of):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify.reference_logprobs(folder, config, served, work, cut)
+    seen = []
+    assert verify.reference_logprobs(folder, config, served, work, lambda done, of: seen.append(done)) == whole
+    assert seen[0] == 2
+    verify.keep_served(work, served, "fp8")
+    assert verify.served_before(work) == (served, "fp8")
+    verify.delete_work(work)
+    assert verify.served_before(work) is None
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path):
+    """8 layers of half a GB: two of them and 1 GB for Python and torch is the most that may be used."""
+    config = BailingMoeV2Config(
+        vocab_size=2048, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16,
+        num_key_value_heads=4, moe_intermediate_size=512, num_experts=160, n_group=8, topk_group=4,
+        num_experts_per_tok=8, first_k_dense_replace=0, routed_scaling_factor=2.5,
+    )  # fmt: skip
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "model_type": "bailing_moe"}))
+    made: dict = {}
+    for shape in set(main_tensors(config).values()):
+        made[shape] = torch.randn(shape).mul_(0.02).bfloat16()
+    tensors = {name: made[shape] for name, shape in main_tensors(config).items()}
+    size = sum(tensor.numel() * 2 for tensor in tensors.values())
+    layer = size / config.num_hidden_layers
+    assert size > 3.9e9
+    files = {}
+    for number in range(2):  # two files, each with half of the layers
+        part = {
+            name: tensor.clone()
+            for n, (name, tensor) in enumerate(sorted(tensors.items()))
+            if n * 2 // len(tensors) == number
+        }
+        from safetensors.torch import save_file
+
+        save_file(part, folder / f"model-{number}.safetensors", {"format": "pt"})
+        files.update(dict.fromkeys(part, f"model-{number}.safetensors"))
+        del part
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    del tensors, made
+    program = (
+        "import sys; from pathlib import Path; from vllm_bailing import verify;"
+        "from vllm_bailing.config import read_config; folder = Path(sys.argv[1]);"
+        "served = [verify.Served(list(range(n, n + 24)), [{1: 0.0}] * 23) for n in (0, 50)];"
+        "verify.reference_logprobs(folder, read_config(folder), served, folder / 'work');"
+        # Not getrusage's figure, which a process has from its parent
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=True)
+    peak = 1024 * int(done.stdout)
+    assert peak < 2 * layer + 1e9, f"{peak / 1e9:.2f} GB with layers of {layer / 1e9:.2f} GB"
+    shutil.rmtree(folder)
+
+
+# ---- the verdict -------------------------------------------------------------------------------------------
+
+
+def test_deviations_are_computed_as_they_are_defined():
+    served = Served([0, 1, 2], [{1: math.log(0.5), 0: math.log(0.25)}, {2: math.log(0.1), 0: math.log(0.8)}])
+    right = [{1: math.log(0.25), 0: math.log(0.5)}, {2: math.log(0.1), 0: math.log(0.8)}]
+    found = verify.compare(served, right, [0, 0])
+    assert found.tokens == 2 and found.agreement == 0.5
+    assert found.max == pytest.approx(math.log(2)) and found.mean == pytest.approx(math.log(2) / 2)
+    # 0.25 ln(0.25 / 0.5) + 0.5 ln(0.5 / 0.25) + 0.25 ln(0.25 / 0.25), over two positions
+    assert found.divergence == pytest.approx(0.25 * math.log(2) / 2)
+    assert verify.verdict(replace(found, mean=float("nan")), TOLERANCES["bfloat16"])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("field", "title"), [("mean", "log-probability"), ("divergence", "KL divergence")])
+def test_each_deviation_alone_speaks_against_a_deployment(field, title, dtype):
+    tolerance = TOLERANCES[dtype]
+    good = verify.Comparison(100, tolerance.mean, 6.0, tolerance.divergence, 0.5)  # both just within
+    assert verify.verdict(good, tolerance) == ""
+    for value in (1.01 * getattr(tolerance, field), float("inf"), float("nan")):
+        reason = verify.verdict(replace(good, **{field: value}), tolerance)
+        assert title in reason and " and " not in reason
+    worse = replace(good, mean=2 * tolerance.mean, divergence=2 * tolerance.divergence)
+    assert "log-probability" in verify.verdict(worse, tolerance) and "KL" in verify.verdict(worse, tolerance)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["no-such/model"],
+            "neither a folder nor a model that was downloaded; fetch it by `hf download no-such/model`",
+        ),
+        ([DEMO, "--url", "http://127.0.0.1:9"], "did not answer as a vLLM server does"),
+        ([DEMO, "--dtype", "int3"], "--dtype int3 is not known; use one of float32, bfloat16, float16, fp8"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(arguments, message, tmp_path):
+    done = run_command("verify", *arguments, cache=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_checkpoint_without_a_shard_is_refused(tmp_path):
+    folder = changed_demo(tmp_path / "cut", lambda tensors: tensors.pop("model.layers.1.attention.dense.weight"))
+    with pytest.raises(CheckpointError, match=r"1 missing \(model.layers.1.attention.dense.weight\)"):
+        verify.TensorReader(folder, read_config(folder))

@@ -1,0 +1,31 @@
+"""Names and shapes of the tensors of a checkpoint."""
+
+import pytest
+
+from tests.support.checkpoints import small_config
+from vllm_bailing.reference import BailingMoeV2ForCausalLM
+from vllm_bailing.weights import layer_tensors, main_tensors
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"num_nextn_predict_layers": 2},
+        {"tie_word_embeddings": True},
+        {"use_qk_norm": False},
+        {"use_bias": True, "use_qkv_bias": True},
+        {"num_shared_experts": 0},
+        {"num_shared_experts": 3, "first_k_dense_replace": 0},
+        {"num_key_value_heads": 1, "head_dim": 16},
+    ],
+)
+def test_names_and_shapes_are_those_of_the_plain_model(overrides):
+    config = small_config(**overrides)
+    expected = main_tensors(config)
+    for layer in config.mtp_layer_ids:
+        expected |= layer_tensors(config, layer)
+    actual = {name: tuple(tensor.shape) for name, tensor in BailingMoeV2ForCausalLM(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del actual["lm_head.weight"]
+    assert expected == actual
