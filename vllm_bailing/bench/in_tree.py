@@ -27,8 +27,8 @@ from vllm_bailing.bench.shapes import load_config, without_mtp
 from vllm_bailing.bench.statistics import AGAIN, IN_TREE, PLUGIN, SEED, summarize
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import BenchError
-from vllm_bailing.planning.gpus import GPUS
-from vllm_bailing.planning.memory import step_bytes
+from vllm_bailing.planning.gpus import gpu_called
+from vllm_bailing.planning.roofline import step_bytes
 from vllm_bailing.plugin.support import USE_INTREE
 from vllm_bailing.units import short_dtype
 
@@ -220,14 +220,10 @@ class Referee:
             self.notes.append(f"{arm}: fusion {name} {'on' if name in facts['fusions'] else 'off'}, unlike in-tree")
 
 
-# The planner's GPUs by the names that the driver gives.
-DEVICES = {"H100 80GB HBM3": "H100", "H200": "H200", "H20": "H20", "B200": "B200"}
-
-
 def known_bandwidth(device: str) -> float | None:
-    """TB/s of a GPU by its name, or None."""
-    known = DEVICES.get(device.removeprefix("NVIDIA "))
-    return GPUS[known].bandwidth / 1e12 if known else None
+    """Memory bandwidth in TB/s of the GPU that the driver calls `device`; None if it is not a known one."""
+    gpu = gpu_called(device)
+    return gpu.bandwidth / 1e12 if gpu else None
 
 
 def roofline_shares(
@@ -248,8 +244,7 @@ def roofline_shares(
         if kind != "decode" or runs["quantization"] or {"speculative_config", "hf_overrides"} & set(task.engine):
             continue
         context = task.prompt_tokens + task.output_tokens // 2
-        dtype = short_dtype(runs["dtype"])
-        step_s = step_bytes(config, dtype, ranks, context, int(size)) / bytes_per_s
+        step_s = step_bytes(config, short_dtype(runs["dtype"]), ranks, context, int(size)) / bytes_per_s
         shares.setdefault(row["figure"], {})[row["arm"]] = row["median"] * step_s / int(size)
     return shares
 

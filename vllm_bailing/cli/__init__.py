@@ -188,25 +188,25 @@ def plan(
     from vllm_bailing.cli import output
     from vllm_bailing.config import read_config
     from vllm_bailing.planning.gpus import find_gpu
-    from vllm_bailing.planning.plan import make_plan
+    from vllm_bailing.planning.plan import Request, make_plan
 
     try:
         config = read_config(model)
-        found = make_plan(
-            config,
+        request = Request(
             find_gpu(gpu, memory_gib, bandwidth),
             gpus,
             config.max_position_embeddings if context is None else context,
             concurrency,
-            dtype,
-            kv_dtype,
-            mtp,
-            tp,
-            pp,
-            gpu_memory_utilization,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            draft_tokens=mtp,
+            tp=tp,
+            pp=pp,
+            memory_utilization=gpu_memory_utilization,
             model=model,
             draft_model=draft_model,
         )
+        found = make_plan(config, request)
     except ValueError as error:
         typer.echo(f"vllm-bailing plan: {error}", err=True)
         raise typer.Exit(2) from None

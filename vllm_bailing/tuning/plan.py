@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_bailing.errors import TuneError
-from vllm_bailing.planning.gpus import GPUS
+from vllm_bailing.planning.gpus import GPUS, gpu_called, shared_memory_of
 from vllm_bailing.tuning.device import device_info, shared_memory
 from vllm_bailing.tuning.gpu_timer import GpuTimer
 from vllm_bailing.tuning.search import CALLS, FINALISTS, FIRST_ROUNDS, SECOND_ROUNDS, Notes, Row, search
-from vllm_bailing.tuning.space import LADDER, Experts, TileConfig, candidates, shared_memory_of, tile_key
+from vllm_bailing.tuning.space import LADDER, Experts, TileConfig, candidates, tile_key
 from vllm_bailing.tuning.table import (
     baseline,
     partial_file,
@@ -72,9 +72,11 @@ def make_tuning_plan(experts: Experts, folder: Path, device_name: str | None = N
 
 
 def estimate_seconds(experts: Experts, space: dict[int, list[TileConfig]], device_name: str) -> float:
-    """About how long tuning takes: compiling, and timings of candidates half as fast as the hardware allows."""
-    spelled = device_name.replace("_", " ").replace("-SXM4", "").split()
-    gpu = next((gpu for name, gpu in GPUS.items() if name in spelled), GPUS["H20"])
+    """About how long tuning takes: compiling, and timings of candidates half as fast as the hardware allows.
+
+    A GPU that is not a known one counts as an H20.
+    """
+    gpu = gpu_called(device_name) or GPUS["H20"]
     seconds = _COMPILE_SECONDS * len({tile_key(config) for configs in space.values() for config in configs})
     for tokens, configs in space.items():
         distinct = 1 - (1 - experts.top_k / experts.num_experts) ** tokens  # of the experts, with uniform routing

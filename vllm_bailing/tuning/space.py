@@ -16,15 +16,6 @@ FIELDS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_w
 LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
 DTYPES = ("bf16", "fp8")
 BLOCK = 128  # side of a block of fp8 weights that shares a scale
-_HOPPER_SHARED_MEMORY = 227 * 1024  # bytes that a block of threads can have; Blackwell's data-centre GPUs too
-_SHARED_MEMORY = {
-    "A100": 163 * 1024,
-    "A800": 163 * 1024,
-    "RTX": 99 * 1024,
-    "L4": 99 * 1024,
-    "L20": 99 * 1024,
-    "GB10": 99 * 1024,
-}
 
 
 @dataclass(frozen=True)
@@ -132,11 +123,6 @@ def shared_memory_bytes(experts: Experts, config: TileConfig) -> int:
     is_read_there = block_m >= 64 or experts.block_shape is not None
     stages = config["num_stages"] if is_read_there else config["num_stages"] - 1
     return max((block_m + block_n) * block_k * experts.element_bytes * stages, block_m * block_n * 2)
-
-
-def shared_memory_of(device_name: str) -> int:
-    """Bytes that a block of threads can have on a GPU that is not here."""
-    return next((size for part, size in _SHARED_MEMORY.items() if part in device_name), _HOPPER_SHARED_MEMORY)
 
 
 def candidates(experts: Experts, tokens: int, shared_memory: int) -> list[TileConfig]:
