@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from serve_configs import zoo_config
 
 from tests.support.engine import run
-from tests.support.planning import MTP, YARN, plan
-from vllm_bailing.planning.gpus import GPUS, find_gpu
-from vllm_bailing.planning.memory import vllm_partition
+from tests.support.planning import MIDDLE, MTP, YARN, plan
+from vllm_bailing.planning.gpus import GPUS, Gpu, find_gpu
+from vllm_bailing.planning.memory import Layout, Stage, other_memory, vllm_partition
+from vllm_bailing.planning.plan import longest_window, tp_obstacle
 
 
 @pytest.mark.parametrize(("layers", "pp"), [(80, 2), (32, 3), (20, 3), (21, 4), (22, 4), (7, 5)])
@@ -131,6 +132,203 @@ def test_blocks_of_fp8_stay_whole_on_every_rank():
     assert (found.tp, found.pp) == (4, 2)
     with pytest.raises(ValueError, match="width=512 into whole blocks of 128"):
         plan(config, "H100", 8, 4096, 1, tp=8)
+
+
+# Three ranks divide all of it.
+BY_THREE = {
+    "num_attention_heads": 12,
+    "num_key_value_heads": 3,
+    "moe_intermediate_size": 384,
+    "intermediate_size": 768,
+    "vocab_size": 190,  # padded to 192
+}
+IN_BLOCKS = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "obstacle"),
+    [
+        ({}, ""),
+        ({"num_attention_heads": 16, "num_key_value_heads": 4}, "num_attention_heads=16"),
+        ({"moe_intermediate_size": 500}, "moe_intermediate_size=500"),
+        ({"vocab_size": 193}, "the padded vocabulary of 256"),
+        ({"intermediate_size": 500}, "intermediate_size=500"),
+        ({"intermediate_size": 500, "first_k_dense_replace": 0}, ""),
+        ({"moe_shared_expert_intermediate_size": 500}, "the shared experts' width of 500"),
+        ({"moe_shared_expert_intermediate_size": 500, "num_shared_experts": 0}, ""),
+        ({"num_key_value_heads": 1}, ""),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2, nor is it a multiple of that"),
+        (IN_BLOCKS, ""),
+        ({**IN_BLOCKS, "intermediate_size": 960}, "intermediate_size=960 into whole blocks of 128"),
+        ({**IN_BLOCKS, "intermediate_size": 960, "first_k_dense_replace": 0}, ""),
+        (
+            {**IN_BLOCKS, "moe_shared_expert_intermediate_size": 192},
+            "the shared experts' width=192 into whole blocks of 128",
+        ),
+    ],
+)
+def test_what_a_tensor_parallel_size_does_not_divide(overrides, obstacle):
+    config = zoo_config("Ling-mini-2.0", **{**BY_THREE, **overrides})
+    assert tp_obstacle(config, 3) == obstacle
+    assert tp_obstacle(config, 1) == ""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "degrees"),
+    [
+        (1, {}, (1, 1)),
+        (2, {}, (2, 1)),
+        (3, {}, (1, 3)),
+        (6, {}, (2, 3)),
+        (8, {}, (8, 1)),
+        (16, {}, (8, 2)),
+        (24, {}, (8, 3)),
+        (16, {"tp": 16}, (16, 1)),
+        (8, {"tp": 2}, (2, 4)),
+        (8, {"pp": 2}, (4, 2)),
+        (8, {"tp": 4, "pp": 2}, (4, 2)),
+        (20, {"pp": 20}, (1, 20)),
+    ],
+)
+def test_all_gpus_are_used(gpus, options, degrees):
+    found = plan(zoo_config("Ling-mini-2.0"), "H200", gpus, 4096, 1, **options)
+    assert (found.tp, found.pp, found.gpus) == (*degrees, gpus)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, True, "4"])
+@pytest.mark.parametrize("name", ["gpus", "context", "concurrency", "tp", "pp", "max_num_batched_tokens"])
+def test_counts_are_whole_numbers_of_at_least_one(name, value):
+    with pytest.raises(ValueError, match=f"^{name}={value!r} must be a whole number of at least 1; give another$"):
+        plan(zoo_config("Ling-mini-2.0"), **{**BASE, name: value})
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.01])
+def test_a_share_of_memory_is_above_0_and_at_most_1(share):
+    with pytest.raises(ValueError, match=f"memory_utilization={share} must be above 0 and at most 1, such as 0.92"):
+        plan(zoo_config("Ling-mini-2.0"), **{**BASE, "memory_utilization": share})
+    assert plan(zoo_config("Ling-mini-2.0"), **{**BASE, "memory_utilization": 1}).fits
+
+
+# --- what fits ----------------------------------------------------------------------------------------------------
+
+
+def described(room: int) -> Gpu:
+    """A GPU of which `room` bytes are left for the KV cache of `MIDDLE` in bf16, if vLLM may use half of it."""
+    config = zoo_config("Ling-mini-2.0", **MIDDLE)
+    layout = Layout(config, "bf16")
+    taken = layout.weights(Stage(0, 0, 6)).total + other_memory(config, 1, 8192).total
+    return Gpu("GPU", 2 * (taken + room), 1e12)
+
+
+MIDDLE_TOKEN = 6 * 2 * 2 * 64 * 2  # bytes of KV cache
+
+
+@pytest.mark.parametrize(
+    ("tokens", "verdict", "reason", "largest_context", "largest_concurrency"),
+    [
+        (
+            0,
+            "no",
+            "weights of 0.1 GiB and other memory of 3.2 GiB leave nothing of 0.5 x 6.6 GiB per GPU; use more GPUs or a "
+            "smaller dtype",
+            0,
+            0,
+        ),
+        (
+            99,
+            "no",
+            "the weights fit, but beside them only 99 tokens of KV cache, less than one request of 100; use more GPUs, "
+            "a smaller dtype, an fp8 KV cache or a shorter context",
+            33,
+            0,
+        ),
+        (
+            100,
+            "tight",
+            "100 tokens of KV cache hold 1 requests of 100 tokens, not 3; the others wait when all are that long",
+            33,
+            1,
+        ),
+        (
+            299,
+            "tight",
+            "299 tokens of KV cache hold 2 requests of 100 tokens, not 3; the others wait when all are that long",
+            99,
+            2,
+        ),
+        (300, "fits", "", 100, 3),
+        (10**6, "fits", "", 131072, 10**4),
+    ],
+)
+def test_a_verdict_says_what_fits(tokens, verdict, reason, largest_context, largest_concurrency):
+    config = zoo_config("Ling-mini-2.0", **MIDDLE)
+    for spare in (0, MIDDLE_TOKEN - 1) if tokens else (0,):
+        room = tokens * MIDDLE_TOKEN + spare
+        found = plan(config, described(room), 1, 100, 3, memory_utilization=0.5)
+        assert (found.verdict, found.reason, found.fits) == (verdict, reason, verdict == "fits")
+        assert (found.kv_room_bytes, found.kv_tokens, found.kv_bytes_per_token) == (room, tokens, MIDDLE_TOKEN)
+        assert (found.largest_context, found.largest_concurrency) == (largest_context, largest_concurrency)
+
+
+def test_a_room_for_less_than_a_token_is_a_room():
+    found = plan(zoo_config("Ling-mini-2.0", **MIDDLE), described(1), 1, 100, 3, memory_utilization=0.5)
+    assert found.reason.startswith("the weights fit, but beside them only 0 tokens")
+
+
+def test_weights_that_do_not_fit_leave_a_negative_room_and_no_tokens():
+    found = plan(zoo_config("Ling-mini-2.0", **MIDDLE), described(-1), 1, 100, 3, memory_utilization=0.5)
+    assert (found.kv_room_bytes, found.kv_tokens, found.largest_context, found.verdict) == (-1, 0, 0, "no")
+
+
+def test_stages_are_vllms_own_while_a_whole_window_fits():
+    """Of six layers vLLM gives each of two stages three; the first has the two dense ones."""
+    config = zoo_config("Ling-mini-2.0", **{**MIDDLE, "max_position_embeddings": 1000})
+    layout, last = Layout(config, "bf16", pp=2), Stage(1, 3, 6)
+    enough = layout.weights(last).total + 1000 * layout.kv_bytes_per_token(last)
+    other = other_memory(config, 1, 8192).total
+    for spare, partition, environment in ((0, (3, 3), {}), (-1, (4, 2), {"VLLM_PP_LAYER_PARTITION": "4,2"})):
+        gpu = Gpu("GPU", enough + other + spare, 1e12)
+        found = plan(config, gpu, 2, 100, 3, pp=2, memory_utilization=1)
+        assert (found.layer_partition, found.environment) == (partition, environment)
+
+
+@pytest.mark.parametrize(
+    ("window", "rope", "longest"),
+    [(4096, None, 16384), (32768, None, 131072), (65536, None, 131072), (262144, None, 262144), (131072, YARN, 131072)],
+)
+def test_a_window_is_stretched_as_far_as_the_model_cards_go(window, rope, longest):
+    config = zoo_config("Ling-mini-2.0", max_position_embeddings=window, rope_scaling=rope)
+    assert longest_window(config) == longest
+    assert plan(config, "B200", 1, longest, 1).largest_context <= longest
+    with pytest.raises(ValueError, match=f"context={longest + 1} .* give a context of at most {longest}$"):
+        plan(config, "B200", 1, longest + 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "note"),
+    [
+        ("int8", None, "Make a checkpoint in int8 and name it as the model: vllm-bailing quantize --scheme w8a8."),
+        ("int4", None, "Make a checkpoint in int4 and name it as the model: vllm-bailing quantize --scheme w4a16."),
+        ("int8", {"quant_method": "gptq", "bits": 8}, None),
+        ("fp8", None, None),
+        ("bf16", None, None),
+    ],
+)
+def test_a_note_says_how_to_get_the_checkpoint(dtype, stored, note):
+    config = zoo_config("Ling-mini-2.0", **({"quantization_config": stored} if stored else {}))
+    assert plan(config, "H200", 8, 4096, 1, dtype=dtype).notes == ((note,) if note else ())
+
+
+def test_a_note_says_that_there_is_more_than_one_machine():
+    (note,) = plan(zoo_config("Ling-mini-2.0"), "H200", 9, 4096, 1, tp=1).notes
+    assert note.startswith("More than one machine")
+
+
+def test_drafts_of_another_checkpoint_are_one_layer():
+    alone = plan(zoo_config("Ling-mini-2.0"), "H200", 1, 4096, 1, draft_tokens=1, draft_model="base")
+    own = plan(zoo_config("Ling-mini-2.0", **MTP), "H200", 1, 4096, 1, draft_tokens=1)
+    assert alone.weights == own.weights
+    assert plan(zoo_config("Ling-mini-2.0", **MTP), "H200", 1, 4096, 1).weights.mtp == 0
 
 
 # --- properties ---------------------------------------------------------------------------------------------------

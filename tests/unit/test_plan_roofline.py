@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 from serve_configs import zoo_config
 
-from tests.support.planning import GB, MTP, plan
+from tests.support.planning import GB, MIDDLE, MTP, plan
+from vllm_bailing.planning.gpus import Gpu
+from vllm_bailing.planning.memory import Layout, Stage
+from vllm_bailing.planning.roofline import bound, stage_step, step_bytes
 
 # As above: checkpoint, dtype, tp, requests, GB per step and GPU; then tokens/s on GPUs. Context 2048, no draft.
 ROOFLINE = [
@@ -49,3 +52,77 @@ def test_many_tokens_are_bound_by_compute_on_a_gpu_with_little_of_it():
     config = zoo_config("Ling-flash-2.0")
     limits = {requests: plan(config, "H20", 4, 2048, requests).batch.limit for requests in (500, 2000)}
     assert limits == {500: "bandwidth", 2000: "compute"}
+
+
+# --- by hand ------------------------------------------------------------------------------------------------------
+
+
+def read_by_hand(weights, layers, kv_per_layer, context, tokens):
+    """Bytes of a step: all weights but the embedding, the draft and the experts that nobody chose; then the cache."""
+    idle = weights.embedding + weights.mtp + weights.routed_experts * (1 - 8 / 32) ** tokens
+    return weights.total - idle + layers * kv_per_layer * context * tokens
+
+
+@pytest.mark.parametrize("tokens", [1, 2.5, 40])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_step_by_hand(tp, tokens):
+    config = zoo_config("Ling-mini-2.0", **MIDDLE)
+    layout, stage = Layout(config, "bf16", tp=tp, mtp_layers=1), Stage(0, 0, 6)
+    read, flops = stage_step(layout, stage, 100, tokens)
+    assert read == pytest.approx(read_by_hand(layout.weights(stage), 6, 2 * (2 // tp) * 64 * 2, 100, tokens), rel=1e-9)
+    attention = (8 + 4) * 64 * 512 + 512 * 512
+    moe = 9 * 3 * 256 * 512  # eight experts of 32 and the shared one
+    sharded = 6 * attention + 2 * 3 * 1024 * 512 + 4 * moe + 1024 * 512
+    scores = 6 * 2 * 100 * 8 * 64  # products with keys and with values
+    assert flops == pytest.approx(2 * tokens * ((sharded + scores) / tp + 4 * 32 * 512), rel=1e-9)
+
+
+def test_only_the_last_stage_computes_logits():
+    layout = Layout(zoo_config("Ling-mini-2.0", **MIDDLE), "bf16", pp=2)
+    first, last = (stage_step(layout, stage, 100, 1)[1] for stage in layout.stages((4, 2)))
+    dense = 2 * 2 * 3 * 1024 * 512 + 2 * 2 * 100 * 8 * 64 * 2 + 2 * 2 * ((8 + 4) * 64 * 512 + 512 * 512)
+    assert first - dense == last - 2 * 1024 * 512
+
+
+def test_step_bytes_are_those_of_a_plan():
+    config = zoo_config("Ling-flash-2.0")
+    for dtype in ("bf16", "fp32", "fp8"):
+        planned = plan(config, "B200", 4, 2048, 16, dtype=dtype).batch
+        assert planned.step_bytes == round(step_bytes(config, dtype, 4, 2048, 16))
+
+
+def test_a_pipeline_works_on_as_many_batches_as_it_has_stages():
+    """Alone, a request passes all stages; many keep the busiest stage busy."""
+    layout, gpu = Layout(zoo_config("Ling-mini-2.0", **MIDDLE), "bf16", pp=2), Gpu("GPU", 10**9, 1e9, 1e15)
+
+    def seconds(tokens):
+        return [stage_step(layout, stage, 100, tokens)[0] / 1e9 for stage in layout.stages((3, 3))]
+
+    alone, many = bound(layout, (3, 3), gpu, 100, 1), bound(layout, (3, 3), gpu, 100, 64)
+    assert alone.tokens_per_s == pytest.approx(1 / sum(seconds(1)))
+    assert many.tokens_per_s == pytest.approx(64 / (2 * max(seconds(32))))
+    assert many.step_bytes == round(max(seconds(32)) * 1e9)
+    # A short stage must not make it look faster than its batches, one after the other.
+    uneven = bound(layout, (5, 1), gpu, 100, 64)
+    reads = [stage_step(layout, stage, 100, 32)[0] for stage in layout.stages((5, 1))]
+    assert uneven.tokens_per_s == pytest.approx(64 / (2 * max(reads) / 1e9))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flops_16", "flops_8", "peak"),
+    [("bf16", 3e9, 5e9, 3e9), ("fp8", 3e9, 5e9, 5e9), ("int8", 3e9, 5e9, 5e9), ("int4", 3e9, 5e9, 3e9),
+     ("fp8", 3e9, None, 3e9)],
+)  # fmt: skip
+def test_the_peak_is_that_of_the_dtype(dtype, flops_16, flops_8, peak):
+    layout = Layout(zoo_config("Ling-mini-2.0", **MIDDLE), dtype)
+    slow = bound(layout, (6,), Gpu("GPU", 10**9, 1e15, flops_16, flops_8), 100, 4)
+    assert (slow.limit, slow.batch) == ("compute", 4)
+    assert slow.step_flops == round(stage_step(layout, Stage(0, 0, 6), 100, 4)[1])
+    assert slow.tokens_per_s == pytest.approx(4 * peak / slow.step_flops)
+
+
+def test_without_a_peak_bytes_are_the_bound():
+    layout = Layout(zoo_config("Ling-mini-2.0", **MIDDLE), "bf16")
+    described = bound(layout, (6,), Gpu("GPU", 10**9, 1e9), 100, 10**6)
+    assert described.limit == "bandwidth"
+    assert described.tokens_per_s == pytest.approx(10**6 * 1e9 / described.step_bytes)

@@ -12,6 +12,7 @@ from serve_configs import zoo_config
 
 from tests.support.engine import run
 from tests.support.planning import YARN, plan
+from vllm_bailing.planning.serve import config_file, serve_line
 
 
 def _parsed(arguments):
@@ -30,6 +31,7 @@ def _parsed(arguments):
     return {name: getattr(parsed, name) for name in dict.fromkeys(names)}
 
 
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 COMMANDS = {
     "plain": {"name": "Ling-flash-2.0", "gpu": "H100", "gpus": 4, "context": 32768, "concurrency": 32},
     "everything": {
@@ -111,6 +113,96 @@ def test_vllm_reads_command_and_file_as_planned(case, tmp_path):
     assert by_command == by_file
     assert {name: by_command[name] for name in EXPECTED[case]} == EXPECTED[case]
     assert yaml.safe_load(found.yaml()) == found.flags
+
+
+# What they are by vLLM's own parser is tested above, that nothing else is given here.
+FLAGS = {
+    "plain": {
+        "model": "a model",
+        "tensor-parallel-size": 4,
+        "max-model-len": 32768,
+        "max-num-seqs": 32,
+    },
+    "everything": {
+        "model": "a model",
+        "tensor-parallel-size": 4,
+        "pipeline-parallel-size": 2,
+        "max-model-len": 131072,
+        "max-num-seqs": 4,
+        "max-num-batched-tokens": 8192,
+        "gpu-memory-utilization": 0.9,
+        "quantization": "fp8",
+        "kv-cache-dtype": "fp8",
+        "hf-overrides": '{"rope_scaling":{"type":"yarn","factor":4.0,"original_max_position_embeddings":32768}}',
+        "speculative-config": '{"method":"mtp","num_speculative_tokens":2}',
+    },
+    "dequantised, draft of another": {
+        "model": "a model",
+        "tensor-parallel-size": 8,
+        "pipeline-parallel-size": 4,
+        "max-model-len": 65536,
+        "max-num-seqs": 4,
+        "max-num-batched-tokens": 8192,
+        "dtype": "float16",
+        "hf-overrides": '{"dequantize":true,"rope_scaling":{"type":"yarn","factor":4.0,'
+        '"original_max_position_embeddings":32768}}',
+        "speculative-config": '{"method":"mtp","model":"a model\'s folder","num_speculative_tokens":1}',
+    },
+}
+PARSER_FLAGS = {"enable-auto-tool-choice": True, "tool-call-parser": "bailing", "reasoning-parser": "bailing"}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_a_plan_gives_only_the_flags_that_it_needs(case):
+    options = dict(COMMANDS[case])
+    found = plan(zoo_config(options.pop("name")), model="a model", **options)
+    assert list(found.flags.items()) == list({**FLAGS[case], **PARSER_FLAGS}.items())
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "expected"),
+    [
+        ({}, "bf16", {}),
+        ({}, "fp32", {"dtype": "float32"}),
+        ({"torch_dtype": "float16"}, None, {}),
+        ({"torch_dtype": "float16"}, "bfloat16", {"dtype": "bfloat16"}),
+        ({"quantization_config": FP8}, None, {}),
+        ({"quantization_config": FP8}, "fp8", {}),
+        ({"quantization_config": FP8}, "bf16", {"hf-overrides": '{"dequantize":true}'}),
+        # As config.json says already.
+        ({"quantization_config": FP8, "dequantize": True}, "bf16", {"hf-overrides": '{"dequantize":true}'}),
+        ({"quantization_config": FP8, "dequantize": True}, "fp8", {"quantization": "fp8"}),
+        ({}, "int8", {}),
+    ],
+)
+def test_flags_that_a_dtype_needs(stored, dtype, expected):
+    flags = plan(zoo_config("Ling-mini-2.0", **stored), "H200", 1, 4096, 1, dtype=dtype).flags
+    assert {name: flags[name] for name in ("dtype", "quantization", "hf-overrides") if name in flags} == expected
+
+
+def test_a_plan_names_where_the_configuration_came_from_unless_told_otherwise():
+    config = zoo_config("Ling-mini-2.0")
+    assert plan(config, "H200", 1, 4096, 1).model == "MODEL"
+    config.name_or_path = "a folder"
+    assert plan(config, "H200", 1, 4096, 1).flags["model"] == "a folder"
+    assert plan(config, "H200", 1, 4096, 1, model="another").flags["model"] == "another"
+
+
+def test_a_command_is_broken_only_where_a_line_would_be_too_long():
+    """Lines and the backslashes after them take 100 columns at most; a value is never broken."""
+    flags = {"model": "m", "a": "x" * 78, "b": 1, "c": True, "d": "y" * 120, "e": "z z"}
+    assert serve_line("m", flags, {}) == (
+        f"vllm serve m --a {'x' * 78} \\\n  --b 1 --c --d \\\n  {'y' * 120} \\\n  --e 'z z'"
+    )
+    assert serve_line("m", {"a": "x" * 79}, {}) == f"vllm serve m --a {'x' * 79}"
+    assert serve_line("m", {"a": "x" * 80}, {}) == f"vllm serve m \\\n  --a {'x' * 80}"
+    assert serve_line("a m", {"model": "a m"}, {"A": "1", "B": "2"}) == "A=1 B=2 vllm serve 'a m'"
+
+
+def test_a_file_begins_with_its_comments():
+    text = config_file({"model": "m", "z": 1, "a": True}, {"A": "1", "B": "2"}, ["one", "two"])
+    assert text == "# one\n# two\n# Set A=1 and B=2.\nmodel: m\nz: 1\na: true\n"
+    assert config_file({"model": "m"}, {}, []) == "model: m\n"
 
 
 @pytest.mark.parametrize("case", list(COMMANDS)[:2])

@@ -244,8 +244,7 @@ def roofline_shares(
         if kind != "decode" or runs["quantization"] or {"speculative_config", "hf_overrides"} & set(task.engine):
             continue
         context = task.prompt_tokens + task.output_tokens // 2
-        dtype = short_dtype(runs["dtype"])
-        step_s = step_bytes(config, dtype, ranks, context, int(size)) / bytes_per_s
+        step_s = step_bytes(config, short_dtype(runs["dtype"]), ranks, context, int(size)) / bytes_per_s
         shares.setdefault(row["figure"], {})[row["arm"]] = row["median"] * step_s / int(size)
     return shares
 
