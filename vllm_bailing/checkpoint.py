@@ -59,7 +59,7 @@ class Checkpoint:
         for file in files:
             try:
                 with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                    for name in opened.keys():  # noqa: SIM118 (not a mapping)
                         stored = opened.get_slice(name)
                         is_float = stored.get_dtype().startswith(("F", "BF"))
                         self.tensors[name] = StoredTensor(file, tuple(stored.get_shape()), is_float)
@@ -83,8 +83,8 @@ class Checkpoint:
 
         try:
             for name in (_INDEX, "model.safetensors"):
-                if isinstance(found := try_to_load_from_cache(model, name, revision=revision), str):
-                    checkpoint = _read(Path(found).parent)
+                if isinstance(cached := try_to_load_from_cache(model, name, revision=revision), str):
+                    checkpoint = _read(Path(cached).parent)
                     # What is absent has not been fetched yet.
                     return Checkpoint(None) if checkpoint.damage.endswith("fetch them") else checkpoint
         except HFValidationError:
@@ -92,12 +92,12 @@ class Checkpoint:
         return Checkpoint(None)
 
     def has_scales(self, module: str) -> bool:
-        """Whether `module` is a linear layer that is stored quantised."""
+        """Whether `module` is a linear layer that is stored quantized."""
         return any(f"{module}.{leaf}" in self.tensors for leaf in _SCALES)
 
     @property
     def has_quantized_experts(self) -> bool:
-        """Whether any expert is stored quantised."""
+        """Whether any expert is stored quantized."""
         return any(".mlp.experts." in name and name.rpartition(".")[2] in _SCALES for name in self.tensors)
 
     @property
@@ -105,17 +105,17 @@ class Checkpoint:
         """Bytes of all files."""
         return sum(file.stat().st_size for file in {stored.file for stored in self.tensors.values()})
 
-    def layers_behind(self, config: BailingMoeV2Config) -> list[int]:
-        """Numbers of the layers behind the main ones, which can only be MTP layers."""
+    def layers_past_main(self, config: BailingMoeV2Config) -> list[int]:
+        """Numbers of the layers past the main ones, which can only be MTP layers."""
         layers = {layer for name in self.tensors if (layer := layer_of(name)) is not None}
         return sorted(layer for layer in layers if layer >= config.num_hidden_layers)
 
-    def files_with(self, wanted: Callable[[str], bool]) -> str | None:
-        """A glob for every file that holds a tensor whose name is `wanted`, and hardly any other; None if unknown.
+    def files_with(self, is_needed: Callable[[str], bool]) -> str | None:
+        """A glob for every file that holds a tensor whose name `is_needed`, and hardly any other; None if unknown.
 
         One pattern, since vLLM stops at the first that matches anything.
         """
-        names = sorted({stored.file.name for name, stored in self.tensors.items() if wanted(name)})
+        names = sorted({stored.file.name for name, stored in self.tensors.items() if is_needed(name)})
         if len({len(name) for name in names}) != 1:
             return None
         columns = [sorted(set(column)) for column in zip(*names, strict=True)]
@@ -152,5 +152,5 @@ def _read_once(folder: Path, files: tuple[tuple[str, int, int], ...]) -> Checkpo
 
 
 def damaged_files(folder: str | None) -> str:
-    """`Checkpoint.damage` of what lies in `folder`; empty where that is no folder."""
+    """`Checkpoint.damage` of what lies in `folder`; empty if that is not a folder."""
     return Checkpoint(Path(folder)).damage if folder else ""

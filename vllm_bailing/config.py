@@ -54,7 +54,7 @@ class BailingMoeV2Config(PretrainedConfig):
     """Configuration of a BailingMoeV2 model (Ling-mini/flash-2.0, Ling-1T, their base and Ring siblings).
 
     Keys that a config.json leaves out take the meaning of the official modeling code: weights of the chosen experts
-    are normalised, scores are sigmoids, routing runs in fp32, norms are RMSNorm, and the rotary width follows
+    are normalized, scores are sigmoids, routing runs in fp32, norms are RMSNorm, and the rotary width follows
     `partial_rotary_factor`, else `rotary_dim`, else the whole head.
 
     Derived on construction, and again whenever a rope key is assigned (vLLM's `--hf-overrides` assigns attributes):
@@ -65,7 +65,7 @@ class BailingMoeV2Config(PretrainedConfig):
       what the model card's recipe means although it leaves the window at 32768.
 
     With `dequantize` (a key of this class, not of the official one) `quantization_config` becomes
-    `stored_quantization_config`, so that nobody takes the model for a quantised one; see `dequantize.py`.
+    `stored_quantization_config`, so that nobody takes the model for a quantized one; see `dequantize.py`.
 
     Raises:
         ValueError: If a value has the wrong type or range, or two keys contradict each other. The message is one

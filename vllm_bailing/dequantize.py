@@ -1,4 +1,4 @@
-"""Quantised checkpoints turned into plain ones while they load, for platforms that have no kernel for a scheme.
+"""Quantized checkpoints turned into plain ones while they load, for platforms that have no kernel for a scheme.
 
 The arithmetic is that of the compressed-tensors library, which vLLM depends on; GPTQ alone is laid out here, since the
 library does not read it.
@@ -21,7 +21,7 @@ _PARTS = ("weight", "weight_scale", "weight_scale_inv", "weight_packed", "weight
 _PARTS += ("weight_g_idx", "qweight", "qzeros", "scales", "g_idx")
 
 
-def as_plain(
+def dequantized(
     tensors: Iterable[tuple[str, torch.Tensor]], config: BailingMoeV2Config, dtype: torch.dtype
 ) -> Iterable[tuple[str, torch.Tensor]]:
     """`tensors` as they are, or as `config.dequantize` asks."""
@@ -30,11 +30,11 @@ def as_plain(
 
 
 class Dequantizer:
-    """Yields a checkpoint's tensors with every quantised linear layer as one plain weight.
+    """Yields a checkpoint's tensors with every quantized linear layer as one plain weight.
 
     Args:
         quantization: `quantization_config` of the checkpoint's config.json.
-        dtype: Of the weights that were quantised; others pass as they are.
+        dtype: Of the weights that were quantized; others pass as they are.
     Raises:
         CheckpointError: If the scheme is not known.
     """
@@ -79,7 +79,7 @@ class Dequantizer:
         for module, parts in waiting.items():
             absent = [part for part in self.parts_of(module) if part not in parts]
             raise CheckpointError(
-                f"{module} of the quantised checkpoint has {', '.join(sorted(parts))} but no {', '.join(absent)}; "
+                f"{module} of the quantized checkpoint has {', '.join(sorted(parts))} but no {', '.join(absent)}; "
                 "fetch or export it again"
             )
 
@@ -115,7 +115,7 @@ def _compressed_tensors(quantization: dict[str, Any]) -> tuple[Any, Any]:
         for scheme, compressor in zip(schemes, compressors, strict=True):
             if "Linear" in scheme.targets or any(match_name(module, target) for target in scheme.targets):
                 return scheme, compressor
-        raise CheckpointError(f"{module} is quantised, but no group of quantization_config in config.json targets it")
+        raise CheckpointError(f"{module} is quantized, but no group of quantization_config in config.json targets it")
 
     def parts_of(module: str) -> tuple[str, ...]:
         scheme, compressor = find(module)
@@ -140,9 +140,9 @@ def _of_blocks(weight: torch.Tensor, scale: torch.Tensor, block: Iterable[int]) 
     from compressed_tensors.entrypoints.convert.converters import FP8BlockDequantizer
 
     height, width = block
-    wanted = (-(-weight.shape[0] // height), -(-weight.shape[1] // width))
-    if tuple(scale.shape) != wanted:
-        raise ValueError(f"blocks of {height} x {width} need {list(wanted)} scales")
+    expected = (-(-weight.shape[0] // height), -(-weight.shape[1] // width))
+    if tuple(scale.shape) != expected:
+        raise ValueError(f"blocks of {height} x {width} need {list(expected)} scales")
     converter = FP8BlockDequantizer(targets=["re:.*"], weight_block_size=(height, width), dtype=torch.float32)
     return converter.process({"module.weight": weight, "module.weight_scale_inv": scale})["module.weight"]
 
@@ -153,12 +153,12 @@ def _fp8(quantization: dict[str, Any]) -> tuple[Any, Any]:
     block = quantization.get("weight_block_size")
     parts = ("weight", "weight_scale_inv" if block else "weight_scale")
 
-    def weight_of(module: str, found: Tensors) -> torch.Tensor:
+    def weight_of(module: str, stored: Tensors) -> torch.Tensor:
         import torch
 
         if block:
-            return _of_blocks(found["weight"], found["weight_scale_inv"], block)
-        return dequantize(found["weight"], found["weight_scale"].to(torch.float32))
+            return _of_blocks(stored["weight"], stored["weight_scale_inv"], block)
+        return dequantize(stored["weight"], stored["weight_scale"].to(torch.float32))
 
     return lambda module: parts, weight_of
 
@@ -174,8 +174,8 @@ def _awq(quantization: dict[str, Any]) -> tuple[Any, Any]:
     _, weight_of_packed = _compressed_tensors(config)
     parts = ("qweight", "qzeros", "scales") if converter.zero_point else ("qweight", "scales")
 
-    def weight_of(module: str, found: Tensors) -> torch.Tensor:
-        named = {f"{module}.{leaf}": tensor for leaf, tensor in found.items()}
+    def weight_of(module: str, stored: Tensors) -> torch.Tensor:
+        named = {f"{module}.{leaf}": tensor for leaf, tensor in stored.items()}
         packed = converter.process(named)
         return weight_of_packed(module, {name.rpartition(".")[2]: tensor for name, tensor in packed.items()})
 
@@ -190,19 +190,19 @@ def _gptq(quantization: dict[str, Any]) -> tuple[Any, Any]:
     # The first format stores every zero point less one.
     shift = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
 
-    def weight_of(module: str, found: Tensors) -> torch.Tensor:
+    def weight_of(module: str, stored: Tensors) -> torch.Tensor:
         import torch
 
-        scales = found["scales"].float()  # [groups, out]
+        scales = stored["scales"].float()  # [groups, out]
         groups, width = scales.shape
-        inputs = found["g_idx"].numel()
-        weight = unpack_from_int32(found["qweight"], bits, torch.Size((inputs, width)), packed_dim=0)
-        zeros = unpack_from_int32(found["qzeros"], bits, torch.Size((groups, width)))
-        index = found["g_idx"].long()
+        inputs = stored["g_idx"].numel()
+        weight = unpack_from_int32(stored["qweight"], bits, torch.Size((inputs, width)), packed_dim=0)
+        zeros = unpack_from_int32(stored["qzeros"], bits, torch.Size((groups, width)))
+        index = stored["g_idx"].long()
         if int(index.min()) < 0 or int(index.max()) >= groups:
             raise ValueError(f"g_idx points outside the {groups} groups")
         # As floats: a zero point of 2^bits leaves the range of the stored integers.
-        centred = weight.float() - (zeros.float() + shift)[index]
-        return dequantize(centred.T, scales.T, g_idx=index)
+        centered = weight.float() - (zeros.float() + shift)[index]
+        return dequantize(centered.T, scales.T, g_idx=index)
 
     return lambda module: ("qweight", "qzeros", "scales", "g_idx"), weight_of

@@ -57,7 +57,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_bailing.audit import Audit
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.dequantize import as_plain
+from vllm_bailing.dequantize import dequantized
 from vllm_bailing.errors import CheckpointError
 from vllm_bailing.plugin.checks import adding_the_remedy
 from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
@@ -300,7 +300,7 @@ class BailingMoeV2MoE(nn.Module):
                 top_k=config.num_experts_per_tok,
                 hidden_size=config.hidden_size,
                 intermediate_size=config.moe_intermediate_size,
-                # The official code normalises only where there is more than one weight.
+                # The official code normalizes only where there is more than one weight.
                 renormalize=config.num_experts_per_tok > 1,
                 use_grouped_topk=True,
                 num_expert_group=config.n_group,
@@ -537,12 +537,12 @@ class BailingMoeV2ForCausalLM(
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors, under the names of the published checkpoints.
 
-        The first call has to bring everything; later ones (a trainer updating the model) may bring a part.
+        The first call must bring everything; later ones (a trainer updating the model) may bring a part.
         """
         audit = self._audit.restarted()
         start = time.perf_counter()
         loader = AutoWeightsLoader(self)
-        weights = as_plain(audit.needed(weights), self.config, self.vllm_config.model_config.dtype)
+        weights = dequantized(audit.needed(weights), self.config, self.vllm_config.model_config.dtype)
         loaded = loader.load_weights(self._with_head(audit.passed(weights)), mapper=self.hf_to_vllm_mapper)
         audit.finish(complete=self._expect_complete)
         self._expect_complete = False

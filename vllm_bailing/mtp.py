@@ -1,6 +1,6 @@
 """The multi-token prediction (MTP) layer of BailingMoeV2 as a draft model for vLLM's speculative decoding.
 
-Row i of the draft's input pairs the target's hidden state of token i, behind its final norm, with the embedding of
+Row i of the draft's input pairs the target's hidden state of token i, after its final norm, with the embedding of
 token i + 1; row i of its output predicts token i + 2. Embedding and head are the target's.
 
 Source: inclusionAI/Ling-V2, `modeling_bailing_moe_v2.py`, class `BailingMoeV2MTPLayer`; the interface is what
@@ -35,7 +35,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_bailing.audit import Audit
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.dequantize import as_plain
+from vllm_bailing.dequantize import dequantized
 from vllm_bailing.errors import CheckpointError
 from vllm_bailing.model import (
     BailingMoeV2DecoderLayer,
@@ -102,7 +102,7 @@ class BailingMoeV2MTPLayer(BailingMoeV2DecoderLayer):
         super().__init__(vllm_config, config, prefix)
         self.enorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        # The vendor's exporter quantises everything around this projection and says so nowhere.
+        # The vendor's exporter quantizes everything around this projection and says so nowhere.
         name = f"{prefix}.eh_proj"
         is_quantized = Checkpoint.of(vllm_config.model_config).has_scales(name)
         self.eh_proj = ReplicatedLinear(
@@ -115,7 +115,7 @@ class BailingMoeV2MTPLayer(BailingMoeV2DecoderLayer):
         self.final_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor, next_embeds: torch.Tensor) -> torch.Tensor:
-        """Returns [T, H] behind the layer's own final norm, for tensors [T], [T, H] and [T, H]."""
+        """Returns [T, H] after the layer's own final norm, for tensors [T], [T, H] and [T, H]."""
         joined, _ = self.eh_proj(torch.cat((self.enorm(next_embeds), self.hnorm(hidden_states)), dim=-1))
         output, residual = super().forward(positions, joined, None)
         output, _ = self.final_layernorm(output, residual)
@@ -175,7 +175,7 @@ class BailingMoeV2MTPStack(nn.Module):
 
 
 def _of_the_draft(vllm_config: VllmConfig) -> VllmConfig:
-    """`vllm_config` with the draft's model and quantisation, where vLLM leaves the target's."""
+    """`vllm_config` with the draft's model and quantization, where vLLM leaves the target's."""
     assert vllm_config.speculative_config is not None
     own = copy.copy(vllm_config)  # the layers register in the parts that both share
     own.model_config = vllm_config.speculative_config.draft_model_config
@@ -247,7 +247,7 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
         Args:
             input_ids: [T]; row i holds the token that follows row i's hidden state.
             positions: [T], of the hidden states.
-            hidden_states: [T, H] behind the target's final norm, or this method's result for the step before.
+            hidden_states: [T, H] after the target's final norm, or this method's result for the step before.
         """
         return self.model(input_ids, positions, hidden_states, inputs_embeds, spec_step_idx)
 
@@ -265,7 +265,7 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the MTP layers of a checkpoint; what belongs to the target is passed over."""
         audit = self._audit.restarted()
-        weights = as_plain(audit.needed(weights), self.config, self.vllm_config.model_config.dtype)
+        weights = dequantized(audit.needed(weights), self.config, self.vllm_config.model_config.dtype)
         loaded = AutoWeightsLoader(self).load_weights(audit.passed(weights), mapper=self.hf_to_vllm_mapper)
         audit.finish(complete=self._expect_complete)
         if self.draft_head is not None and self._expect_complete:

@@ -113,7 +113,7 @@ class Thinking(enum.Enum):
     """What a prompt says about the answer's reasoning."""
 
     OPEN = "the prompt has opened it"
-    OFF = "there is none, or it is behind us"
+    OFF = "there is none, or it is over"
     OPTIONAL = "the answer opens it if it wants to"
 
 
@@ -150,7 +150,7 @@ class BailingReasoningParser(ReasoningParser):
         return self._thinking is Thinking.OFF
 
     def set_prompt_token_ids(self, prompt_token_ids: Sequence[int]) -> None:
-        """Take note of the prompt, which tells how the answer has to be read."""
+        """Take note of the prompt, which tells how to read the answer."""
         self._thinking = self._thinking_after(list(prompt_token_ids))
 
     def _thinking_after(self, prompt: list[int]) -> Thinking:

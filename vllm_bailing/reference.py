@@ -213,7 +213,7 @@ class BailingMoeV2SparseMoe(nn.Module):
 
 
 class BailingMoeV2DecoderLayer(nn.Module):
-    """Attention and feed-forward block, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward block, each after a norm and added to the residual stream."""
 
     def __init__(self, config: BailingMoeV2Config, layer_idx: int) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ class BailingMoeV2Output(CausalLMOutputWithPast):
 
 
 class BailingMoeV2PreTrainedModel(PreTrainedModel):
-    """Loading and initialisation shared by the classes below."""
+    """Loading and initialization shared by the classes below."""
 
     config_class = BailingMoeV2Config
     base_model_prefix = "model"
@@ -334,7 +334,7 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """Logits [..., vocab] of `hidden_states` [..., H], which are behind the final norm."""
+        """Logits [..., vocab] of `hidden_states` [..., H], which come after the final norm."""
         if not self.config.norm_head:
             return self.lm_head(hidden_states)
         # Every column of the head, one per hidden channel, has unit length over the vocabulary.
@@ -365,7 +365,7 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
             position_ids: [B, T]; derived from `attention_mask` when left out.
             labels: [B, T] int64 with -100 where no loss is wanted; shifted inside.
             output_hidden_states: Also return the embedding output and the output of every decoder layer, the last of
-                them behind the final norm.
+                them after the final norm.
             output_router_logits: Also return the routing of every MoE layer.
             logits_to_keep: Compute logits of the last so many positions only; 0 for all.
             cache: What `generate` of transformers 5.24 and later calls `past_key_values`.
@@ -418,13 +418,13 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
         """Run MTP layer `step` over whole sequences (no cache).
 
         Args:
-            hidden_states: [B, T, H] behind the main model's final norm, or this method's result for `step - 1`.
+            hidden_states: [B, T, H] after the main model's final norm, or this method's result for `step - 1`.
             next_input_ids: [B, T]; row i holds the token that follows position i (plus `step`).
             attention_mask: [B, T], 0 at padding, or None.
             position_ids: [B, T]; derived from `attention_mask` when left out.
 
         Returns:
-            ([B, T, H] behind the MTP layer's final norm, its routing).
+            ([B, T, H] after the MTP layer's final norm, its routing).
         """
         layer: BailingMoeV2MTPLayer = self.model.layers[self.config.num_hidden_layers + step]
         tokens = hidden_states.shape[1]

@@ -92,19 +92,19 @@ class ToolCallStream:
         return True
 
     def _header(self, pieces: list[Piece]) -> bool:
-        found = _HEADER.match(self._text, partial=True)
-        if found is None:
+        match = _HEADER.match(self._text, partial=True)
+        if match is None:
             self.state = self._whole
-        elif found.partial:
+        elif match.partial:
             return False
         else:
             try:
-                name = json.loads(found[1])
+                name = json.loads(match[1])
             except ValueError:
                 self.state = self._whole
                 return True
             pieces.append(CallStart(name))
-            self._text, self.state = self._text[found.end() :], self._arguments
+            self._text, self.state = self._text[match.end() :], self._arguments
             self._depth, self._in_string, self._escaped = 0, False, False
         return True
 
@@ -171,10 +171,10 @@ class ToolCallStream:
         return self.state == self._tail
 
     def _tail(self, pieces: list[Piece]) -> bool:
-        found = _TAIL.match(self._text, partial=True)
-        if found is not None and found.partial:
+        match = _TAIL.match(self._text, partial=True)
+        if match is not None and match.partial:
             return False
-        structure: Any = found or _TAIL_STRUCTURE.match(self._text)
+        structure: Any = match or _TAIL_STRUCTURE.match(self._text)
         self._text, self.state = self._text[structure.end() :], self._content
         self._after_call = True
         return True

@@ -1,4 +1,4 @@
-"""What a value of config.json has to be. Every error names the key, its value and what to do."""
+"""What a value of config.json must be. Every error names the key, its value and what to do."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from vllm_bailing.config import BailingMoeV2Config
 
 Shape = tuple[int, ...]
 KV_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale")
-# Fixed scales of activations, and what else belongs to a quantised layer's inputs and outputs.
+# Fixed scales of activations, and what else belongs to a quantized layer's inputs and outputs.
 ACTIVATION_LEAVES = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 EMBEDDING, HEAD = "model.word_embeddings.weight", "lm_head.weight"
 

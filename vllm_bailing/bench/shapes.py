@@ -93,7 +93,7 @@ def without_mtp(model: str, folder: Path) -> str:
     from safetensors.torch import save_file
 
     checkpoint, config = Checkpoint.at(model), load_config(model)
-    if checkpoint.folder is None or not checkpoint.layers_behind(config):
+    if checkpoint.folder is None or not checkpoint.layers_past_main(config):
         return model
     folder.mkdir(parents=True, exist_ok=True)
     for file in {stored.file for stored in checkpoint.tensors.values()}:

@@ -63,14 +63,14 @@ def check_quantization(vllm_config: Any) -> None:
     draft = speculation.draft_model_config.hf_config if has_mtp_draft(speculation) else config
     if config.dequantize and stored is None and draft.stored_quantization_config is None:
         raise SettingsError(
-            "dequantize=true, but config.json has no quantization_config: nothing to dequantise; leave it out"
+            "dequantize=true, but config.json has no quantization_config: nothing to dequantize; leave it out"
         )
     if stored is not None:
         Dequantizer(stored, model_config.dtype)
         elements = sum(math.prod(shape) for shape in main_tensors(config).values())
         init_logger("vllm.plugins.bailing").warning(
             "dequantize: the checkpoint's %s weights become %s while they load: %.1f GiB over all ranks instead of "
-            "%.1f, a slower load, and no quantised kernels",
+            "%.1f, a slower load, and no quantized kernels",
             stored.get("quant_method"),
             str(model_config.dtype).removeprefix("torch."),
             elements * model_config.dtype.itemsize / 2**30,
@@ -79,7 +79,7 @@ def check_quantization(vllm_config: Any) -> None:
     elif model_config.quantization is not None and current_platform.is_cpu() and not _has_amx():
         if getattr(config, "quantization_config", None) is None:
             raise SettingsError(
-                f"--quantization {model_config.quantization}: vLLM's CPU build quantises no experts on a processor "
+                f"--quantization {model_config.quantization}: vLLM's CPU build cannot quantize experts on a processor "
                 "without AMX; leave it out"
             )
         if checkpoint.has_quantized_experts or model_config.quantization == "fp8":
@@ -116,7 +116,7 @@ def _check_draft_head(vllm_config: Any) -> None:
     if Checkpoint.of(vllm_config.model_config).has_scales("lm_head"):
         raise SettingsError(
             f"{DRAFT_VOCABULARY} in --additional-config takes rows of the head, and that of "
-            f"{vllm_config.model_config.model} is quantised; leave it out"
+            f"{vllm_config.model_config.model} is quantized; leave it out"
         )
 
 

@@ -46,7 +46,7 @@ def wants_fused_qk_norm_rope(vllm_config: Any) -> bool | None:
 
 
 def wants_cpu_kernels(vllm_config: Any) -> bool | None:
-    """Whether `--additional-config` asks for the kernels of `vllm_bailing.cpu`, or rules them out; None if open.
+    """Whether `--additional-config` asks for the kernels of `plugin.kernels.cpu`, or rules them out; None if open.
 
     Raises:
         SettingsError: If it is neither true nor false.
@@ -68,7 +68,7 @@ def draft_vocabulary(vllm_config: Any) -> list[int] | None:
     """Token ids that an MTP draft may propose, from `--additional-config`; None for all.
 
     Raises:
-        SettingsError: If they are no list of token ids, or no file with one.
+        SettingsError: If they are not a list of token ids, or a file with one.
     """
     given = _additional(vllm_config, DRAFT_VOCABULARY)
     if given is None:

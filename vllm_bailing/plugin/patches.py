@@ -227,7 +227,7 @@ def experts_without_lora_on_cpu() -> Iterator[None]:
 
     Differs:  with LoRA enabled vLLM picks its Triton experts for every layer, adapted or not, and CPUs have no Triton.
     Upstream: `select_unquantized_moe_backend`, in 0.27 to 0.33.
-    Remove:   when vLLM's CPU experts take adapters, or are chosen where experts are no LoRA target.
+    Remove:   when vLLM's CPU experts take adapters, or are chosen where experts are not a LoRA target.
     """
     from vllm.config import get_current_vllm_config
     from vllm.platforms import current_platform
@@ -248,7 +248,7 @@ def experts_without_lora_on_cpu() -> Iterator[None]:
 def pretend_device(name: str | None) -> Iterator[None]:
     """Let vLLM's look-up of tables of the fused experts take this machine's GPU for the one called `name`, if any.
 
-    Differs:  it takes the device's name from the machine that it runs on, and remembers what it found.
+    Differs:  it takes the device's name from the machine that it runs on, and remembers the result.
     Upstream: `get_config_file_name` and `get_moe_configs`, in 0.27 to 0.33.
     Remove:   when they take the name as an argument.
     """

@@ -63,10 +63,10 @@ def mtp_draft(hf_config: Any, speculation: Any) -> BailingMoeV2Config | None:
 def _fit(draft: BailingMoeV2Config, target: BailingMoeV2Config, model: str) -> None:
     """Give a draft from a checkpoint of its own the target's context."""
     for name in ("hidden_size", "vocab_size", "num_hidden_layers"):
-        wanted, came = getattr(target, name), getattr(draft, name)
-        if wanted != came:
+        expected, actual = getattr(target, name), getattr(draft, name)
+        if expected != actual:
             raise CheckpointError(
-                f"the draft model {model} has {name}={came}, the target {wanted}; its MTP layer is another model's"
+                f"the draft model {model} has {name}={actual}, the target {expected}; its MTP layer is another model's"
             )
     if draft.rope_parameters["rope_type"] == "default":
         draft.update(
@@ -77,11 +77,11 @@ def _fit(draft: BailingMoeV2Config, target: BailingMoeV2Config, model: str) -> N
 def _no_mtp_layer(draft: BailingMoeV2Config, speculation: Any, shares_checkpoint: bool) -> str:
     model = speculation.model
     revision = speculation.target_model_config.revision if shares_checkpoint else speculation.revision
-    found = Checkpoint.at(model, revision).layers_behind(draft)
-    if found:
+    layers = Checkpoint.at(model, revision).layers_past_main(draft)
+    if layers:
         how = "pass --hf-overrides" if shares_checkpoint else "write into its config.json"
         return (
-            f"{model} has num_nextn_predict_layers=0 in its config.json, but the checkpoint holds {len(found)} MTP "
-            f"layer(s), number {', '.join(map(str, found))}; {how} '{{\"num_nextn_predict_layers\": {len(found)}}}'"
+            f"{model} has num_nextn_predict_layers=0 in its config.json, but the checkpoint holds {len(layers)} MTP "
+            f"layer(s), number {', '.join(map(str, layers))}; {how} '{{\"num_nextn_predict_layers\": {len(layers)}}}'"
         )
     return f"{model} has no MTP layer (num_nextn_predict_layers=0), as usual for the chat models; {NAME_ANOTHER_DRAFT}"

@@ -71,7 +71,7 @@ def decide(vllm_version: str, vllm_root: Path | None = None) -> Decision:
     except InvalidVersion:
         version = None
     if version is not None and version.is_devrelease and version.release < (0, 2):
-        version = None  # what a build from a checkout without tags calls itself; its sources have to tell what it is
+        version = None  # what a build from a checkout without tags calls itself; its sources must tell what it is
     if version is not None and version < Version(MINIMUM_VLLM):
         return Decision(vllm_version, reason=f"it needs vLLM {MINIMUM_VLLM} or newer; run `pip install -U vllm`")
     if version is not None and version.release[:2] <= Version(CHECKED_VLLM[1]).release[:2]:
@@ -98,7 +98,9 @@ def missing_from_vllm(vllm_root: Path | None = None) -> list[str]:
 
         vllm_root = Path(vllm.__path__[0])
     problems = [
-        problem for where, name, wanted in REQUIRED if (problem := _missing(vllm_root / where, name, wanted.split()))
+        problem
+        for where, name, arguments in REQUIRED
+        if (problem := _missing(vllm_root / where, name, arguments.split()))
     ]
     for module, name in imported_names():
         base = vllm_root.joinpath(*module.split(".")[1:])
@@ -113,11 +115,11 @@ def imported_names() -> list[tuple[str, str]]:
     folder = Path(__file__).parents[1]
     trees = [ast.parse((folder / file).read_text(encoding="utf-8")) for file in _MODEL_FILES]
     imports = [node for tree in trees for node in tree.body if isinstance(node, ast.ImportFrom)]
-    found = {(node.module or "", one.name) for node in imports for one in node.names}
-    return sorted((module, name) for module, name in found if module.startswith("vllm."))
+    names = {(node.module or "", alias.name) for node in imports for alias in node.names}
+    return sorted((module, name) for module, name in names if module.startswith("vllm."))
 
 
-def _missing(where: Path, name: str, wanted: list[str]) -> str:
+def _missing(where: Path, name: str, arguments: list[str]) -> str:
     files = sorted(where.rglob("*.py")) if where.is_dir() else [where.with_suffix(".py")]
     for file in files:
         text = file.read_text(encoding="utf-8") if file.is_file() else ""
@@ -133,7 +135,7 @@ def _missing(where: Path, name: str, wanted: list[str]) -> str:
                 node = methods[0]
             if not isinstance(node, ast.FunctionDef) or node.args.kwarg:
                 return ""
-            found = {argument.arg for argument in node.args.posonlyargs + node.args.args + node.args.kwonlyargs}
-            lost = [argument for argument in wanted if argument not in found]
+            accepted = {argument.arg for argument in node.args.posonlyargs + node.args.args + node.args.kwonlyargs}
+            lost = [argument for argument in arguments if argument not in accepted]
             return f"{name} takes no argument {lost[0]!r}" if lost else ""
     return f"{name} is gone from vllm/{'/'.join(where.parts[-3:])}"

@@ -183,7 +183,7 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
     yield Check("quantisation", None, scheme)
     yield from _audited(Audit.of_target(config, quantized=bool(stored), folder=str(folder)), found, "tensors")
 
-    layers = found.layers_behind(config)
+    layers = found.layers_past_main(config)
     if len(layers) != config.num_nextn_predict_layers and layers:
         yield Check(
             "MTP layer",

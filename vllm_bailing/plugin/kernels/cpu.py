@@ -2,7 +2,7 @@
 
 *Matrices.* vLLM's CPU build multiplies bf16 matrices in two ways: with oneDNN and a portable kernel for experts, or
 with kernels of AVX-512 bf16 instructions (ported from SGLang), which it takes only where the CPU has AMX besides. They
-run without AMX (AMD from Zen 4 on, Intel's Cooper Lake). A bf16 model without quantisation gets them here.
+run without AMX (AMD from Zen 4 on, Intel's Cooper Lake). A bf16 model without quantization gets them here.
 
 *Norms.* In eager mode vLLM computes them in PyTorch, operation by operation, and has kernels for them that lie idle.
 `torch.compile` fuses them, so that compiled engines do without.
@@ -47,11 +47,11 @@ def use_cpu_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> None
     Raises:
         SettingsError: If `--additional-config` asks for what this machine or model cannot have.
     """
-    wanted = wants_cpu_kernels(vllm_config)
+    is_asked_for = wants_cpu_kernels(vllm_config)
     obstacle = _obstacle(vllm_config.model_config.dtype)
-    if obstacle and wanted:
+    if obstacle and is_asked_for:
         raise SettingsError(f"{CPU_KERNELS}=true in --additional-config: {obstacle}; leave it out")
-    if not current_platform.is_cpu() or wanted is False:
+    if not current_platform.is_cpu() or is_asked_for is False:
         return
     eager = not vllm_config.compilation_config.mode
     for module in model.modules():
@@ -68,7 +68,7 @@ def use_cpu_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> None
 def _obstacle(dtype: torch.dtype) -> str:
     """Why this engine cannot have the kernels for matrices; empty if it can."""
     if not current_platform.is_cpu():
-        return "this is no CPU engine"
+        return "this is not a CPU engine"
     if dtype != torch.bfloat16:
         return f"the kernels take bf16, not {dtype}"
     if not all(hasattr(ops, name) for name in _NEEDED):
@@ -103,7 +103,7 @@ def fused_qk_norm_rope(
     Args:
         q_weight, k_weight: [D].
         cos_sin_cache: [positions, R], cosines and sines side by side.
-        is_neox: Whether halves are rotated, and not neighbours.
+        is_neox: Whether halves are rotated, and not neighbors.
         position_ids: [T] int64.
 
     Source: the operation of the same name in vLLM's CUDA build, whose arguments these are.
@@ -145,8 +145,8 @@ def _random(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float32).mul_(shape[-1] ** -0.5).bfloat16()
 
 
-def _difference(found: torch.Tensor, wanted: torch.Tensor) -> str:
-    error = float((found.float() - wanted).norm() / wanted.norm())
+def _difference(result: torch.Tensor, expected: torch.Tensor) -> str:
+    error = float((result.float() - expected).norm() / expected.norm())
     return "" if error <= _TOLERANCE else f"the kernel's result is off by {error:.1%}"
 
 
@@ -162,17 +162,19 @@ def _norm_problem(size: int, dtype: torch.dtype) -> str:
     layer.weight.data = _random(generator, size).to(dtype)
     x, residual = (_random(generator, _TOKENS[1], size).to(dtype) for _ in range(2))
     plain: Any = layer.forward_native(x.clone())
-    wanted, added = layer.forward_native(x.clone(), residual.clone())
-    found = _rms_norm(layer, x)
+    expected, added = layer.forward_native(x.clone(), residual.clone())
+    result = _rms_norm(layer, x)
     normed, total = _rms_norm(layer, x, residual)
-    return _difference(found, plain.float()) or _difference(normed, wanted.float()) or _difference(total, added.float())
+    return (
+        _difference(result, plain.float()) or _difference(normed, expected.float()) or _difference(total, added.float())
+    )
 
 
 @proof
 def _linear_problem(n: int, k: int) -> str:
     """Why the kernel cannot multiply with weights [n, k]; empty if it can."""
     if n % _BLOCKS[0] or k % _BLOCKS[1]:
-        return f"they are no multiples of {_BLOCKS[0]} and {_BLOCKS[1]}"
+        return f"they are not multiples of {_BLOCKS[0]} and {_BLOCKS[1]}"
     generator = torch.Generator().manual_seed(0)
     n, k = _sample(n), _sample(k)
     weight = _random(generator, n, k)
@@ -189,7 +191,7 @@ def _linear_problem(n: int, k: int) -> str:
 def _experts_problem(hidden_size: int, width: int) -> str:
     """Why the kernel cannot run experts of `width`; empty if it can."""
     if hidden_size % _BLOCKS[1] or width % _BLOCKS[1]:
-        return f"they are no multiples of {_BLOCKS[1]}"
+        return f"they are not multiples of {_BLOCKS[1]}"
     generator = torch.Generator().manual_seed(0)
     experts, top_k, h, i = 3, 2, _sample(hidden_size), _sample(width)
     w13, w2 = _random(generator, experts, 2 * i, h), _random(generator, experts, h, i)
@@ -201,8 +203,8 @@ def _experts_problem(hidden_size: int, width: int) -> str:
         _run_experts(output, x, packed13, packed2, weights, ids.int())
         gate, up = torch.einsum("th,eih->tei", x.float(), w13.float()).chunk(2, dim=-1)
         every = torch.einsum("tei,ehi->teh", nn.functional.silu(gate) * up, w2.float())
-        wanted = (every.gather(1, ids.unsqueeze(-1).expand(-1, -1, h)) * weights.unsqueeze(-1)).sum(1)
-        problem = _difference(output, wanted)
+        expected = (every.gather(1, ids.unsqueeze(-1).expand(-1, -1, h)) * weights.unsqueeze(-1)).sum(1)
+        problem = _difference(output, expected)
         if problem:
             return problem
     return ""

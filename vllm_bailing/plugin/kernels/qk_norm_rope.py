@@ -1,6 +1,6 @@
 """Norms of queries and keys and their rotation in one call, where that computes the same.
 
-vLLM's CUDA build has `fused_qk_norm_rope`, which its own compiler pass leaves off at every optimisation level. Here it
+vLLM's CUDA build has `fused_qk_norm_rope`, which its own compiler pass leaves off at every optimization level. Here it
 is called where it proves equal on the GPU at hand, rotary widths below the head size included: a kernel of this kind
 was once wrong for those (vLLM pull request 43676). CPU engines in eager mode have that of `vllm_bailing.cpu`.
 """
@@ -35,17 +35,17 @@ def fused_qk_norm_rope_for(attention: Any, vllm_config: Any) -> Callable[..., No
     gives what they give.
 
     Raises:
-        SettingsError: If `--additional-config` asks for what there is not.
+        SettingsError: If `--additional-config` asks for a kernel that cannot be used.
     """
-    wanted = wants_fused_qk_norm_rope(vllm_config)
-    if wanted is False:
+    is_asked_for = wants_fused_qk_norm_rope(vllm_config)
+    if is_asked_for is False:
         return None
     dtype = torch.get_default_dtype()
     kernel = _kernel()
     obstacle = _obstacle(kernel, attention, vllm_config, dtype) or _difference(
         kernel, attention.num_heads, attention.num_kv_heads, attention.head_dim, attention.rotary_emb, dtype
     )
-    if obstacle and wanted:
+    if obstacle and is_asked_for:
         raise SettingsError(f"{FUSED_QK_NORM_ROPE}=true in --additional-config: {obstacle}; leave it out")
     if obstacle:
         logger.info_once("Norms of queries and keys and the rotary embedding stay separate: %s", obstacle)
@@ -88,11 +88,11 @@ def _difference(
 
     qkv, q_weight, k_weight = random(_TOKENS, heads * head_dim), random(head_dim), random(head_dim)
     positions = torch.randint(len(cache), (_TOKENS,), generator=generator, device=cache.device)
-    wanted = _plainly(qkv, q_weight, k_weight, cache, positions, num_heads, num_kv_heads, head_dim)
+    expected = _plainly(qkv, q_weight, k_weight, cache, positions, num_heads, num_kv_heads, head_dim)
     kernel(qkv, num_heads, num_kv_heads, num_kv_heads, head_dim, 1e-6, q_weight, k_weight, cache, True, positions)
     # Two steps of the coarser format: one for the kernel's rounding, one for that of the norm's output before it.
     step = 2 * torch.finfo(dtype).eps
-    apart = (qkv.float() - wanted).abs() - step * wanted.abs()
+    apart = (qkv.float() - expected).abs() - step * expected.abs()
     worst = float(apart.max())
     return (
         ""
@@ -111,7 +111,7 @@ def _plainly(
     num_kv_heads: int,
     head_dim: int,
 ) -> torch.Tensor:
-    """What the kernel has to give, in fp32. `cache` holds cosines and sines side by side, [positions, rotary]."""
+    """What the kernel must give, in fp32. `cache` holds cosines and sines side by side, [positions, rotary]."""
     parts = qkv.float().view(len(qkv), -1, head_dim)
     q, k, v = parts.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     cos, sin = cache[positions].float()[:, None].chunk(2, dim=-1)
