@@ -150,6 +150,24 @@ class BailingMoeV2MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
+def grouped_topk(ranking: Tensor, n_group: int, topk_group: int, top_k: int) -> Tensor:
+    """Ids of the experts that rank highest in the best groups.
+
+    Args:
+        ranking: [..., E].
+    Returns:
+        int64 [..., K], in no set order.
+    """
+    # Of `n_group` groups of neighbors those stay open whose two best experts rank highest together.
+    groups = ranking.unflatten(-1, (n_group, -1))  # [..., G, E / G]
+    if n_group > 1:
+        group_scores = groups.topk(2, dim=-1).values.sum(-1)  # [..., G]
+        chosen = group_scores.topk(topk_group, dim=-1).indices
+        closed = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, chosen, False)
+        groups = groups.masked_fill(closed[..., None], -torch.inf)
+    return groups.flatten(-2).topk(top_k, dim=-1).indices
+
+
 class BailingMoeV2Gate(nn.Module):
     """Router: group-limited top-k over sigmoid scores, in fp32.
 
@@ -169,13 +187,7 @@ class BailingMoeV2Gate(nn.Module):
         scores = F.linear(hidden_states.float(), self.weight.float()).sigmoid()  # [N, E]
         # The bias picks the experts; the weights come from the unbiased scores.
         ranking = scores + self.expert_bias.float()
-        groups = ranking.view(len(ranking), config.n_group, -1)  # [N, G, E / G]
-        if config.n_group > 1:
-            group_scores = groups.topk(2, dim=-1).values.sum(-1)  # [N, G]
-            chosen = group_scores.topk(config.topk_group, dim=-1).indices
-            closed = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, chosen, False)
-            groups = groups.masked_fill(closed[..., None], -torch.inf)
-        topk_ids = groups.flatten(1).topk(config.num_experts_per_tok, dim=-1).indices
+        topk_ids = grouped_topk(ranking, config.n_group, config.topk_group, config.num_experts_per_tok)
         topk_weights = scores.gather(1, topk_ids)
         if config.num_experts_per_tok > 1:
             topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)

@@ -109,10 +109,10 @@ def main(
     folder = ROOT / "build" / "bench-model"
     parameters = make_model(folder)
     engine = {"max_model_len": 1024, "enforce_eager": True}
-    job = mtp.Job(str(folder), engine, [1, 8], list(mtp.DEFAULT_PROMPTS), max_tokens, ignore_eos=True)
-    jobs = mtp.mtp_jobs(job, [0, 1, 2, 3])
+    task = mtp.MtpTask(str(folder), engine, [1, 8], list(mtp.DEFAULT_PROMPTS), max_tokens, ignore_eos=True)
+    tasks = mtp.mtp_tasks(task, [0, 1, 2, 3])
 
-    rows = mtp.summarize(runner.alternate(jobs, rounds), "0")
+    rows = mtp.summarize(runner.alternate(tasks, rounds), "0")
     out.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "million_parameters": round(parameters),

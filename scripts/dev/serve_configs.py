@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_bailing.config import BailingMoeV2Config, adopt
-from vllm_bailing.planning.plan import Plan, make_plan
+from vllm_bailing.planning.plan import Plan, Request, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy" / "serve"
@@ -31,19 +31,19 @@ def zoo_config(name: str, **overrides: Any) -> BailingMoeV2Config:
 
 def plans() -> dict[str, Plan]:
     """Every deployment by its name."""
-    found = {}
+    by_name = {}
     for name, options in _read("deployments.json")["deployments"].items():
         checkpoint = options.pop("checkpoint")
-        found[name] = make_plan(zoo_config(checkpoint), model=f"inclusionAI/{checkpoint}", **options)
-    return found
+        by_name[name] = make_plan(zoo_config(checkpoint), Request(model=f"inclusionAI/{checkpoint}", **options))
+    return by_name
 
 
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, found in plans().items():
-        if not found.fits:
-            raise SystemExit(f"serve_configs: {name}: {found.reason}")
-        (FOLDER / f"{name}.yaml").write_text(found.yaml(), encoding="utf-8")
+    for name, plan in plans().items():
+        if not plan.fits:
+            raise SystemExit(f"serve_configs: {name}: {plan.reason}")
+        (FOLDER / f"{name}.yaml").write_text(plan.yaml(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from vllm_bailing import DEMO
 from vllm_bailing.bench import mtp, runner
-from vllm_bailing.bench.mtp import Job
+from vllm_bailing.bench.mtp import MtpTask
 from vllm_bailing.bench.statistics import AGAIN, IN_TREE, PLUGIN
 from vllm_bailing.cli import app
 
@@ -30,8 +30,8 @@ def test_mtp_is_measured_on_the_demo(tmp_path):
 
 def test_short_answers_are_asked_for_until_the_measurement_is_long_enough():
     engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}
-    job = Job(str(DEMO), engine, [2], ["What is YaRN?", "Tell me about vLLM."], 8, ignore_eos=True)
-    found = runner.run_job(job)[2]
+    task = MtpTask(str(DEMO), engine, [2], ["What is YaRN?", "Tell me about vLLM."], 8, ignore_eos=True)
+    found = runner.run_task(task)[2]
     assert found.seconds >= mtp.MIN_SECONDS
     assert found.tokens > 2 * 8 and found.tokens % (2 * 8) == 0
 

@@ -8,10 +8,9 @@ import torch
 from tests.support.cases import SWITCHES, switched
 from tests.support.checkpoints import make_checkpoint
 from tests.support.engine import TWO_RANKS, loaded_rank, make_llm, run_in_turn, run_ranks
-from tests.support.planning import MIDDLE
+from tests.support.planning import MIDDLE, plan
 from vllm_bailing import DEMO
 from vllm_bailing.config import read_config
-from vllm_bailing.planning.plan import make_plan
 
 SHAPES = {
     "middle": SWITCHES["plain"],
@@ -53,7 +52,7 @@ def test_weights_are_to_the_byte_what_a_rank_loads(shape, way, ranks, tmp_path):
     # On CPUs vLLM's pipelines do not draft.
     draft_tokens = 1 if shape in ("demo", "middle") and way == "tensor" else 0
     size = {"tp": ranks} if way == "tensor" else {"pp": ranks}
-    found = make_plan(read_config(model), "H100", ranks, 64, 1, draft_tokens=draft_tokens, **size)
+    found = plan(read_config(model), "H100", ranks, 64, 1, draft_tokens=draft_tokens, **size)
     assert found.weights.total == loaded_bytes(model, tmp_path, ranks, way, draft_tokens)
 
 
@@ -72,5 +71,5 @@ def test_a_running_engine_has_that_many_tokens_of_cache(shape, ranks, draft_toke
     if shape == "middle":
         options["load_format"] = "dummy"
     tokens = run_in_turn(_cache_tokens, model, env=TWO_RANKS if ranks > 1 else None, **options)
-    found = make_plan(read_config(model), "H100", ranks, 64, 1, draft_tokens=draft_tokens, tp=ranks)
+    found = plan(read_config(model), "H100", ranks, 64, 1, draft_tokens=draft_tokens, tp=ranks)
     assert 2**30 / tokens == pytest.approx(found.kv_bytes_per_token, rel=0.01)  # whole blocks

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.support.checkpoints import write_config
+from tests.support.configs import write_config
 from tests.support.engine import ENGINE_ENV, ask, make_llm, run_in_turn
 from tests.support.paths import ROOT
 from tests.support.zoo import ZOO, raw_config

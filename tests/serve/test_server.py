@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.checkpoints import change_config, without_its_end, without_mtp_in_config
+from tests.support.checkpoints import without_its_end, without_mtp_in_config
+from tests.support.configs import change_config
 from tests.support.conversations import MAX_TOKENS, as_openai, conversation, greedy, prompt_ids, spread
 from tests.support.engine import ENGINE_ENV
 from tests.support.server import serving

@@ -1,8 +1,12 @@
 """Results of benchmarks that are made up, with a known gain and noise."""
 
+import os
+from dataclasses import dataclass
+
 import numpy as np
 
 from vllm_bailing.bench import statistics
+from vllm_bailing.bench.runner import Task
 from vllm_bailing.bench.statistics import KINDS, PLUGIN
 
 
@@ -23,3 +27,18 @@ def planted(gains, rounds=5, noise=0.02, drift=0.0, **figures):
 
 def verdicts(results, arm=PLUGIN):
     return {row["figure"]: row["verdict"] for row in statistics.summarize(results) if row["arm"] == arm}
+
+
+@dataclass
+class EchoTask(Task):
+    """Measures nothing: says where it ran, or fails as an engine does."""
+
+    failure: str = ""
+
+    def work(self):
+        if self.failure:
+            raise RuntimeError(self.failure)
+        return {"model": self.model, "process": os.getpid(), "variable": os.environ["A_VARIABLE"]}
+
+    def read(self, stored):
+        return {**stored, "was_read": True}

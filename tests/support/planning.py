@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from vllm_bailing.planning.plan import Plan, Request, make_plan
+
 GB = 10**9
 MTP = {"num_nextn_predict_layers": 1}
 MIDDLE = {
@@ -18,3 +20,8 @@ MIDDLE = {
     "num_nextn_predict_layers": 1,
 }
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def plan(config, gpu, gpus, context, concurrency, **options) -> Plan:
+    """The plan for a request of these values."""
+    return make_plan(config, Request(gpu, gpus, context, concurrency, **options))

@@ -5,31 +5,31 @@ from typer.testing import CliRunner
 
 from vllm_bailing import DEMO
 from vllm_bailing.bench import mtp, plots, runner
-from vllm_bailing.bench.mtp import Job, Measurement
+from vllm_bailing.bench.mtp import Measurement, MtpTask
 from vllm_bailing.cli import app
 
-JOB = Job("model", {"dtype": "float32"}, [1, 8], ["Hi"], 16)
+TASK = MtpTask("model", {"dtype": "float32"}, [1, 8], ["Hi"], 16)
 
 
-def measured(tokens, seconds, drafts=0, accepted=(), answers=7):
-    return Measurement(tokens, seconds, drafts, list(accepted), answers)
+def measured(tokens, seconds, drafts=0, accepted=(), checksum=7):
+    return Measurement(tokens, seconds, drafts, list(accepted), checksum)
 
 
-def test_jobs_differ_in_the_speculative_configuration_alone():
-    jobs = mtp.mtp_jobs(JOB, [0, 2], draft={"model": "draft"})
-    assert jobs["0"] == JOB
+def test_arms_differ_in_the_speculative_configuration_alone():
+    tasks = mtp.mtp_tasks(TASK, [0, 2], draft={"model": "draft"})
+    assert tasks["0"] == TASK
     speculation = {"method": "mtp", "num_speculative_tokens": 2, "model": "draft"}
-    assert jobs["2"].engine == {"dtype": "float32", "speculative_config": speculation}
-    assert (jobs["2"].batch_sizes, jobs["2"].prompts, jobs["2"].ignore_eos) == ([1, 8], ["Hi"], False)
+    assert tasks["2"].engine == {"dtype": "float32", "speculative_config": speculation}
+    assert (tasks["2"].batch_sizes, tasks["2"].prompts, tasks["2"].ignore_eos) == ([1, 8], ["Hi"], False)
 
 
 def test_a_given_acceptance_is_one_chance_per_position_and_answers_go_on_to_the_limit():
-    jobs = mtp.mtp_jobs(JOB, [0, 3], acceptance=0.5)
-    speculation = jobs["3"].engine["speculative_config"]
+    tasks = mtp.mtp_tasks(TASK, [0, 3], acceptance=0.5)
+    speculation = tasks["3"].engine["speculative_config"]
     assert speculation["rejection_sample_method"] == "synthetic"
     assert speculation["synthetic_acceptance_rates"] == [0.5, 0.25, 0.125]
-    assert jobs["0"].ignore_eos and jobs["3"].ignore_eos
-    assert "speculative_config" not in jobs["0"].engine
+    assert tasks["0"].ignore_eos and tasks["3"].ignore_eos
+    assert "speculative_config" not in tasks["0"].engine
 
 
 def test_summary_pairs_the_rounds_and_counts_acceptance():
@@ -38,7 +38,7 @@ def test_summary_pairs_the_rounds_and_counts_acceptance():
         "2": [
             {1: measured(100, 1.0, 10, (8, 4))},
             {1: measured(100, 1.0, 10, (6, 2))},
-            {1: measured(100, 1.0, 20, (14, 6), answers=8)},
+            {1: measured(100, 1.0, 20, (14, 6), checksum=8)},
         ],
     }
     plain, two = mtp.summarize(results, "0")
@@ -61,18 +61,18 @@ def test_advice_names_the_fastest_that_won_every_round():
     assert "without speculation" in told[8]
 
 
-def test_only_jobs_that_speculate_get_the_draft_vocabulary():
-    job = Job("model", {"additional_config": {"other": 1}}, [1], ["Hi"], 8)
-    jobs = mtp.mtp_jobs(job, [0, 2], draft_vocab="ids.json")
-    assert jobs["0"].engine == job.engine == {"additional_config": {"other": 1}}
-    assert jobs["2"].engine["additional_config"] == {"other": 1, "bailing_draft_vocab": "ids.json"}
+def test_only_arms_that_speculate_get_the_draft_vocabulary():
+    task = MtpTask("model", {"additional_config": {"other": 1}}, [1], ["Hi"], 8)
+    tasks = mtp.mtp_tasks(task, [0, 2], draft_vocab="ids.json")
+    assert tasks["0"].engine == task.engine == {"additional_config": {"other": 1}}
+    assert tasks["2"].engine["additional_config"] == {"other": 1, "bailing_draft_vocab": "ids.json"}
 
 
 def test_rounds_take_turns_and_show_how_far_they_are(monkeypatch, capsys):
     ran = []
-    monkeypatch.setattr(runner, "run_job", lambda job: ran.append(job.model) or {1: measured(1, 1.0)})
-    jobs = {name: Job(name, {}, [1], [], 1) for name in "abc"}
-    results = runner.alternate(jobs, 3)
+    monkeypatch.setattr(runner, "run_task", lambda task: ran.append(task.model) or {1: measured(1, 1.0)})
+    tasks = {name: MtpTask(name, {}, [1], [], 1) for name in "abc"}
+    results = runner.alternate(tasks, 3)
     assert ran == list("abccbaabc")
     assert {name: len(rounds) for name, rounds in results.items()} == {"a": 3, "b": 3, "c": 3}
     assert "9/9" in capsys.readouterr().err
@@ -83,7 +83,7 @@ def test_plot_is_written(tmp_path):
         {**row(1, "0", 1, 1), "acceptance": []},
         {**row(1, "1", 1.4, 1.3), "acceptance": [0.9]},
     ]
-    plots.plot_mtp(rows, "MTP", tmp_path / "plot.png")
+    plots.plot_mtp({"model": "model", "rows": rows}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

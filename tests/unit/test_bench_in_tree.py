@@ -1,24 +1,27 @@
 """The comparison with vLLM's own class: arms, their referee, shapes, the table."""
 
+import json
+
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from tests.support.benchmarks import planted
+from tests.support.paths import DATA
 from vllm_bailing import DEMO
 from vllm_bailing.bench import in_tree, plots, runner, shapes, statistics
-from vllm_bailing.bench.in_tree import Referee, Trial
+from vllm_bailing.bench.in_tree import CompareTask, Referee
 from vllm_bailing.bench.shapes import SHAPES
 from vllm_bailing.bench.statistics import AGAIN, IN_TREE, PLUGIN
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.cli import app, output
-from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.config import BailingMoeV2Config, adopt
 from vllm_bailing.errors import BenchError
-from vllm_bailing.planning import memory
+from vllm_bailing.planning import roofline
 from vllm_bailing.weights import main_tensors
 
-TRIAL = Trial("model", {"dtype": "float32"}, [1], [64])
+TASK = CompareTask("model", {"dtype": "float32"}, [1], [64])
 FACTS = {
     "model": "vllm.model_executor.models.bailing_moe.BailingMoeV2ForCausalLM",
     "experts": "CPUUnquantizedExperts",
@@ -35,24 +38,24 @@ OURS = {**FACTS, "model": "vllm_bailing.model.BailingMoeV2ForCausalLM"}
 
 
 def test_arms_differ_in_the_class_and_options_come_on_top():
-    found = in_tree.arms(TRIAL, {"fp8-kv": {"kv_cache_dtype": "fp8"}}, plain="plain")
+    found = in_tree.arms(TASK, {"fp8-kv": {"kv_cache_dtype": "fp8"}}, plain="plain")
     assert list(found) == [IN_TREE, AGAIN, PLUGIN, "fp8-kv"]
-    assert [trial.env["VLLM_BAILING_USE_INTREE"] for trial in found.values()] == ["1", "1", "0", "0"]
-    assert [trial.model for trial in found.values()] == ["plain", "plain", "plain", "model"]
+    assert [task.env["VLLM_BAILING_USE_INTREE"] for task in found.values()] == ["1", "1", "0", "0"]
+    assert [task.model for task in found.values()] == ["plain", "plain", "plain", "model"]
     assert found["fp8-kv"].engine == {"dtype": "float32", "kv_cache_dtype": "fp8"}
-    assert all(found[arm].engine == TRIAL.engine for arm in (IN_TREE, AGAIN, PLUGIN))
+    assert all(found[arm].engine == TASK.engine for arm in (IN_TREE, AGAIN, PLUGIN))
 
 
 def test_arms_take_turns_and_warm_up_once_before(monkeypatch):
     ran = []
 
-    def run_job(trial):
-        ours = trial.env["VLLM_BAILING_USE_INTREE"] == "0"
-        ran.append(("plugin" if ours else "in-tree", trial.repeats))
+    def run_task(task):
+        ours = task.env["VLLM_BAILING_USE_INTREE"] == "0"
+        ran.append(("plugin" if ours else "in-tree", task.repeats))
         return {"facts": OURS if ours else FACTS, "figures": {"load": 1.0}}
 
-    monkeypatch.setattr(runner, "run_job", run_job)
-    found = in_tree.run(Trial(str(DEMO), {}, [1], [64]), {}, rounds=2)
+    monkeypatch.setattr(runner, "run_task", run_task)
+    found = in_tree.run(CompareTask(str(DEMO), {}, [1], [64]), {}, rounds=2)
     cold, warm = [("in-tree", 0), ("plugin", 0)], [("in-tree", 3), ("in-tree", 3), ("plugin", 3)]
     assert ran == cold + warm + warm[::-1]
     assert list(found["arms"]) == [IN_TREE, PLUGIN, AGAIN]
@@ -61,7 +64,7 @@ def test_arms_take_turns_and_warm_up_once_before(monkeypatch):
 
 def test_prompts_beyond_the_window_are_refused_before_an_engine_starts():
     with pytest.raises(BenchError, match="takes 2049 tokens with its answer, and the model's window has 2048; lower"):
-        in_tree.run(Trial(str(DEMO), {}, [1], [2048]), {}, rounds=1)
+        in_tree.run(CompareTask(str(DEMO), {}, [1], [2048]), {}, rounds=1)
 
 
 def test_kernels_of_this_package_are_no_reason_to_refuse_but_a_note():
@@ -107,7 +110,7 @@ def test_referee_tells_what_an_option_changed():
 
 
 def test_a_wrong_class_ends_the_command_with_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(runner, "run_job", lambda trial: {"facts": OURS, "figures": {"load": 1.0}})
+    monkeypatch.setattr(runner, "run_task", lambda task: {"facts": OURS, "figures": {"load": 1.0}})
     done = CliRunner().invoke(app, ["bench", "compare", "mid", "--out", str(tmp_path / "x")])
     assert done.exit_code == 1
     message = str(done.exception)
@@ -139,6 +142,17 @@ def test_shapes_have_the_size_that_they_stand_for(name, gigabytes):
     assert shapes.parameters(BailingMoeV2Config(**SHAPES[name])) * 2 / 1e9 == pytest.approx(gigabytes, rel=2e-3)
 
 
+@pytest.mark.parametrize(("name", "size"), [("mini", "mini"), ("flash-4L", "flash"), ("flash-8L", "flash")])
+def test_shapes_are_those_of_the_published_checkpoints(name, size):
+    """All but the number of layers, which is cut so that the weights fit on one GPU."""
+    zoo = json.loads((DATA / "zoo.json").read_text())
+    published = adopt({**zoo["common"], **zoo["sizes"][size]})
+    shape = dict(SHAPES[name])
+    if size == "flash":
+        assert shape.pop("num_hidden_layers") < published["num_hidden_layers"]
+    assert shape == {key: published[key] for key in shape}
+
+
 def test_a_written_shape_is_read_back(tmp_path):
     shapes.write_shape("mid", tmp_path / "mid", mtp_layers=1)
     config = shapes.load_config(str(tmp_path / "mid"))
@@ -149,10 +163,10 @@ def test_a_written_shape_is_read_back(tmp_path):
 def test_share_of_the_roofline_is_left_out_where_steps_are_others(tmp_path):
     config = BailingMoeV2Config(**SHAPES["mid"])
     rows = statistics.summarize(planted({IN_TREE: 1, AGAIN: 1, PLUGIN: 1, "mtp": 1, "int8": 1}, noise=0))
-    trials = in_tree.arms(TRIAL, {"mtp": {"speculative_config": {}}, "int8": {}})
-    facts = dict.fromkeys(trials, FACTS) | {"int8": {**FACTS, "quantization": "experts_int8"}}
-    shares = in_tree.roofline_shares(rows, trials, facts, config, 40e9)
-    step_s = memory.step_bytes(config, "bf16", 1, 32 + 64 // 2, 1) / 40e9
+    tasks = in_tree.arms(TASK, {"mtp": {"speculative_config": {}}, "int8": {}})
+    facts = dict.fromkeys(tasks, FACTS) | {"int8": {**FACTS, "quantization": "experts_int8"}}
+    shares = in_tree.roofline_shares(rows, tasks, facts, config, 40e9)
+    step_s = roofline.step_bytes(config, "bf16", 1, 32 + 64 // 2, 1) / 40e9
     assert shares == {"decode 1": dict.fromkeys((IN_TREE, AGAIN, PLUGIN), pytest.approx(50 * step_s))}
 
 
@@ -178,12 +192,12 @@ def test_comparison_is_plotted_and_its_table_fits_into_80_columns(tmp_path, monk
     gains = {IN_TREE: 1, AGAIN: 1, PLUGIN: 1.2, "fp8-kv": 0.8}
     figures = {"decode 32": 123456.0, "prefill 2048": 123456.0, "TTFT 32": 1.0, "load": 123.0}
     rows = statistics.summarize(planted(gains, **figures))
-    plots.plot_comparison(rows, "title", tmp_path / "plot.png")
+    report = {"model": "demo", "engine": {}, "rows": rows, "roofline": {}, "notes": ["a note"]}
+    report["arms"] = {**dict.fromkeys(gains, OURS), IN_TREE: FACTS}
+    plots.plot_comparison(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setenv("COLUMNS", "80")
-    output.show_comparison(
-        {"rows": rows, "arms": {**dict.fromkeys(gains, OURS), IN_TREE: FACTS}, "roofline": {}, "notes": ["a note"]}
-    )
+    output.show_comparison(report)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     assert "\x1b" not in printed and "…" not in printed

@@ -28,8 +28,8 @@ def test_headers_tell_names_shapes_and_files(tmp_path):
     expected = {**main_tensors(config), **mtp_tensors(config)}
     assert {name: stored.shape for name, stored in checkpoint.tensors.items()} == expected
     assert all(stored.is_float for stored in checkpoint.tensors.values())
-    assert checkpoint.layers_behind(config) == [3]
-    assert checkpoint.layers_behind(small_config(num_hidden_layers=4)) == []
+    assert checkpoint.layers_past_main(config) == [3]
+    assert checkpoint.layers_past_main(small_config(num_hidden_layers=4)) == []
     assert Checkpoint(tmp_path / "nowhere").tensors == Checkpoint.at("someone/nothing").tensors == {}
     assert not checkpoint.has_scales("model.layers.3.eh_proj")
 

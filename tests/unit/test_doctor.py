@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.checkpoints import change_config, read_tensors, without_mtp_in_config, write_tensors
+from tests.support.checkpoints import read_tensors, without_mtp_in_config, write_tensors
+from tests.support.configs import change_config
 from vllm_bailing import DEMO
 from vllm_bailing.plugin import support
 from vllm_bailing.tools import doctor

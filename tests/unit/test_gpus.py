@@ -1,4 +1,4 @@
-"""The planner's table of GPUs, against data sheets and against what vLLM takes on each of them."""
+"""The table of GPUs, against data sheets, the names that drivers give, and what vLLM takes on each of them."""
 
 from __future__ import annotations
 
@@ -10,28 +10,111 @@ from serve_configs import zoo_config
 
 from tests.support.engine import run
 from tests.support.paths import DATA
-from vllm_bailing.planning.gpus import GPUS
-from vllm_bailing.planning.plan import make_plan
+from tests.support.planning import plan
+from tests.support.tuning import MINI
+from vllm_bailing.bench.in_tree import known_bandwidth
+from vllm_bailing.planning.gpus import GPUS, find_gpu, gpu_called, shared_memory_of
+from vllm_bailing.planning.serve import default_batched_tokens
+from vllm_bailing.tuning.plan import estimate_seconds
+from vllm_bailing.tuning.space import candidates
 
-SHEETS = json.loads((DATA / "gpus.json").read_text(encoding="utf-8"))
-SHEETS.pop("comment")
-NAMES = {"A100-80G": "NVIDIA A100-SXM4-80GB", "RTX4090": "NVIDIA GeForce RTX 4090", "MI300X": "AMD Instinct MI300X"}
+TABLE = json.loads((DATA / "gpus.json").read_text(encoding="utf-8"))
+SHEETS, SHARED_KB = TABLE["sheets"], TABLE["shared_memory"]
+DRIVER_NAMES = {sheet["driver"]: name for name, sheet in SHEETS.items()}
 
 
-def test_every_gpu_has_a_data_sheet():
+def test_every_gpu_has_a_data_sheet_and_names_it():
     assert GPUS.keys() == SHEETS.keys()
+    for gpu in GPUS.values():
+        title, _, address = gpu.source.partition(": https://")
+        assert title and "." in address, gpu.name
 
 
 @pytest.mark.parametrize("name", SHEETS)
 def test_a_gpu_is_as_its_data_sheet_says(name):
     gpu, sheet = GPUS[name], SHEETS[name]
-    assert gpu.bandwidth / 1e9 == pytest.approx(sheet["bandwidth"], rel=0.001)
+    assert gpu.bandwidth / 1e9 == pytest.approx(sheet["bandwidth"], rel=1e-6)
     assert gpu.flops_16 / 1e12 == pytest.approx(sheet["bf16"], rel=0.002)
     assert (gpu.flops_8 is None) == (sheet["fp8"] is None)
     if gpu.flops_8 is not None:
         assert gpu.flops_8 / 1e12 == pytest.approx(sheet["fp8"], rel=0.002)
     # The driver keeps a part for itself, and error correction a part of GDDR.
     assert 0.92 < gpu.memory_bytes / 2**30 / sheet["memory"] < 1
+    assert gpu.driver_names == (sheet["driver"],)
+    assert gpu.compute_capability == (None if sheet["capability"].startswith("gfx") else sheet["capability"])
+    assert gpu.shared_memory == SHARED_KB[sheet["capability"]] * 1024
+
+
+# --- names that the driver gives ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("driver_name", DRIVER_NAMES)
+def test_a_gpu_is_known_by_the_name_of_the_driver_and_of_vllms_files(driver_name):
+    gpu = GPUS[DRIVER_NAMES[driver_name]]
+    assert gpu_called(driver_name) is gpu
+    assert gpu_called(driver_name.replace(" ", "_")) is gpu
+    assert shared_memory_of(driver_name) == gpu.shared_memory
+    assert known_bandwidth(driver_name) == gpu.bandwidth / 1e12
+
+
+# They have less bandwidth or arithmetic than the GPU whose name they begin with.
+@pytest.mark.parametrize(
+    "driver_name",
+    ["NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "NVIDIA GeForce RTX 4090 D", "NVIDIA H200 NVL", "H200", "CPU", ""],
+)
+def test_a_gpu_of_another_name_is_not_taken_for_a_known_one(driver_name):
+    assert gpu_called(driver_name) is None
+    assert known_bandwidth(driver_name) is None
+
+
+@pytest.mark.parametrize(
+    ("driver_name", "kb"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 163),
+        ("NVIDIA_A800-SXM4-80GB", 163),
+        ("NVIDIA RTX 6000 Ada Generation", 99),
+        ("NVIDIA L4", 99),
+        ("NVIDIA L20", 99),
+        ("NVIDIA_GB10", 99),
+        ("NVIDIA H800", 227),
+        ("NVIDIA GB200", 227),
+    ],
+)
+def test_shared_memory_of_a_gpu_without_a_row_follows_from_its_family(driver_name, kb):
+    assert shared_memory_of(driver_name) == kb * 1024
+
+
+def test_tuning_is_estimated_for_the_gpu_at_hand():
+    space = {1: candidates(MINI, 1, 99 * 1024), 4096: candidates(MINI, 4096, 99 * 1024)}
+    seconds = {name: estimate_seconds(MINI, space, name) for name in (*DRIVER_NAMES, "NVIDIA H800")}
+    assert seconds["NVIDIA H800"] == seconds["NVIDIA H20"]
+    assert seconds["NVIDIA B200"] < seconds["NVIDIA A100-SXM4-80GB"] < seconds["NVIDIA GeForce RTX 4090"]
+
+
+def test_a_gpu_is_found_in_any_case_and_may_be_described():
+    assert find_gpu("h20-3E") is GPUS["H20-3e"]
+    other = find_gpu("B300", memory_gib=268, bandwidth=8)
+    assert (other.name, other.memory_bytes, other.bandwidth) == ("B300", 268 * 2**30, 8e12)
+    assert (other.flops_16, other.flops_8, other.shared_memory, other.source) == (None, None, None, "")
+    wider = find_gpu("H100", memory_gib=93, bandwidth=3.9)
+    assert (wider.memory_bytes, wider.bandwidth, wider.flops_8) == (93 * 2**30, 3.9e12, GPUS["H100"].flops_8)
+    assert find_gpu("H100", memory_gib=93).bandwidth == GPUS["H100"].bandwidth
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_gib": 268.0}, {"bandwidth": 8.0}])
+def test_a_gpu_that_is_not_known_has_to_be_described_by_both_numbers(options):
+    with pytest.raises(ValueError, match=r"'B300' is not known; name one of H100, .* --memory-gib .* --bandwidth"):
+        find_gpu("B300", **options)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize(("option", "flag"), [("memory_gib", "--memory-gib"), ("bandwidth", "--bandwidth")])
+def test_a_number_that_describes_a_gpu_is_positive(option, flag, value):
+    with pytest.raises(ValueError, match=f"^{flag} .* must be a number above 0$"):
+        find_gpu("H100", **{option: value})
+
+
+# --- what vLLM takes on them --------------------------------------------------------------------------------------
 
 
 def _vllms_defaults(machines):
@@ -39,7 +122,7 @@ def _vllms_defaults(machines):
     from vllm.engine import arg_utils
     from vllm.usage.usage_lib import UsageContext
 
-    found = []
+    tokens_of_a_step = []
     for memory, name in machines:
         arg_utils.current_platform = SimpleNamespace(
             get_device_total_memory=lambda memory=memory: memory,
@@ -48,16 +131,25 @@ def _vllms_defaults(machines):
             is_cpu=lambda: False,
         )
         tokens, _ = arg_utils.EngineArgs.get_batch_defaults(1)
-        found.append(tokens[UsageContext.OPENAI_API_SERVER])
-    return found
+        tokens_of_a_step.append(tokens[UsageContext.OPENAI_API_SERVER])
+    return tokens_of_a_step
 
 
-def test_a_plan_gives_the_tokens_of_a_step_where_vllm_would_take_others():
-    machines = [(gpu.memory_bytes, NAMES.get(name, f"NVIDIA {name}")) for name, gpu in GPUS.items()]
-    taken = dict(zip(GPUS, run(_vllms_defaults, machines), strict=True))
-    assert set(taken.values()) == {2048, 8192, 16384}
-    config = zoo_config("Ling-mini-2.0")
-    for name, default in taken.items():
-        for tokens in (2048, 8192, 16384):
-            found = make_plan(config, name, 1, 4096, 1, max_num_batched_tokens=tokens)
-            assert found.settings().get("max-num-batched-tokens", default) == tokens, name
+def test_vllm_takes_as_many_tokens_of_a_step_by_default_as_planned():
+    machines = [(gpu.memory_bytes, name) for gpu in GPUS.values() for name in gpu.driver_names]
+    # Described by the user, under the name that the driver gives: memory decides, but for the A100.
+    described = [find_gpu(name, gib, 1) for gib in (69.9, 70, 159.9, 160) for name in ("NVIDIA A100X", "NVIDIA H800")]
+    machines += [(gpu.memory_bytes, gpu.name) for gpu in described]
+    taken = run(_vllms_defaults, machines)
+    planned = [default_batched_tokens(gpu) for gpu in (*GPUS.values(), *described)]
+    assert planned == taken
+    assert set(taken) == {2048, 8192, 16384}
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_plan_gives_the_tokens_of_a_step_where_vllm_would_take_others(name):
+    default = default_batched_tokens(GPUS[name])
+    for tokens in (2048, 8192, 16384):
+        flags = plan(zoo_config("Ling-mini-2.0"), name, 1, 4096, 1, max_num_batched_tokens=tokens).flags
+        assert flags.get("max-num-batched-tokens", default) == tokens
+        assert ("max-num-batched-tokens" in flags) == (tokens != default)

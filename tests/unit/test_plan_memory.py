@@ -6,10 +6,9 @@ import pytest
 from serve_configs import zoo_config
 
 from tests.support.checkpoints import make_checkpoint, read_tensors
-from tests.support.planning import GB, MIDDLE, MTP
+from tests.support.planning import GB, MIDDLE, MTP, plan
 from tests.support.quantized import quantize
 from vllm_bailing.config import read_config
-from vllm_bailing.planning.plan import make_plan
 
 # Calculated apart from this package, with every weight divided by all GPUs: checkpoint, dtype, GPUs; then GB of weights
 # per GPU, tokens of KV cache, verdict for four requests of 32768 tokens. An MTP layer drafts.
@@ -41,7 +40,7 @@ def replicated_bytes(config, tp):
 @pytest.mark.parametrize(("name", "dtype", "gpus", "gpu", "weights_gb", "kv_tokens", "verdict"), FIT)
 def test_recorded_fit(name, dtype, gpus, gpu, weights_gb, kv_tokens, verdict):
     config = zoo_config(name, **MTP)
-    found = make_plan(config, gpu, gpus, 32768, 4, dtype=dtype, draft_tokens=1, tp=gpus)
+    found = plan(config, gpu, gpus, 32768, 4, dtype=dtype, draft_tokens=1, tp=gpus)
     assert found.weights.total / GB == pytest.approx(weights_gb, rel=0.02)
     assert found.verdict == verdict
     if kv_tokens:
@@ -58,10 +57,10 @@ def test_a_tokens_cache_is_a_key_and_a_value_of_every_layer_and_of_the_drafts(dr
     assert (config.num_hidden_layers, config.num_key_value_heads, config.head_dim) == (32, 4, 128)
     options = {"kv_dtype": kv_dtype, "draft_tokens": draft_tokens}
     for tp, heads in ((1, 4), (4, 1), (8, 1)):
-        found = make_plan(config, "B200", tp, 4096, 1, tp=tp, **options)
+        found = plan(config, "B200", tp, 4096, 1, tp=tp, **options)
         assert found.kv_bytes_per_token == (32 + drafts) * 2 * heads * 128 * element
     # The draft is the last stage's.
-    found = make_plan(config, "B200", 2, 4096, 1, pp=2, **options)
+    found = plan(config, "B200", 2, 4096, 1, pp=2, **options)
     sizes = [layers * 2 * 4 * 128 * element for layers in (found.layer_partition[0], found.layer_partition[1] + drafts)]
     assert found.kv_bytes_per_token in sizes
     if draft_tokens:
@@ -79,6 +78,6 @@ def test_quantised_weights_are_what_the_files_hold(scheme, tmp_path):
     stored = sum(
         tensor.numel() * 4 if "scale" in name else tensor.nbytes for name, tensor in read_tensors(model).items()
     )
-    found = make_plan(config, "H100", 1, 64, 1, draft_tokens=1)
+    found = plan(config, "H100", 1, 64, 1, draft_tokens=1)
     assert found.dtype == {"fp8": "fp8", "w8a8": "int8"}[scheme]
     assert found.weights.total == stored

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from serve_configs import zoo_config
 
-from tests.support.planning import GB, MTP
-from vllm_bailing.planning.plan import make_plan
+from tests.support.planning import GB, MTP, plan
 
 # As above: checkpoint, dtype, tp, requests, GB per step and GPU; then tokens/s on GPUs. Context 2048, no draft.
 ROOFLINE = [
@@ -29,7 +28,7 @@ def test_recorded_roofline(name, dtype, tp, requests, step_gb, speeds):
     config = zoo_config(name)
     routers = len(config.moe_layer_ids) * config.num_experts * config.hidden_size * 2 * (1 - 1 / tp)
     for gpu, speed in speeds.items():
-        bound = make_plan(config, gpu, tp, 2048, requests, dtype=dtype).batch
+        bound = plan(config, gpu, tp, 2048, requests, dtype=dtype).batch
         assert (bound.batch, bound.limit) == (requests, "bandwidth")
         divided = bound.step_bytes - routers
         assert divided / GB == pytest.approx(step_gb, rel=0.003)  # as rounded there
@@ -40,13 +39,13 @@ def test_recorded_roofline(name, dtype, tp, requests, step_gb, speeds):
 
 def test_drafts_do_not_change_the_bound_and_a_single_request_has_its_own():
     config = zoo_config("Ling-flash-2.0", **MTP)
-    plain, drafting = (make_plan(config, "H20", 4, 2048, 32, draft_tokens=count) for count in (0, 3))
+    plain, drafting = (plan(config, "H20", 4, 2048, 32, draft_tokens=count) for count in (0, 3))
     assert (plain.single, plain.batch) == (drafting.single, drafting.batch)
-    assert plain.single == make_plan(config, "H20", 4, 2048, 1).batch
+    assert plain.single == plan(config, "H20", 4, 2048, 1).batch
 
 
 def test_many_tokens_are_bound_by_compute_on_a_gpu_with_little_of_it():
     """Recorded for H20: from about 700 requests of 2048 tokens on, with Ling-flash in bf16 on four."""
     config = zoo_config("Ling-flash-2.0")
-    limits = {requests: make_plan(config, "H20", 4, 2048, requests).batch.limit for requests in (500, 2000)}
+    limits = {requests: plan(config, "H20", 4, 2048, requests).batch.limit for requests in (500, 2000)}
     assert limits == {500: "bandwidth", 2000: "compute"}

@@ -11,8 +11,7 @@ import yaml
 from serve_configs import zoo_config
 
 from tests.support.engine import run
-from tests.support.planning import YARN
-from vllm_bailing.planning.plan import make_plan
+from tests.support.planning import YARN, plan
 
 
 def _parsed(arguments):
@@ -101,7 +100,7 @@ EXPECTED = {
 @pytest.mark.parametrize("case", COMMANDS)
 def test_vllm_reads_command_and_file_as_planned(case, tmp_path):
     options = dict(COMMANDS[case])
-    found = make_plan(zoo_config(options.pop("name")), model="some one's/model", **options)
+    found = plan(zoo_config(options.pop("name")), model="some one's/model", **options)
     file = tmp_path / "serve.yaml"
     file.write_text(found.yaml())
     command = shlex.split(found.serve_line().replace("\\\n", ""))
@@ -111,19 +110,19 @@ def test_vllm_reads_command_and_file_as_planned(case, tmp_path):
     by_command.pop("model"), by_file.pop("model_tag")
     assert by_command == by_file
     assert {name: by_command[name] for name in EXPECTED[case]} == EXPECTED[case]
-    assert yaml.safe_load(found.yaml()) == found.settings()
+    assert yaml.safe_load(found.yaml()) == found.flags
 
 
 @pytest.mark.parametrize("case", list(COMMANDS)[:2])
 def test_command_is_at_most_100_columns_wide(case):
     options = dict(COMMANDS[case])
-    found = make_plan(zoo_config(options.pop("name")), model="inclusionAI/Ling-flash-base-2.0", **options)
+    found = plan(zoo_config(options.pop("name")), model="inclusionAI/Ling-flash-base-2.0", **options)
     assert max(map(len, found.serve_line().splitlines())) <= 100
 
 
 def test_the_window_of_ring_1t_is_stretched_to_what_its_card_promises():
-    found = make_plan(zoo_config("Ring-1T"), "B200", 16, 131072, 1)
-    scaling = json.loads(found.settings()["hf-overrides"])["rope_scaling"]
+    found = plan(zoo_config("Ring-1T"), "B200", 16, 131072, 1)
+    scaling = json.loads(found.flags["hf-overrides"])["rope_scaling"]
     assert scaling == {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 65536}
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from tests.support.checkpoints import write_config
-from tests.support.configs import CONFIGS
+from tests.support.configs import CONFIGS, write_config
 from tests.support.engine import run
 from tests.support.registration import load_plugins
 from tests.support.zoo import OTHERS, raw_config

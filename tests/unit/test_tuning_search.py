@@ -11,7 +11,7 @@ from vllm_bailing.tuning.search import CandidateFailed, Notes
 
 
 def found(timer, tmp_path, configs, tokens=(16,)):
-    notes = Notes(tmp_path / "partial.jsonl", {"key": 1})
+    notes = Notes.resume(tmp_path / "partial.jsonl", {"key": 1})
     return search.search(timer, dict.fromkeys(tokens, configs), lambda _: DEFAULT, notes)
 
 
@@ -61,7 +61,7 @@ def test_all_steps_are_told(tmp_path):
     told = []
     space = {1: [ONE, TEN], 2: [DEFAULT, ONE]}
     timer = FakeTimer([(DEFAULT, 1.0), (ONE, None), (TEN, 0.9)])
-    search.search(timer, space, lambda _: DEFAULT, Notes(tmp_path / "n", {}), lambda *step: told.append(step))
+    search.search(timer, space, lambda _: DEFAULT, Notes.resume(tmp_path / "n", {}), lambda *step: told.append(step))
     assert sum(count for _, count in told) == search.steps(space)
     assert [tokens for tokens, _ in told] == sorted(tokens for tokens, _ in told)
 
@@ -96,14 +96,14 @@ def test_a_run_cut_off_anywhere_goes_on_to_the_same_rows(after, tmp_path):
 
 def test_a_last_line_that_was_cut_off_is_dropped(tmp_path):
     file = tmp_path / "n"
-    notes = Notes(file, {"a": 1})
+    notes = Notes.resume(file, {"a": 1})
     notes.add_time(1, ONE, 0.5)
     with file.open("a") as text:
         text.write('{"tokens": 1, "con')
-    notes = Notes(file, {"a": 1})
+    notes = Notes.resume(file, {"a": 1})
     assert notes.time(1, ONE) == (True, 0.5) and len(notes) == 1
     notes.add_time(1, TEN, None)
-    assert Notes(file, {"a": 1}).time(1, TEN) == (True, None)
+    assert Notes.resume(file, {"a": 1}).time(1, TEN) == (True, None)
 
 
 def test_results_of_anything_else_do_not_count(tmp_path):
@@ -120,9 +120,9 @@ def test_results_of_anything_else_do_not_count(tmp_path):
     assert key == table.partial_key(MINI, {1: [dict(ONE), dict(TEN)]}, dict(here))
     for number, other in enumerate(others):
         file = tmp_path / str(number)
-        Notes(file, key).add_time(1, ONE, 0.5)
-        assert Notes(file, key).time(1, ONE) == (True, 0.5)
-        assert Notes(file, other).time(1, ONE) == (False, None)
+        Notes.resume(file, key).add_time(1, ONE, 0.5)
+        assert Notes.resume(file, key).time(1, ONE) == (True, 0.5)
+        assert Notes.resume(file, other).time(1, ONE) == (False, None)
 
 
 def test_what_broke_the_gpu_is_not_tried_again(tmp_path):

@@ -112,9 +112,15 @@ def test_a_run_writes_table_and_provenance_and_removes_its_notes(tmp_path, monke
     made = plan.TuningPlan(MINI, H20, made.file, one, 1.0, made.replaced, False)
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", "another")
     monkeypatch.setattr(plan, "device_info", lambda: MACHINE)
-    monkeypatch.setattr(plan, "baseline", lambda _experts, _tokens: DEFAULT)
+
+    def baseline(_experts, _tokens):
+        assert folder_in_use() is None
+        return DEFAULT
+
+    monkeypatch.setattr(plan, "baseline", baseline)
     monkeypatch.setattr(plan, "GpuTimer", lambda _experts: FakeTimer([(DEFAULT, 1.0), (ONE, 0.99), (TEN, 0.8)]))
     rows, written = plan.run(made, "Ling-mini-2.0", 1)
+    assert folder_in_use() == "another"
     written_table, origin = (json.loads(file.read_text()) for file in written)
     assert sorted(file.name for file in made.file.parent.iterdir()) == sorted(file.name for file in written)
     assert written_table == {"triton_version": "3.6.0"} | {str(tokens): TEN for tokens in LADDER}

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vllm_bailing.bench.runner import Task
+from vllm_bailing.plugin.options import DRAFT_VOCABULARY
 
 DEFAULT_PROMPTS = (
     "What is YaRN?",
@@ -30,25 +31,30 @@ class Measurement:
         tokens: Tokens generated.
         seconds: From the first request to the last answer.
         drafts, accepted: Drafts made, and draft tokens accepted at each position.
-        answers: Checksum of the token ids of the first time.
+        checksum: Of the token ids of all answers, the first time.
     """
 
     tokens: int
     seconds: float
     drafts: int = 0
     accepted: list[int] = field(default_factory=list)
-    answers: int = 0
+    checksum: int = 0
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
 
 
 @dataclass
-class Job(Task):
-    """Answers to the same prompts at each batch size.
+class MtpTask(Task):
+    """Answers to the same prompts at each batch size, from one engine.
 
     Attributes:
         batch_sizes: Requests that run at once; each size is measured in turn.
-        prompts: User messages, sent through the chat template; without one, as plain text.
-        max_tokens: Limit of an answer.
-        ignore_eos: Whether answers go on to that limit.
+        prompts: User messages, sent through the chat template, or as plain text where the model has none.
+        max_tokens: Most tokens of an answer.
+        ignore_eos: Whether every answer goes on to that limit.
     """
 
     batch_sizes: list[int]
@@ -57,23 +63,23 @@ class Job(Task):
     ignore_eos: bool = False
 
     def work(self) -> dict[int, dict[str, Any]]:
-        return {size: asdict(row) for size, row in answer(self).items()}
+        return {size: asdict(measurement) for size, measurement in measure(self).items()}
 
-    def read(self, found: dict[str, Any]) -> dict[int, Measurement]:
-        return {int(size): Measurement(**row) for size, row in found.items()}
+    def read(self, stored: dict[str, Any]) -> dict[int, Measurement]:
+        return {int(size): Measurement(**fields) for size, fields in stored.items()}
 
 
-def answer(job: Job) -> dict[int, Measurement]:
-    """Measure in this process; needs vLLM."""
+def measure(task: MtpTask) -> dict[int, Measurement]:
+    """Measure every batch size in this process, which needs vLLM."""
     import zlib
 
     from vllm import LLM, SamplingParams
 
-    options = {"max_num_seqs": max(job.batch_sizes), "disable_log_stats": False, **job.engine}
-    llm = LLM(job.model, **options)
-    params = SamplingParams(temperature=0, max_tokens=job.max_tokens, ignore_eos=job.ignore_eos)
+    options = {"max_num_seqs": max(task.batch_sizes), "disable_log_stats": False, **task.engine}
+    llm = LLM(task.model, **options)
+    params = SamplingParams(temperature=0, max_tokens=task.max_tokens, ignore_eos=task.ignore_eos)
     tokenizer = llm.get_tokenizer()
-    requests: list[Any] = list(job.prompts)
+    requests: list[Any] = list(task.prompts)
     if getattr(tokenizer, "chat_template", None):
         requests = [
             {
@@ -81,13 +87,13 @@ def answer(job: Job) -> dict[int, Measurement]:
                     [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
                 )
             }
-            for prompt in job.prompts
+            for prompt in task.prompts
         ]
 
     def counters() -> tuple[int, list[int]]:
-        found: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}
-        drafts = found.get("vllm:spec_decode_num_drafts")
-        accepted = found.get("vllm:spec_decode_num_accepted_tokens_per_pos")
+        metrics: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}
+        drafts = metrics.get("vllm:spec_decode_num_drafts")
+        accepted = metrics.get("vllm:spec_decode_num_accepted_tokens_per_pos")
         return (drafts.value if drafts else 0), (list(accepted.values) if accepted else [])
 
     def generate(batch_size: int) -> tuple[int, int]:
@@ -100,7 +106,7 @@ def answer(job: Job) -> dict[int, Measurement]:
         return tokens, checksum
 
     results = {}
-    for batch_size in job.batch_sizes:
+    for batch_size in task.batch_sizes:
         generate(batch_size)  # the first round compiles, captures and fills caches
         drafts_before, accepted_before = counters()
         started = time.perf_counter()
@@ -118,32 +124,32 @@ def answer(job: Job) -> dict[int, Measurement]:
     return results
 
 
-def mtp_jobs(
-    job: Job,
+def mtp_tasks(
+    task: MtpTask,
     draft_tokens: list[int],
     acceptance: float | None = None,
     draft: dict[str, Any] | None = None,
     draft_vocab: str | None = None,
-) -> dict[str, Job]:
-    """`job` with each number of draft tokens; 0 does not speculate.
+) -> dict[str, MtpTask]:
+    """`task` for each arm, which is a number of draft tokens; 0 does not speculate.
 
     Args:
         acceptance: Chance of a draft token to be accepted after those before it; vLLM then draws instead of comparing,
             and answers mean nothing.
         draft: Further keys of the speculative configuration, such as `model`.
-        draft_vocab: File of `vllm-bailing draft-vocab`, for the jobs that speculate.
+        draft_vocab: File of `vllm-bailing draft-vocab`, for the arms that speculate.
     """
-    jobs = {}
+    tasks = {}
     for count in draft_tokens:
         speculation: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": count, **(draft or {})}
         if acceptance is not None:
             speculation["rejection_sample_method"] = "synthetic"
             speculation["synthetic_acceptance_rates"] = [acceptance ** (i + 1) for i in range(count)]
-        engine = {**job.engine, "speculative_config": speculation} if count else job.engine
+        engine = {**task.engine, "speculative_config": speculation} if count else task.engine
         if count and draft_vocab is not None:
-            engine["additional_config"] = {**engine.get("additional_config", {}), "bailing_draft_vocab": draft_vocab}
-        jobs[str(count)] = replace(job, engine=engine, ignore_eos=job.ignore_eos or acceptance is not None)
-    return jobs
+            engine["additional_config"] = {**engine.get("additional_config", {}), DRAFT_VOCABULARY: draft_vocab}
+        tasks[str(count)] = replace(task, engine=engine, ignore_eos=task.ignore_eos or acceptance is not None)
+    return tasks
 
 
 def summarize(results: dict[str, list[dict[int, Measurement]]], baseline: str) -> list[dict[str, Any]]:
@@ -154,23 +160,22 @@ def summarize(results: dict[str, list[dict[int, Measurement]]], baseline: str) -
     the mean number of tokens that a step of the target yields.
     """
     rows = []
-    for size in next(iter(results.values()))[0]:
-        for name, rounds in results.items():
-            speeds = [one[size].tokens / one[size].seconds for one in rounds]
-            base = [one[size].tokens / one[size].seconds for one in results[baseline]]
-            ratios = [mine / other for mine, other in zip(speeds, base, strict=True)]
-            drafts = sum(one[size].drafts for one in rounds)
-            accepted = [sum(column) for column in zip(*(one[size].accepted for one in rounds), strict=True)]
+    for size in results[baseline][0]:
+        base = [measured[size] for measured in results[baseline]]
+        for arm, rounds in results.items():
+            measurements = [measured[size] for measured in rounds]
+            pairs = zip(measurements, base, strict=True)
+            drafts = sum(one.drafts for one in measurements)
+            accepted = [sum(position) for position in zip(*(one.accepted for one in measurements), strict=True)]
             rows.append(
                 {
                     "batch_size": size,
-                    "arm": name,
-                    "tokens_per_second": _spread(speeds),
-                    "ratio": _spread(ratios),
+                    "arm": arm,
+                    "tokens_per_second": _spread([one.speed for one in measurements]),
+                    "ratio": _spread([mine.speed / other.speed for mine, other in pairs]),
                     "acceptance": [count / drafts for count in accepted] if drafts else [],
                     "acceptance_length": 1 + sum(accepted) / drafts if drafts else 1.0,
-                    "same_answers": {one[size].answers for one in rounds}
-                    == {one[size].answers for one in results[baseline]},
+                    "same_answers": {one.checksum for one in measurements} == {one.checksum for one in base},
                 }
             )
     return rows
@@ -182,12 +187,12 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 def advice(rows: list[dict[str, Any]], baseline: str) -> dict[int, str]:
     """For each batch size, which number of draft tokens to use, in words."""
-    told = {}
+    sentences = {}
     for size in dict.fromkeys(row["batch_size"] for row in rows):
         arms = [row for row in rows if row["batch_size"] == size and row["arm"] != baseline]
         best = max(arms, key=lambda row: row["ratio"]["median"], default=None)
         if best is None or best["ratio"]["low"] <= 1:
-            told[size] = "no number of draft tokens was faster in every round: serve without speculation"
+            sentences[size] = "no number of draft tokens was faster in every round: serve without speculation"
         else:
-            told[size] = f"num_speculative_tokens={best['arm']}: {best['ratio']['median']:.2f} times as fast"
-    return told
+            sentences[size] = f"num_speculative_tokens={best['arm']}: {best['ratio']['median']:.2f} times as fast"
+    return sentences

@@ -5,83 +5,108 @@ Every function raises ImportError without matplotlib.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_bailing.bench.statistics import AGAIN, IN_TREE
+from vllm_bailing.bench.statistics import AGAIN, IN_TREE, PLUGIN
 
 
-def plot_mtp(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+@contextmanager
+def figure_at(
+    path: Path, size: tuple[float, float], panels: int = 1, **options: Any
+) -> Iterator[tuple[Any, list[Any]]]:
+    """A new figure of `size` inches and its panels from left to right, for the body of a `with`, then saved to `path`.
+
+    Args:
+        options: Further arguments of `matplotlib.pyplot.subplots`.
+    Raises:
+        ImportError: Without matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, panels, figsize=size, squeeze=False, **{"dpi": 100, **options})
+    try:
+        yield figure, list(axes[0])
+        figure.savefig(path)
+    finally:
+        pyplot.close(figure)
+
+
+def error_bars(middles: list[float], lows: list[float], highs: list[float]) -> list[list[float]]:
+    """Lengths of the error bars below and above, as matplotlib's `yerr` takes them."""
+    return [
+        [middle - low for middle, low in zip(middles, lows, strict=True)],
+        [high - middle for middle, high in zip(middles, highs, strict=True)],
+    ]
+
+
+def plot_mtp(report: dict[str, Any], path: Path) -> None:
     """Speed by number of draft tokens, and acceptance by position.
 
+    Args:
+        report: Of `report.mtp_report`, from which this takes `model` and `rows`.
     Raises:
         ImportError: Without matplotlib.
     """
-    import matplotlib
+    with figure_at(path, (9, 3.4), panels=2) as (figure, (left, right)):
+        from matplotlib.ticker import MaxNLocator
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), dpi=100)
-    for size in dict.fromkeys(row["batch_size"] for row in rows):
-        arms = [row for row in rows if row["batch_size"] == size]
-        x = [int(row["arm"]) for row in arms]
-        y = [row["ratio"]["median"] for row in arms]
-        below = [row["ratio"]["median"] - row["ratio"]["low"] for row in arms]
-        above = [row["ratio"]["high"] - row["ratio"]["median"] for row in arms]
-        left.errorbar(x, y, yerr=[below, above], marker="o", capsize=3, label=f"batch {size}")
-        deepest = max(arms, key=lambda row: len(row["acceptance"]))
-        positions = range(1, len(deepest["acceptance"]) + 1)
-        right.plot(positions, [100 * share for share in deepest["acceptance"]], marker="o", label=f"batch {size}")
-    left.axhline(1, color="grey", linewidth=0.8)
-    left.set(xlabel="draft tokens per step", ylabel="tokens/s, times no speculation", ylim=(0, None))
-    right.set(xlabel="draft position", ylabel="accepted up to here, %", ylim=(0, 105))
-    for axis in (left, right):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+        for size in dict.fromkeys(row["batch_size"] for row in report["rows"]):
+            rows = [row for row in report["rows"] if row["batch_size"] == size]
+            medians, lows, highs = ([row["ratio"][key] for row in rows] for key in ("median", "low", "high"))
+            x, bars = [int(row["arm"]) for row in rows], error_bars(medians, lows, highs)
+            left.errorbar(x, medians, yerr=bars, marker="o", capsize=3, label=f"batch {size}")
+            deepest = max((row["acceptance"] for row in rows), key=len)
+            shares = [100 * share for share in deepest]
+            right.plot(range(1, len(shares) + 1), shares, marker="o", label=f"batch {size}")
+        left.axhline(1, color="grey", linewidth=0.8)
+        left.set(xlabel="draft tokens per step", ylabel="tokens/s, times no speculation", ylim=(0, None))
+        right.set(xlabel="draft position", ylabel="accepted up to here, %", ylim=(0, 105))
+        for axis in (left, right):
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.grid(alpha=0.3)
+            axis.legend()
+        figure.suptitle(f"MTP on {Path(report['model']).name}")
+        figure.tight_layout()
 
 
-def plot_comparison(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Ratios to in-tree with their intervals; the band behind each figure is the noise floor.
+def plot_comparison(report: dict[str, Any], path: Path) -> None:
+    """Ratios to in-tree with their intervals; the band around 1 at each figure is the noise floor.
 
+    Args:
+        report: Of `report.comparison_report`, from which this takes `model`, `engine`, `arms` and `rows`.
     Raises:
         ImportError: Without matplotlib.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    facts = report["arms"][PLUGIN]
+    mode = "eager" if report["engine"].get("enforce_eager") else "compiled"
+    title = f"vllm-bailing: {Path(report['model']).name}, {mode}, {facts['dtype']}, {facts['device']}"
+    rows = report["rows"]
     figures = list(dict.fromkeys(row["figure"] for row in rows))
-    names = [name for name in dict.fromkeys(row["arm"] for row in rows) if name not in (IN_TREE, AGAIN)]
-    width = 0.8 / len(names)
-    canvas, axis = pyplot.subplots(figsize=(max(6.0, 0.7 * len(figures) + 3), 3.8), dpi=100)
-    for place, figure in enumerate(figures):
-        noise = next(row["noise"] for row in rows if row["figure"] == figure)
-        label = "noise floor" if place == 0 else None
-        axis.fill_between([place - 0.45, place + 0.45], 1 / noise, noise, color="0.85", label=label, zorder=0)
-    for index, name in enumerate(names):
-        found = [row for row in rows if row["arm"] == name]
-        x = [place + (index - (len(names) - 1) / 2) * width for place in range(len(figures))]
-        below = [row["ratio"] - row["interval"][0] for row in found]
-        above = [row["interval"][1] - row["ratio"] for row in found]
-        heights = [row["ratio"] - 1 for row in found]
-        axis.bar(x, heights, 0.9 * width, bottom=1, label=name, zorder=2, alpha=0.85)
-        axis.errorbar(
-            x, [row["ratio"] for row in found], yerr=[below, above], fmt="none", ecolor="black", capsize=3, zorder=3
-        )
-    axis.axhline(1, color="black", linewidth=0.8, zorder=1)
-    axis.set_xticks(range(len(figures)), [figure.replace(" ", "\n") for figure in figures])
-    axis.set(ylabel="times in-tree, above 1 is better", title=title)
-    axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    axis.margins(x=0.01)
-    canvas.tight_layout()
-    canvas.savefig(path)
-    pyplot.close(canvas)
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm not in (IN_TREE, AGAIN)]
+    width = 0.8 / len(arms)
+    with figure_at(path, (max(6.0, 0.7 * len(figures) + 3), 3.8)) as (canvas, (axis,)):
+        for place, figure in enumerate(figures):
+            noise = next(row["noise"] for row in rows if row["figure"] == figure)
+            label = "noise floor" if place == 0 else None
+            axis.fill_between([place - 0.45, place + 0.45], 1 / noise, noise, color="0.85", label=label, zorder=0)
+        for index, arm in enumerate(arms):
+            x = [place + (index - (len(arms) - 1) / 2) * width for place in range(len(figures))]
+            ratios = [row["ratio"] for row in rows if row["arm"] == arm]
+            lows, highs = zip(*(row["interval"] for row in rows if row["arm"] == arm), strict=True)
+            heights = [ratio - 1 for ratio in ratios]
+            axis.bar(x, heights, 0.9 * width, bottom=1, label=arm, zorder=2, alpha=0.85)
+            bars = error_bars(ratios, list(lows), list(highs))
+            axis.errorbar(x, ratios, yerr=bars, fmt="none", ecolor="black", capsize=3, zorder=3)
+        axis.axhline(1, color="black", linewidth=0.8, zorder=1)
+        axis.set_xticks(range(len(figures)), [figure.replace(" ", "\n") for figure in figures])
+        axis.set(ylabel="times in-tree, above 1 is better", title=title)
+        axis.grid(axis="y", alpha=0.3)
+        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+        axis.margins(x=0.01)
+        canvas.tight_layout()

@@ -1,14 +1,12 @@
 """Timed comparisons of vLLM engines that differ in one thing, each in a fresh process, alternating.
 
-Run as a module this file is the worker: it reads a `Task` as JSON from standard input and writes what that measured to
-the file that the task names.
+A `Task` is what one process measures. An arm is one side of a comparison: a name, and a task that runs once a round.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pkgutil
 import platform
 import re
 import subprocess
@@ -22,7 +20,7 @@ from typing import Any
 
 from vllm_bailing.errors import BenchError
 
-OURS = "vllm_bailing."  # what the names of this package's classes start with
+PACKAGE_PREFIX = "vllm_bailing."  # what the full names of this package's classes start with
 
 
 @dataclass
@@ -33,7 +31,7 @@ class Task(ABC):
         model: As for `vllm serve`.
         engine: Further arguments of `vllm.LLM`.
         env: Environment variables of the process, besides those of this one.
-        out: File for the result.
+        out: File for the result; `run_task` fills it in.
     """
 
     model: str
@@ -43,14 +41,14 @@ class Task(ABC):
 
     @abstractmethod
     def work(self) -> Any:
-        """Measure in this process, which needs vLLM; the result has to fit into JSON."""
+        """Measure in this process, which needs vLLM and is the task's own; the result has to fit into JSON."""
 
-    def read(self, found: Any) -> Any:
+    def read(self, stored: Any) -> Any:
         """The result of `work`, back from JSON."""
-        return found
+        return stored
 
 
-def run_job(task: Task) -> Any:
+def run_task(task: Task) -> Any:
     """Measure in a fresh process.
 
     Raises:
@@ -74,26 +72,28 @@ def run_job(task: Task) -> Any:
             )
         if done.returncode or not Path(task.out).is_file():
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            found = [match[0] for line in lines if (match := re.search(r"\w+Error: .*", line))]
+            errors = [match[0] for line in lines if (match := re.search(r"\w+Error: .*", line))]
             # The engine's own error comes first; what follows only says that the engine is gone.
-            raise BenchError("\n".join(found[:1] or lines[-5:]))
+            raise BenchError("\n".join(errors[:1] or lines[-5:]))
         return task.read(json.loads(Path(task.out).read_text()))
 
 
-def turns(names: Iterable[str], rounds: int) -> list[str]:
-    """Every name once a round, in turned order every other round, so that a slow drift of the machine cancels out."""
-    order = list(names)
-    return [name for number in range(rounds) for name in (order if number % 2 == 0 else order[::-1])]
+def turns(arms: Iterable[str], rounds: int) -> list[str]:
+    """Every arm once a round, in reverse order every other round, so that a slow drift of the machine cancels out."""
+    order = list(arms)
+    return [arm for number in range(rounds) for arm in (order if number % 2 == 0 else order[::-1])]
 
 
 def alternate(
-    jobs: Mapping[str, Task], rounds: int, check: Callable[[str, Any], None] | None = None, what: str = "engines"
+    tasks: Mapping[str, Task], rounds: int, check: Callable[[str, Any], None] | None = None, what: str = "engines"
 ) -> dict[str, list[Any]]:
-    """Run every job once a round in `turns`, with a progress bar on standard error.
+    """Run the task of every arm once a round in `turns`, with a progress bar on standard error.
 
     Args:
-        check: Is given the name and the result of every job that ran, and may raise.
-        what: Stands before the progress bar.
+        check: Called with the arm and the result of every task that ran; may raise.
+        what: Label of the progress bar.
+    Returns:
+        The results of each arm, one per round.
     Raises:
         BenchError: If one of them failed.
     """
@@ -101,28 +101,23 @@ def alternate(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    results: dict[str, list[Any]] = {name: [] for name in jobs}
+    results: dict[str, list[Any]] = {arm: [] for arm in tasks}
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(what, total=rounds * len(jobs))
-        for name in turns(jobs, rounds):
-            results[name].append(run_job(jobs[name]))
+        bar = progress.add_task(what, total=rounds * len(tasks))
+        for arm in turns(tasks, rounds):
+            result = run_task(tasks[arm])
+            results[arm].append(result)
             if check is not None:
-                check(name, results[name][-1])
+                check(arm, result)
             progress.advance(bar)
     return results
 
 
-def machine() -> dict[str, Any]:
+def cpu_info() -> dict[str, Any]:
     """The processor and how many of its cores this process may use."""
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []:
+    cpu, description = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    for line in description.read_text().splitlines() if description.is_file() else []:
         if line.startswith("model name"):
             cpu = line.partition(":")[2].strip()
             break
     return {"cpu": cpu, "cores": len(os.sched_getaffinity(0))}
-
-
-if __name__ == "__main__":
-    received = json.load(sys.stdin)
-    todo: Task = pkgutil.resolve_name(received["task"])(**received["fields"])
-    Path(todo.out).write_text(json.dumps(todo.work()))

@@ -12,11 +12,15 @@ from vllm_bailing.config import ARCHITECTURE, MODEL_TYPE, BailingMoeV2Config, re
 from vllm_bailing.errors import BenchError
 from vllm_bailing.weights import layer_of, main_tensors
 
-_COMMON = {
+# What Ling-mini-2.0 and Ling-flash-2.0 have in common; a test compares these with tests/data/zoo.json.
+_PUBLISHED: dict[str, Any] = {
     "architectures": [ARCHITECTURE],
     "model_type": MODEL_TYPE,
     "torch_dtype": "bfloat16",
+    "vocab_size": 157184,
+    "head_dim": 128,
     "partial_rotary_factor": 0.5,
+    "num_experts": 256,
     "num_experts_per_tok": 8,
     "n_group": 8,
     "topk_group": 4,
@@ -25,33 +29,30 @@ _COMMON = {
     "routed_scaling_factor": 2.5,
     "max_position_embeddings": 32768,
 }
+_MINI = {
+    **_PUBLISHED,
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 20,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 512,
+}
 _FLASH = {
-    "vocab_size": 157184,
+    **_PUBLISHED,
     "hidden_size": 4096,
     "intermediate_size": 9216,
+    "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 256,
     "moe_intermediate_size": 1024,
 }
 SHAPES: dict[str, dict[str, Any]] = {
-    "mini": {  # all of Ling-mini-2.0
-        **_COMMON,
-        "vocab_size": 157184,
-        "hidden_size": 2048,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 20,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 256,
-        "moe_intermediate_size": 512,
-    },
-    "flash-4L": {**_COMMON, **_FLASH, "num_hidden_layers": 4},  # Ling-flash-2.0 with 4 and 8 of its 32 layers
-    "flash-8L": {**_COMMON, **_FLASH, "num_hidden_layers": 8},
+    "mini": _MINI,
+    "flash-4L": {**_FLASH, "num_hidden_layers": 4},
+    "flash-8L": {**_FLASH, "num_hidden_layers": 8},
     "mid": {  # 454 million parameters, for CPUs
-        **_COMMON,
+        **_PUBLISHED,
         "vocab_size": 32768,
         "hidden_size": 1024,
         "intermediate_size": 2560,

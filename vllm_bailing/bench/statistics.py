@@ -17,7 +17,7 @@ _DRAWS = 10_000
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of figure: its unit, whether more of it is better, and the verdicts."""
+    """A kind of figure: its unit, whether more of it is better, and the words for a verdict."""
 
     unit: str
     more_is_better: bool
@@ -68,11 +68,15 @@ def judge(ratios: list[float], noise: float, kind: Kind) -> str:
 
 
 def summarize(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One row per figure and arm: median and range over rounds, ratio to `in-tree`, noise floor and verdict."""
+    """One row per figure and arm: median and range over rounds, ratio to `in-tree`, noise floor and verdict.
+
+    Args:
+        results: Of each arm, one per round; their `figures` are values by kind and size, such as "decode 8".
+    """
     rows = []
     for figure in results[IN_TREE][0]["figures"]:
         kind = KINDS[figure.split()[0]]
-        values = {arm: [one["figures"][figure] for one in rounds] for arm, rounds in results.items()}
+        values = {arm: [result["figures"][figure] for result in rounds] for arm, rounds in results.items()}
         ratios = {arm: _ratios(values[arm], values[IN_TREE], kind) for arm in results}
         low, high = interval(ratios[AGAIN])
         noise = max(high, 1 / low)
@@ -97,5 +101,6 @@ def summarize(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _ratios(values: list[float], base: list[float], kind: Kind) -> list[float]:
+    """`values` to `base`, round by round, above 1 where `values` are better."""
     pairs = zip(values, base, strict=True)
     return [mine / other if kind.more_is_better else other / mine for mine, other in pairs]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_bailing.bench.runner import OURS
+from vllm_bailing.bench.runner import PACKAGE_PREFIX
 from vllm_bailing.plugin.patches import time_model_loading
 
 EXTENSION = "vllm_bailing.bench.worker_extension.FactsExtension"
@@ -25,7 +25,7 @@ class FactsExtension:
     get_model: Any
 
     def bailing_facts(self) -> dict[str, Any]:
-        """What runs in this worker, in words."""
+        """What runs in this worker, by names: model class, kernels, dtype, compilation, device."""
         model, config = self.get_model(), self.vllm_config
         compilation = config.compilation_config
         layers = compilation.static_forward_context.values()
@@ -54,18 +54,18 @@ def _words(names: Any) -> str:
 
 
 def _expert_kernels(model: torch.nn.Module) -> list[str]:
-    """Classes of the kernels of all expert layers, ours marked; where there are none, of their quantisation methods."""
-    found = []
+    """Classes of the kernels of all expert layers, ours marked; where there are none, of their quantization methods."""
+    names = []
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         kernel = getattr(method, "moe_kernel", None)
         if kernel is not None:
             experts = type(kernel.fused_experts)
-            package = OURS if experts.__module__.startswith(OURS) else ""
-            found.append(package + experts.__name__)
+            prefix = PACKAGE_PREFIX if experts.__module__.startswith(PACKAGE_PREFIX) else ""
+            names.append(prefix + experts.__name__)
         elif "MoE" in type(method).__name__:
-            found.append(type(method).__name__)
-    return found
+            names.append(type(method).__name__)
+    return names
 
 
 def _kv_cache_bytes(config: Any) -> int:

@@ -188,25 +188,25 @@ def plan(
     from vllm_bailing.cli import output
     from vllm_bailing.config import read_config
     from vllm_bailing.planning.gpus import find_gpu
-    from vllm_bailing.planning.plan import make_plan
+    from vllm_bailing.planning.plan import Request, make_plan
 
     try:
         config = read_config(model)
-        found = make_plan(
-            config,
+        request = Request(
             find_gpu(gpu, memory_gib, bandwidth),
             gpus,
             config.max_position_embeddings if context is None else context,
             concurrency,
-            dtype,
-            kv_dtype,
-            mtp,
-            tp,
-            pp,
-            gpu_memory_utilization,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            draft_tokens=mtp,
+            tp=tp,
+            pp=pp,
+            memory_utilization=gpu_memory_utilization,
             model=model,
             draft_model=draft_model,
         )
+        found = make_plan(config, request)
     except ValueError as error:
         typer.echo(f"vllm-bailing plan: {error}", err=True)
         raise typer.Exit(2) from None
@@ -560,44 +560,29 @@ def bench_mtp(
     The same prompts run with each number of draft tokens, in fresh processes that take turns.
     """
     from vllm_bailing import errors
-    from vllm_bailing.bench import mtp, plots, runner
+    from vllm_bailing.bench import mtp, plots, report, runner
     from vllm_bailing.cli import output
 
     counts = sorted({0, *_numbers(draft_tokens)})
     options = _json_object("--engine", engine)
     lines = prompts.read_text(encoding="utf-8").splitlines() if prompts else mtp.DEFAULT_PROMPTS
-    job = mtp.Job(model, options, _numbers(batch_size), [line for line in lines if line.strip()], max_tokens)
+    task = mtp.MtpTask(model, options, _numbers(batch_size), [line for line in lines if line.strip()], max_tokens)
     draft = {"model": draft_model} if draft_model else None
     vocabulary = str(draft_vocab.resolve()) if draft_vocab else None
-    jobs = mtp.mtp_jobs(job, counts, acceptance, draft, vocabulary)
+    tasks = mtp.mtp_tasks(task, counts, acceptance, draft, vocabulary)
 
     try:
-        results = runner.alternate(jobs, rounds)
+        results = runner.alternate(tasks, rounds)
     except errors.BenchError as error:
         raise SystemExit(f"vllm-bailing bench: {error}") from None
-    rows = mtp.summarize(results, "0")
-    told = mtp.advice(rows, "0")
-    report = {
-        "model": model,
-        "acceptance": acceptance,
-        "rounds": rounds,
-        "engine": options,
-        "versions": collect_info(),
-        "rows": rows,
-        "advice": told,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    written = [out.with_suffix(".json")]
-    try:
-        plots.plot_mtp(rows, f"MTP on {Path(model).name}", out.with_suffix(".png"))
-        written.append(out.with_suffix(".png"))
-    except ImportError:
+    measured = report.mtp_report(task, results, acceptance=acceptance, versions=collect_info())
+    written = report.write_report(measured, out, plots.plot_mtp)
+    if len(written) == 1:
         typer.echo("no plot: `pip install 'vllm-bailing[bench]'`", err=True)
     if as_json:
-        typer.echo(json.dumps(report))
+        typer.echo(json.dumps(measured))
         return
-    output.show_mtp(rows, told)
+    output.show_mtp(measured["rows"], measured["advice"])
     typer.echo(f"written to {' and '.join(map(str, written))}")
 
 
@@ -635,10 +620,10 @@ def bench_compare(
     """
     import shlex
     import tempfile
-    from datetime import datetime, timezone
 
     from vllm_bailing import errors
-    from vllm_bailing.bench import in_tree, plots, shapes, statistics
+    from vllm_bailing.bench import in_tree, plots, report, shapes
+    from vllm_bailing.cli import output
 
     options = dict(_named_object("--option", text) for text in option or [])
     arguments: dict[str, Any] = {"dtype": dtype, "enforce_eager": eager, "tensor_parallel_size": tp}
@@ -649,41 +634,20 @@ def bench_compare(
         if model in shapes.SHAPES:
             shapes.write_shape(model, Path(folder))
             path, arguments["load_format"] = folder, "dummy"
-        trial = in_tree.Trial(path, arguments, sizes, lengths, prompt_tokens, output_tokens, repeats)
+        task = in_tree.CompareTask(path, arguments, sizes, lengths, prompt_tokens, output_tokens, repeats)
         try:
-            found = in_tree.run(trial, options, rounds, warm_up, bandwidth)
+            result = in_tree.run(task, options, rounds, warm_up, bandwidth)
         except errors.BenchError as error:
             raise SystemExit(f"vllm-bailing bench: {error}") from None
-    report = {
-        "model": model,
-        "config": shapes.SHAPES.get(model),
-        "command": shlex.join(["vllm-bailing", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": collect_info(),
-        "rounds": rounds,
-        "engine": arguments,
-        "options": options,
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
-        **found,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    written = [out.with_name(f"{out.name}.json")]
-    written[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    try:
-        picture = out.with_name(f"{out.name}.png")
-        facts = found["arms"][statistics.PLUGIN]
-        what = (Path(model).name, "eager" if eager else "compiled", facts["dtype"], facts["device"])
-        plots.plot_comparison(found["rows"], f"vllm-bailing: {', '.join(what)}", picture)
-        written.append(picture)
-    except ImportError:
+    command, versions = shlex.join(["vllm-bailing", *sys.argv[1:]]), collect_info()
+    measured = report.comparison_report(model, task, options, rounds, result, command=command, versions=versions)
+    written = report.write_report(measured, out, plots.plot_comparison)
+    if len(written) == 1:
         typer.echo("no plot: `pip install 'vllm-bailing[bench]'`", err=True)
     if as_json:
-        typer.echo(json.dumps(report))
+        typer.echo(json.dumps(measured))
         return
-    from vllm_bailing.cli import output
-
-    output.show_comparison(report)
+    output.show_comparison(measured)
     typer.echo(f"written to {' and '.join(map(str, written))}")
 
 

@@ -1,4 +1,10 @@
-"""The GPUs that are known, a row each, for planning, tuning and benchmarks."""
+"""All that the package knows of GPUs: a row each, for planning, tuning and benchmarks.
+
+Memory is what torch reports, which is less than the data sheet's: the driver keeps a part, and error correction a part
+of GDDR. FLOP/s are dense, half of what a sheet gives "with sparsity". Shared memory follows from the compute
+capability (CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"), compute capabilities
+are listed at https://developer.nvidia.com/cuda-gpus.
+"""
 
 from __future__ import annotations
 
@@ -13,45 +19,119 @@ class Gpu:
     """A GPU as its data sheet and its driver describe it.
 
     Attributes:
-        memory_bytes: The total that torch reports.
-        bandwidth: Bytes/s.
-        flops_16: Dense bf16 FLOP/s.
-        flops_8: Dense fp8 FLOP/s; None if it has no fp8 arithmetic.
+        name: Name for the command line.
+        memory_bytes: Total memory as torch reports it.
+        bandwidth: Memory bandwidth in bytes/s.
+        flops_16: Dense bf16 FLOP/s; None if not known.
+        flops_8: Dense fp8 FLOP/s; None if not known, or if the GPU has no fp8 arithmetic.
+        driver_names: Names that the driver reports. vLLM's file names have them with underscores for spaces.
+        compute_capability: CUDA's version number of the architecture; None if not known or not from NVIDIA.
+        shared_memory: Bytes of shared memory that one block of threads can have; None if not known.
+        source: Title and address of the data sheet; empty for a GPU that the user describes.
     """
 
     name: str
     memory_bytes: int
     bandwidth: float
-    flops_16: float
-    flops_8: float | None
+    flops_16: float | None = None
+    flops_8: float | None = None
+    driver_names: tuple[str, ...] = ()
+    compute_capability: str | None = None
+    shared_memory: int | None = None
+    source: str = ""
 
 
-def _gpu(name: str, memory_gib: float, tb_per_s: float, tflops_16: float, tflops_8: float | None) -> Gpu:
-    flops_8 = None if tflops_8 is None else tflops_8 * 1e12
-    return Gpu(name, round(memory_gib * GIB), tb_per_s * 1e12, tflops_16 * 1e12, flops_8)
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        _gpu("H100", 79.1, 3.35, 989, 1979),
-        _gpu("H200", 139.7, 4.8, 989, 1979),
-        _gpu("H20", 95.1, 4.0, 148, 296),
-        _gpu("H20-3e", 139.7, 4.8, 148, 296),
-        _gpu("B200", 178.4, 8.0, 2250, 4500),
-        _gpu("A100-80G", 79.1, 2.04, 312, None),
-        _gpu("L40S", 44.4, 0.864, 362, 733),
-        _gpu("RTX4090", 23.5, 1.008, 165, 330),
-        _gpu("MI300X", 191.5, 5.3, 1307, 2615),
+def _gpu(
+    name: str,
+    *,
+    driver: str,
+    gib: float,
+    tb_per_s: float,
+    tflops_16: float,
+    tflops_8: float | None,
+    capability: str | None,
+    shared_kib: int,
+    source: str,
+) -> Gpu:
+    return Gpu(
+        name,
+        memory_bytes=round(gib * GIB),
+        bandwidth=tb_per_s * 1e12,
+        flops_16=tflops_16 * 1e12,
+        flops_8=None if tflops_8 is None else tflops_8 * 1e12,
+        driver_names=(driver,),
+        compute_capability=capability,
+        shared_memory=shared_kib * 1024,
+        source=source,
     )
-}
+
+
+# fmt: off
+_ROWS = (
+    _gpu("H100", driver="NVIDIA H100 80GB HBM3",
+         gib=79.1, tb_per_s=3.35, tflops_16=989, tflops_8=1979, capability="9.0", shared_kib=227,
+         source="NVIDIA H100 Tensor Core GPU, H100 SXM: https://www.nvidia.com/en-us/data-center/h100/"),
+    _gpu("H200", driver="NVIDIA H200",
+         gib=139.7, tb_per_s=4.8, tflops_16=989, tflops_8=1979, capability="9.0", shared_kib=227,
+         source="NVIDIA H200 Tensor Core GPU, H200 SXM: https://www.nvidia.com/en-us/data-center/h200/"),
+    # NVIDIA has published no data sheet of the H20.
+    _gpu("H20", driver="NVIDIA H20",
+         gib=95.1, tb_per_s=4.0, tflops_16=148, tflops_8=296, capability="9.0", shared_kib=227,
+         source="H20, L20 and L2 specifications, Tom's Hardware: https://www.tomshardware.com/pc-components/gpus/"
+                "new-nvidia-ai-gpus-designed-to-get-around-us-export-bans-come-to-china-h20-l20-and-l2-to-fill-void-left-"
+                "by-restricted-models"),
+    _gpu("H20-3e", driver="NVIDIA H20-3e",
+         gib=139.7, tb_per_s=4.8, tflops_16=148, tflops_8=296, capability="9.0", shared_kib=227,
+         source="H20 with the memory of an H200, as quoted to NVIDIA: https://github.com/NVIDIA/nvbandwidth/issues/48"),
+    _gpu("B200", driver="NVIDIA B200",
+         gib=178.4, tb_per_s=8.0, tflops_16=2250, tflops_8=4500, capability="10.0", shared_kib=227,
+         source="NVIDIA DGX B200, an eighth of it: https://www.nvidia.com/en-us/data-center/dgx-b200/"),
+    _gpu("A100-80G", driver="NVIDIA A100-SXM4-80GB",
+         gib=79.1, tb_per_s=2.039, tflops_16=312, tflops_8=None, capability="8.0", shared_kib=163,
+         source="NVIDIA A100 Tensor Core GPU, A100 80GB SXM: https://www.nvidia.com/content/dam/en-zz/Solutions/"
+                "Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf"),
+    _gpu("L40S", driver="NVIDIA L40S",
+         gib=44.4, tb_per_s=0.864, tflops_16=362, tflops_8=733, capability="8.9", shared_kib=99,
+         source="NVIDIA L40S: https://www.nvidia.com/en-us/data-center/l40s/"),
+    _gpu("RTX4090", driver="NVIDIA GeForce RTX 4090",
+         gib=23.5, tb_per_s=1.008, tflops_16=165, tflops_8=330, capability="8.9", shared_kib=99,
+         source="NVIDIA Ada GPU Architecture, appendix A, with fp32 accumulation: https://images.nvidia.com/aem-dam/"
+                "Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"),
+    _gpu("MI300X", driver="AMD Instinct MI300X",
+         gib=191.5, tb_per_s=5.3, tflops_16=1307, tflops_8=2615, capability=None, shared_kib=64,
+         source="AMD Instinct MI300X: https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html; shared "
+                "memory (LDS): https://rocm.docs.amd.com/en/latest/reference/gpu-specs.html"),
+)
+# fmt: on
+GPUS = {gpu.name: gpu for gpu in _ROWS}
+
+# KiB of shared memory of GPUs without a row, by a part of the driver's name; all others are taken for Hopper.
+_SHARED_KIB = {"A100": 163, "A800": 163, "RTX": 99, "L4": 99, "L20": 99, "GB10": 99}
+_HOPPER_SHARED_KIB = 227
+
+
+def gpu_called(driver_name: str) -> Gpu | None:
+    """The GPU that the driver calls `driver_name`, or whose name stands so in vLLM's file names; None without a row."""
+    spaced = driver_name.replace("_", " ")
+    return next((gpu for gpu in GPUS.values() if spaced in gpu.driver_names), None)
+
+
+def shared_memory_of(driver_name: str) -> int:
+    """Bytes of shared memory that one block of threads can have on a GPU that need not be in this machine."""
+    gpu = gpu_called(driver_name)
+    if gpu is not None and gpu.shared_memory is not None:
+        return gpu.shared_memory
+    return 1024 * next((kib for part, kib in _SHARED_KIB.items() if part in driver_name), _HOPPER_SHARED_KIB)
 
 
 def find_gpu(name: str, memory_gib: float | None = None, bandwidth: float | None = None) -> Gpu:
-    """The GPU called `name`, in any case, with memory (GiB) and bandwidth (TB/s) replaced where they are given.
+    """The GPU called `name` on the command line, in any case.
 
+    Args:
+        memory_gib: Memory in GiB, instead of the row's.
+        bandwidth: Memory bandwidth in TB/s, instead of the row's.
     Raises:
-        ValueError: If it is not in the table and one of the two is missing, or a number is not positive.
+        ValueError: If there is no such row and one of the two is missing, or a number is not positive.
     """
     for flag, value in (("--memory-gib", memory_gib), ("--bandwidth", bandwidth)):
         if value is not None and not 0 < value < math.inf:
@@ -63,8 +143,8 @@ def find_gpu(name: str, memory_gib: float | None = None, bandwidth: float | None
                 f"GPU {name!r} is not known; name one of {', '.join(GPUS)}, or give its memory by --memory-gib and its "
                 "bandwidth by --bandwidth (TB/s)"
             )
-        # Decoding is bound by bytes on every GPU of the table, so what is not known is left out of the bound.
-        return Gpu(name, round(memory_gib * GIB), bandwidth * 1e12, math.inf, None)
+        # Without FLOP/s: bytes bound decoding on every GPU of the table.
+        return Gpu(name, round(memory_gib * GIB), bandwidth * 1e12)
     if memory_gib is not None:
         gpu = replace(gpu, memory_bytes=round(memory_gib * GIB))
     return gpu if bandwidth is None else replace(gpu, bandwidth=bandwidth * 1e12)

@@ -1,24 +1,25 @@
 """What a model occupies on each GPU: weights, KV cache and the rest, in whole bytes.
 
-Everything follows from the configuration: no torch, no GPU and no file is asked.
+Everything follows from the configuration: no torch, no GPU and no file is needed.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
-from functools import cache
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
+from typing import NamedTuple
 
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.planning.gpus import Gpu
-from vllm_bailing.units import GIB, PLAIN_DTYPES
+from vllm_bailing.units import GIB, PLAIN_DTYPES, dtype_name
 from vllm_bailing.weights import Shape, layer_tensors
 
-# Plain layers; then what linear layers are quantised to. int4 is of the routed experts alone.
+# Plain data types, then those that linear layers can be quantized to; int4 is for the routed experts alone.
 DTYPES = (*PLAIN_DTYPES, "fp8", "int8", "int4")
 KV_DTYPES = ("auto", "fp8")
 _BLOCK = 128  # side of a block of fp8 weights, and size of a group of int4 weights, that share a scale
 _VOCABULARY_PADDING = 64  # DEFAULT_VOCAB_PADDING_SIZE of vLLM's VocabParallelEmbedding
+_TRIAL_REQUESTS = 1024  # of the run in which vLLM measures what is left for the KV cache
 
 
 class _Bytes:
@@ -31,12 +32,18 @@ class _Bytes:
 
 @dataclass(frozen=True)
 class WeightBytes(_Bytes):
-    """Bytes of weights on one GPU.
+    """Bytes of weights on one GPU, by the part of the model.
 
     Attributes:
-        embedding: 0 where it is the head as well.
-        router: With the expert biases.
-        mtp: The draft's layers, and its own copy of the embedding where the target has pipeline stages.
+        embedding: The token embedding; 0 where the head is the same tensor.
+        head: The output projection onto the vocabulary.
+        attention: Linear layers of the attention.
+        dense_mlp: MLPs of the layers without experts.
+        routed_experts: Experts that the router chooses among.
+        shared_experts: Experts that every token passes.
+        router: Routers, with their expert biases.
+        norms: Norms of the decoder layers, and the final norm.
+        mtp: The MTP layers, and their own copy of the embedding if the target has pipeline stages.
     """
 
     embedding: int = 0
@@ -52,14 +59,16 @@ class WeightBytes(_Bytes):
 
 @dataclass(frozen=True)
 class OtherMemory(_Bytes):
-    """Bytes on one GPU that are neither weights nor KV cache. An estimate: kernels and vLLM releases differ in it.
+    """Bytes on one GPU that are neither weights nor KV cache: an estimate, as kernels and vLLM releases differ.
+
+    M tokens of the biggest step, K experts per token.
 
     Attributes:
-        moe_workspace: Two buffers of the fused experts, of M * K rows.
+        moe_workspace: The two buffers of the fused experts, each of M * K rows.
         activations: Eight tensors [M, hidden size], such as residual, norm and the fp32 copy for the router.
-        logits: Of the sampler's trial run with 1024 requests, in the model's dtype and in fp32.
-        cuda_graphs: Captured graphs.
-        context: CUDA, NCCL and libraries.
+        logits: Logits of vLLM's trial run with 1024 requests, in the model's dtype and in fp32.
+        cuda_graphs: Captured CUDA graphs.
+        context: CUDA's context, NCCL and libraries.
     """
 
     moe_workspace: int
@@ -69,33 +78,17 @@ class OtherMemory(_Bytes):
     context: int
 
 
-@dataclass(frozen=True)
-class Bound:
-    """What one decoding step of `batch` requests takes at least, and so the most that a deployment can reach.
-
-    Attributes:
-        batch: Requests at once.
-        step_bytes: Read per GPU of the busiest pipeline stage: weights, KV cache.
-        step_flops: Computed there.
-        tokens_per_s: Of all requests together, without drafts.
-        limit: "bandwidth" or "compute".
-    """
-
-    batch: int
-    step_bytes: int
-    step_flops: int
-    tokens_per_s: float
-    limit: str
-
-
 def plain_dtype(config: BailingMoeV2Config) -> str:
-    """The dtype in which vLLM computes by default."""
-    written = str(getattr(config, "dtype", None)).removeprefix("torch.")
-    return "fp16" if written == "float16" else "bf16"
+    """Short name of the data type in which vLLM computes unless told otherwise."""
+    return "fp16" if dtype_name(getattr(config, "dtype", None)) == "float16" else "bf16"
 
 
 def stored_dtype(config: BailingMoeV2Config) -> str:
-    """What of `DTYPES` the checkpoint is stored in, or what it becomes if the configuration dequantises it."""
+    """Which of `DTYPES` the checkpoint is stored in; if the configuration dequantizes it, what it becomes.
+
+    Raises:
+        ValueError: If its quantization is not known.
+    """
     quantization = getattr(config, "quantization_config", None)
     if not quantization:
         return plain_dtype(config)
@@ -108,27 +101,29 @@ def stored_dtype(config: BailingMoeV2Config) -> str:
         bits, kind = (groups[0].get("num_bits"), groups[0].get("type", "int")) if groups else (None, "int")
     elif method not in ("gptq", "awq"):
         bits = None
-    found = {(8, "float"): "fp8", (8, "int"): "int8", (4, "int"): "int4"}.get((bits, kind))
-    if found is None:
+    dtype = {(8, "float"): "fp8", (8, "int"): "int8", (4, "int"): "int4"}.get((bits, kind))
+    if dtype is None:
         raise ValueError(
-            f"quantization_config of config.json (quant_method={method!r}, {bits} bits, {kind}) is not one that is "
-            "known: fp8, or compressed-tensors, gptq or awq with fp8, int8 or int4; name a checkpoint of another scheme"
+            f"quantization_config of config.json (quant_method={method!r}, {bits} bits, {kind}) is not a known one: "
+            "fp8, or compressed-tensors, gptq or awq with fp8, int8 or int4; name a checkpoint of another scheme"
         )
-    return found
+    return dtype
 
 
 def padded_vocabulary(config: BailingMoeV2Config) -> int:
+    """Rows that vLLM gives the embedding and the head."""
     return -(-config.vocab_size // _VOCABULARY_PADDING) * _VOCABULARY_PADDING
 
 
 def other_memory(config: BailingMoeV2Config, tp: int, max_num_batched_tokens: int) -> OtherMemory:
+    """What one of `tp` ranks needs beside weights and KV cache, for steps of at most `max_num_batched_tokens`."""
     hidden, width = config.hidden_size, config.moe_intermediate_size // tp
     # Source of the workspace: vLLM, `TritonExperts.workspace_shapes`.
     columns = max(2 * width, hidden) + max(width, hidden)
     return OtherMemory(
         moe_workspace=max_num_batched_tokens * config.num_experts_per_tok * columns * 2,
         activations=max_num_batched_tokens * hidden * 8 * 2,
-        logits=1024 * config.vocab_size * (2 + 4),
+        logits=_TRIAL_REQUESTS * config.vocab_size * (2 + 4),
         cuda_graphs=3 * GIB // 2,
         context=3 * GIB // 2,
     )
@@ -146,6 +141,7 @@ def _matrix_bytes(rows: int, columns: int, dtype: str) -> int:
 
 
 def _plain_bytes(dtype: str) -> int:
+    """Bytes of one element that is not quantized, in a model of that dtype."""
     return 4 if dtype == "fp32" else 2
 
 
@@ -156,7 +152,12 @@ def router_bytes(dtype: str) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """What one layer has of a part of the model on one GPU: bytes, and elements of its matrices."""
+    """What one GPU holds of a part of the model.
+
+    Attributes:
+        bytes: Bytes of all its tensors.
+        elements: Elements of its matrices, which are as many multiplications for each token.
+    """
 
     bytes: int = 0
     elements: int = 0
@@ -164,9 +165,12 @@ class Part:
     def __add__(self, other: Part) -> Part:
         return Part(self.bytes + other.bytes, self.elements + other.elements)
 
+    def __mul__(self, layers: int) -> Part:
+        return Part(self.bytes * layers, self.elements * layers)
 
-def _own_shape(config: BailingMoeV2Config, names: list[str], shape: Shape, tp: int) -> Shape:
-    """Shape that one of `tp` ranks keeps of a layer's tensor; `names` are the dotted parts behind the layer's number.
+
+def _shard_shape(config: BailingMoeV2Config, names: list[str], shape: Shape, tp: int) -> Shape:
+    """Shape that one of `tp` ranks keeps of a layer's tensor; `names` is its name after the layer's number, in parts.
 
     Norms, router and `eh_proj` are whole on every rank, as is the bias of a layer that is divided by its inputs.
     """
@@ -181,11 +185,11 @@ def _own_shape(config: BailingMoeV2Config, names: list[str], shape: Shape, tp: i
 
 
 def layer_parts(config: BailingMoeV2Config, layer: int, dtype: str, tp: int) -> dict[str, Part]:
-    """Parts of a decoder layer on one rank, by the names of `WeightBytes`."""
+    """Parts of a decoder layer on one rank, by the names of `WeightBytes`; an MTP layer has "eh_proj" as well."""
     parts: dict[str, Part] = {}
     for name, whole in layer_tensors(config, layer).items():
         names = name.split(".")[3:]
-        shape = _own_shape(config, names, whole, tp)
+        shape = _shard_shape(config, names, whole, tp)
         elements, size = math.prod(shape), _plain_bytes(dtype)
         if names[:2] == ["mlp", "gate"]:
             part, size = "router", 4 if names[2] == "expert_bias" else router_bytes(dtype)
@@ -195,142 +199,138 @@ def layer_parts(config: BailingMoeV2Config, layer: int, dtype: str, tp: int) -> 
             part = "attention"
         else:
             part = "eh_proj" if names[0] == "eh_proj" else "norms"
-        found = Part(elements * size, elements if len(shape) == 2 else 0)
-        is_quantized = part in ("attention", "dense_mlp", "shared_experts") and dtype != "int4"
-        if len(shape) == 2 and (is_quantized or part == "routed_experts"):
-            found = Part(_matrix_bytes(*shape, dtype), elements)
-        parts[part] = parts.get(part, Part()) + found
+        is_matrix = len(shape) == 2
+        is_quantized = part == "routed_experts" or (
+            part in ("attention", "dense_mlp", "shared_experts") and dtype != "int4"
+        )
+        stored = _matrix_bytes(*shape, dtype) if is_matrix and is_quantized else elements * size
+        parts[part] = parts.get(part, Part()) + Part(stored, elements if is_matrix else 0)
     return parts
 
 
 def vllm_partition(layers: int, pp: int) -> tuple[int, ...]:
     """Layers of each pipeline stage as vLLM divides them. Source: vLLM, `distributed.utils.get_pp_indices`."""
     partition = [layers // pp] * pp
-    for behind_last in range(2, layers % pp + 2):
-        partition[-behind_last] += 1
+    for from_end in range(2, layers % pp + 2):
+        partition[-from_end] += 1
     return tuple(partition)
 
 
-class Layout:
-    """A model divided among GPUs; a stage is (index, first layer, layer behind its last).
+class Stage(NamedTuple):
+    """A pipeline stage: its index, its first decoder layer, and the layer after its last."""
 
-    Args:
-        mtp_layers: Of the draft; 0 without one.
+    index: int
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A model divided among GPUs: bytes of any pipeline stage, on one of its ranks.
+
+    Attributes:
+        dtype: Data type of the weights, one of `DTYPES`.
+        kv_dtype: Data type of the KV cache, one of `KV_DTYPES`.
+        tp: Tensor-parallel size.
+        pp: Number of pipeline stages.
+        mtp_layers: Number of MTP layers that draft; 0 without drafts.
     """
 
-    def __init__(
-        self, config: BailingMoeV2Config, dtype: str, kv_dtype: str, tp: int, pp: int, mtp_layers: int
-    ) -> None:
-        self.config, self.dtype, self.tp, self.pp, self.mtp_layers = config, dtype, tp, pp, mtp_layers
-        self.dense_layers = config.first_k_dense_replace
-        layers = config.num_hidden_layers
-        self.dense = layer_parts(config, 0, dtype, tp) if self.dense_layers else {}
-        self.moe = layer_parts(config, layers - 1, dtype, tp) if self.dense_layers < layers else {}
-        draft = layer_parts(config, layers, dtype, tp) if mtp_layers else {}
-        self.mtp_bytes = mtp_layers * sum(part.bytes for part in draft.values())
-        self.vocabulary = Part(0, padded_vocabulary(config) // tp * config.hidden_size)
-        self.vocabulary = replace(self.vocabulary, bytes=self.vocabulary.elements * _plain_bytes(dtype))
-        self.norm_bytes = config.hidden_size * _plain_bytes(dtype)
-        heads = max(1, config.num_key_value_heads // tp)
-        self.kv_bytes_per_layer = 2 * heads * config.head_dim * (1 if kv_dtype == "fp8" else _plain_bytes(dtype))
+    config: BailingMoeV2Config
+    dtype: str
+    kv_dtype: str = "auto"
+    tp: int = 1
+    pp: int = 1
+    mtp_layers: int = 0
 
-    def _counts(self, start: int, end: int) -> tuple[int, int]:
-        dense = max(0, min(end, self.dense_layers) - start)
-        return dense, end - start - dense
+    @cached_property
+    def vocabulary(self) -> Part:
+        """The embedding or the head, on one rank."""
+        elements = padded_vocabulary(self.config) // self.tp * self.config.hidden_size
+        return Part(elements * _plain_bytes(self.dtype), elements)
 
-    def _sum(self, name: str, start: int, end: int) -> Part:
-        dense, moe = self._counts(start, end)
-        of_dense, of_moe = self.dense.get(name, Part()), self.moe.get(name, Part())
-        return Part(dense * of_dense.bytes + moe * of_moe.bytes, dense * of_dense.elements + moe * of_moe.elements)
+    @cached_property
+    def kv_bytes_per_layer(self) -> int:
+        """Bytes of a token's key and value in one layer, on one rank."""
+        heads = max(1, self.config.num_key_value_heads // self.tp)
+        return 2 * heads * self.config.head_dim * (1 if self.kv_dtype == "fp8" else _plain_bytes(self.dtype))
 
-    def weights(self, index: int, start: int, end: int) -> WeightBytes:
-        is_first, is_last = index == 0, index == self.pp - 1
+    @cached_property
+    def _dense_layer(self) -> dict[str, Part]:
+        return self._layer_parts(0) if self.config.first_k_dense_replace else {}
+
+    @cached_property
+    def _moe_layer(self) -> dict[str, Part]:
+        layers = self.config.num_hidden_layers
+        return self._layer_parts(layers - 1) if self.config.first_k_dense_replace < layers else {}
+
+    @cached_property
+    def _mtp_bytes(self) -> int:
+        if not self.mtp_layers:
+            return 0
+        draft = self._layer_parts(self.config.num_hidden_layers)
+        return self.mtp_layers * sum(part.bytes for part in draft.values())
+
+    def _layer_parts(self, layer: int) -> dict[str, Part]:
+        return layer_parts(self.config, layer, self.dtype, self.tp)
+
+    def part(self, name: str, stage: Stage) -> Part:
+        """A part of `WeightBytes`, summed over the decoder layers of a stage."""
+        dense = max(0, min(stage.end, self.config.first_k_dense_replace) - stage.first)
+        moe = stage.end - stage.first - dense
+        return self._dense_layer.get(name, Part()) * dense + self._moe_layer.get(name, Part()) * moe
+
+    def weights(self, stage: Stage) -> WeightBytes:
+        is_first, is_last = stage.index == 0, stage.index == self.pp - 1
         is_shared = self.config.tie_word_embeddings and is_last
+        final_norm = self.config.hidden_size * _plain_bytes(self.dtype)
         own_embedding = self.vocabulary.bytes if self.mtp_layers and self.pp > 1 else 0
         return WeightBytes(
             embedding=self.vocabulary.bytes if is_first and not is_shared else 0,
             head=self.vocabulary.bytes if is_last else 0,
-            attention=self._sum("attention", start, end).bytes,
-            dense_mlp=self._sum("dense_mlp", start, end).bytes,
-            routed_experts=self._sum("routed_experts", start, end).bytes,
-            shared_experts=self._sum("shared_experts", start, end).bytes,
-            router=self._sum("router", start, end).bytes,
-            norms=self._sum("norms", start, end).bytes + (self.norm_bytes if is_last else 0),
-            mtp=self.mtp_bytes + own_embedding if is_last else 0,
+            attention=self.part("attention", stage).bytes,
+            dense_mlp=self.part("dense_mlp", stage).bytes,
+            routed_experts=self.part("routed_experts", stage).bytes,
+            shared_experts=self.part("shared_experts", stage).bytes,
+            router=self.part("router", stage).bytes,
+            norms=self.part("norms", stage).bytes + (final_norm if is_last else 0),
+            mtp=self._mtp_bytes + own_embedding if is_last else 0,
         )
 
-    def kv_bytes_per_token(self, index: int, start: int, end: int) -> int:
-        drafts = self.mtp_layers if index == self.pp - 1 else 0
-        return (end - start + drafts) * self.kv_bytes_per_layer
+    def kv_bytes_per_token(self, stage: Stage) -> int:
+        """Bytes of a token's keys and values on one rank, with those of the drafts, which the last stage keeps."""
+        drafts = self.mtp_layers if stage.index == self.pp - 1 else 0
+        return (stage.end - stage.first + drafts) * self.kv_bytes_per_layer
 
-    def stages(self, partition: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    def stages(self, partition: tuple[int, ...]) -> list[Stage]:
+        """The stages that have `partition` layers each."""
         ends = [sum(partition[: index + 1]) for index in range(self.pp)]
-        return [(index, end - partition[index], end) for index, end in enumerate(ends)]
+        return [Stage(index, end - partition[index], end) for index, end in enumerate(ends)]
 
-    def tightest(self, partition: tuple[int, ...], budget: int) -> tuple[int, tuple[int, int, int]]:
-        """(tokens of KV cache, negative if the weights do not fit; stage) where the fewest fit into `budget` bytes."""
+    def tightest(self, partition: tuple[int, ...], budget: int) -> tuple[int, Stage]:
+        """The stage with the least room for the KV cache: (tokens, stage).
+
+        Args:
+            budget: Bytes of one GPU for weights and KV cache; tokens are negative if the weights do not fit into them.
+        """
         return min(
-            ((budget - self.weights(*stage).total) // self.kv_bytes_per_token(*stage), stage)
+            ((budget - self.weights(stage).total) // self.kv_bytes_per_token(stage), stage)
             for stage in self.stages(partition)
         )
 
-    def levelled_partition(self) -> tuple[int, ...]:
-        """Layers of each stage such that the weights of the fullest are as few as they can be."""
+    def balanced_partition(self) -> tuple[int, ...]:
+        """Layers of each stage such that the stage with the most bytes of weights has as few as possible."""
+        layers = self.config.num_hidden_layers
 
         @cache
-        def best(index: int, start: int) -> tuple[int, tuple[int, ...]]:
+        def best(index: int, first: int) -> tuple[int, tuple[int, ...]]:
             if index == self.pp - 1:
-                end = self.config.num_hidden_layers
-                return self.weights(index, start, end).total, (end - start,)
+                return self.weights(Stage(index, first, layers)).total, (layers - first,)
             choices = []
-            for end in range(start + 1, self.config.num_hidden_layers - (self.pp - index - 1) + 1):
+            for end in range(first + 1, layers - (self.pp - index - 1) + 1):
                 fullest, rest = best(index + 1, end)
-                choices.append((max(fullest, self.weights(index, start, end).total), (end - start, *rest)))
+                own = self.weights(Stage(index, first, end)).total
+                choices.append((max(fullest, own), (end - first, *rest)))
             return min(choices)
 
         return best(0, 0)[1]
-
-    # ---- speed -----------------------------------------------------------------------------------------------------
-
-    def bound(self, partition: tuple[int, ...], gpu: Gpu, context: int, batch: int) -> Bound:
-        """Roofline of a decoding step, all requests `context` tokens long.
-
-        With uniform routing D = E (1 - (1 - K / E)^T) distinct experts are read (MoESD, arXiv 2505.19645, equation
-        for the expected number of activated experts). A pipeline works on as many batches at once as it has stages.
-        """
-        at_once = min(self.pp, batch)
-        tokens = batch / at_once
-        steps = [self._step(stage, context, tokens) for stage in self.stages(partition)]
-        peak = (gpu.flops_8 if self.dtype in ("fp8", "int8") else None) or gpu.flops_16
-        seconds = [max(read / gpu.bandwidth, flops / peak) for read, flops in steps]
-        busiest = max(range(self.pp), key=seconds.__getitem__)
-        read, flops = steps[busiest]
-        return Bound(
-            batch,
-            round(read),
-            round(flops),
-            batch / max(sum(seconds), at_once * seconds[busiest]),
-            "bandwidth" if read / gpu.bandwidth >= flops / peak else "compute",
-        )
-
-    def _step(self, stage: tuple[int, int, int], context: int, tokens: float) -> tuple[float, float]:
-        """(bytes, FLOPs) of one stage and GPU for a step of `tokens` requests."""
-        index, start, end = stage
-        config, weights = self.config, self.weights(*stage)
-        share = config.num_experts_per_tok / config.num_experts
-        distinct = 1 - (1 - share) ** tokens
-        read = weights.total - weights.embedding - weights.mtp - weights.routed_experts
-        read += weights.routed_experts * distinct + (end - start) * self.kv_bytes_per_layer * context * tokens
-        parts = ("attention", "dense_mlp", "shared_experts", "router")
-        active = sum(self._sum(part, start, end).elements for part in parts)
-        active += self._sum("routed_experts", start, end).elements * share
-        active += self.vocabulary.elements if index == self.pp - 1 else 0
-        heads = config.num_attention_heads // self.tp
-        attention = 4 * context * heads * config.head_dim * (end - start)  # two products over all positions
-        return read, tokens * (2 * active + attention)
-
-
-def step_bytes(config: BailingMoeV2Config, dtype: str, tp: int, context: int, batch: int) -> float:
-    """Bytes that one GPU reads for a decoding step of `batch` requests; see `Bound`."""
-    layout = Layout(config, dtype, "auto", tp, 1, 0)
-    return layout._step((0, 0, config.num_hidden_layers), context, batch)[0]

@@ -1,58 +1,95 @@
-"""What a deployment needs and can do at most: memory in whole bytes, a roofline, and the settings of `vllm serve`.
+"""What a deployment needs and can do at most: memory in whole bytes, a roofline, and what `vllm serve` is given.
 
-Everything follows from the configuration and a table of GPUs; no torch, no GPU and no file is asked. "Per GPU" is
-always the GPU of the pipeline stage with the least room for the KV cache.
-
-Letters: T tokens of one step (one per request), E routed experts, K experts per token, M tokens of the biggest step.
+Everything follows from the configuration and a table of GPUs; no torch, no GPU and no file is needed. "Per GPU" is
+always a GPU of the pipeline stage with the least room for the KV cache.
 """
 
 from __future__ import annotations
 
-import json
-import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.planning import serve
 from vllm_bailing.planning.gpus import Gpu, find_gpu
 from vllm_bailing.planning.memory import (
     DTYPES,
     KV_DTYPES,
-    Bound,
     Layout,
     OtherMemory,
     WeightBytes,
     other_memory,
     padded_vocabulary,
-    plain_dtype,
     stored_dtype,
     vllm_partition,
 )
-from vllm_bailing.units import GIB, PLAIN_DTYPES
+from vllm_bailing.planning.roofline import Bound, bound
+from vllm_bailing.units import GIB, PLAIN_DTYPES, short_dtype
 
-MEMORY_UTILIZATION = 0.92  # vLLM's own default
 MAX_NUM_BATCHED_TOKENS = 8192
 _LARGEST_TP = 8  # GPUs of one machine
 _YARN_FACTOR, _YARN_WINDOW = 4.0, 131072  # model card of Ling-flash-2.0; no card promises a longer window
+_SCHEMES = {"int8": "w8a8", "int4": "w4a16"}  # data type -> scheme that `vllm-bailing quantize` makes of it
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be served, and on what.
+
+    Attributes:
+        gpu: A row of `GPUS`, a GPU described by `find_gpu`, or the name of a row.
+        gpus: Number of GPUs, over all machines.
+        context: Tokens of one request, prompt and answer.
+        concurrency: Requests at once.
+        dtype: Data type of the weights, one of `DTYPES` or "bfloat16", "float16", "float32"; the checkpoint's own if
+            left out.
+        kv_dtype: Data type of the KV cache: "auto" (as the activations) or "fp8".
+        draft_tokens: Tokens that the MTP layer drafts per step; 0 leaves the layer out.
+        tp: Tensor-parallel size; by default the largest power of two up to 8 that the model and `gpus` allow.
+        pp: Number of pipeline stages; by default what `tp` leaves of `gpus`.
+        memory_utilization: Share of each GPU's memory that vLLM may use.
+        max_num_batched_tokens: Tokens of the biggest step.
+        model: Name or folder of the model for `vllm serve`; by default where the configuration came from.
+        draft_model: Checkpoint of the MTP layer, if the model's own has none.
+    """
+
+    gpu: Gpu | str
+    gpus: int
+    context: int
+    concurrency: int
+    dtype: str | None = None
+    kv_dtype: str = "auto"
+    draft_tokens: int = 0
+    tp: int | None = None
+    pp: int | None = None
+    memory_utilization: float = serve.MEMORY_UTILIZATION
+    max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS
+    model: str | None = None
+    draft_model: str | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
     """A deployment, what it occupies on one GPU and what fits into the rest.
 
+    The attributes that are not listed are those of the `Request`, with nothing left open.
+
     Attributes:
-        kv_room_bytes: What is left for the KV cache; negative if the weights do not fit.
-        kv_bytes_per_token: On one GPU, the draft's layers included.
-        kv_tokens: That fit into the room, of all requests together.
+        weights: Bytes of weights per GPU.
+        other: Bytes per GPU that are neither weights nor KV cache.
+        kv_room_bytes: Bytes per GPU that are left for the KV cache; negative if the weights do not fit.
+        kv_bytes_per_token: Bytes of one token's KV cache per GPU, the MTP layers included.
+        kv_tokens: Tokens of all requests together whose KV cache fits.
         verdict: "fits", "tight" (one request of this context fits, but not all at once) or "no".
-        reason: Of a verdict other than "fits", with what to change.
-        largest_context: At this concurrency; no longer than the model's window allows. 0 if nothing fits.
-        largest_concurrency: At this context.
-        single, batch: Bounds on the speed, for one request and for all.
+        reason: Why the verdict is not "fits", and what to change; empty if it is.
+        largest_context: Longest context at this concurrency, at most the model's window; 0 if nothing fits.
+        largest_concurrency: Most requests at once at this context.
+        single: Bound on the speed of one request alone.
+        batch: Bound on the speed of all requests at once.
         layer_partition: Layers of each pipeline stage.
-        notes: What else there is to know.
+        notes: Sentences for the user.
         environment: Variables that `vllm serve` needs.
-        flags: What `settings` returns.
+        flags: Flags of `vllm serve` without their dashes; True is a flag without a value, JSON is a text.
     """
 
     model: str
@@ -87,205 +124,130 @@ class Plan:
         """Whether all requests fit at once."""
         return self.verdict == "fits"
 
-    def settings(self) -> dict[str, Any]:
-        """Flags of `vllm serve` without their dashes; True is a flag without a value, JSON is a text."""
-        return dict(self.flags)
-
     def serve_line(self) -> str:
         """The command, quoted for a shell, in lines of at most 100 columns unless one value is longer."""
-        words = [*(f"{name}={value}" for name, value in self.environment.items()), "vllm", "serve"]
-        parts = [[*words, shlex.quote(self.model)]]
-        for name, value in self.flags.items():
-            if name != "model":
-                parts.append([f"--{name}"] if value is True else [f"--{name}", shlex.quote(str(value))])
-        lines = [""]
-        for part in parts:
-            whole = " ".join(part)
-            for piece in [whole] if len(whole) <= 96 else part:  # "  " and " \"
-                if len(lines[-1]) + 1 + len(piece) > 96 and lines[-1]:
-                    lines.append("")
-                lines[-1] += f" {piece}" if lines[-1] else piece
-        return " \\\n  ".join(lines)
+        return serve.serve_line(self.model, self.flags, self.environment)
 
     def yaml(self) -> str:
         """Text of a file for `vllm serve --config FILE`."""
-        import yaml
-
         count = f"{self.gpus} x {self.gpu.name}"
         room = f"{self.kv_tokens} tokens of KV cache, {self.largest_concurrency} such requests"
-        lines = [
+        comments = (
             f"{self.model} in {self.dtype} on {count}, {self.concurrency} requests of {self.context} tokens at once.",
             f"Planned on paper: {self.weights.total / GIB:.1f} GiB of weights per GPU, room for {room}.",
             *self.notes,
-        ]
-        if self.environment:
-            lines.append("Set " + " and ".join(f"{name}={value}" for name, value in self.environment.items()) + ".")
-        header = "".join(f"# {line}\n" for line in lines)
-        return header + yaml.safe_dump(self.flags, sort_keys=False, width=1000)
+        )
+        return serve.config_file(self.flags, self.environment, comments)
 
 
-def make_plan(
-    config: BailingMoeV2Config,
-    gpu: Gpu | str,
-    gpus: int,
-    context: int,
-    concurrency: int,
-    dtype: str | None = None,
-    kv_dtype: str = "auto",
-    draft_tokens: int = 0,
-    tp: int | None = None,
-    pp: int | None = None,
-    memory_utilization: float = MEMORY_UTILIZATION,
-    max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
-    model: str | None = None,
-    draft_model: str | None = None,
-) -> Plan:
+def make_plan(config: BailingMoeV2Config, request: Request) -> Plan:
     """Lay a model out on GPUs, and say what fits.
 
-    Args:
-        gpu: Of the table, or its name there.
-        context: Tokens of a request, prompt and answer.
-        concurrency: Requests at once.
-        dtype: One of `DTYPES`; the checkpoint's own if left out.
-        kv_dtype: "auto" (as the activations) or "fp8".
-        draft_tokens: Of the MTP layer per step; 0 leaves the layer out.
-        tp: Tensor-parallel size; by default the largest power of two up to 8 that the model and `gpus` allow.
-        pp: Pipeline stages; by default what `tp` leaves of `gpus`.
-        memory_utilization: Share of the GPU that vLLM may use.
-        max_num_batched_tokens: Tokens of the biggest step.
-        model: Name or folder for the settings; by default where the configuration came from.
-        draft_model: Checkpoint of the MTP layer, if the model's own has none.
     Raises:
-        ValueError: If the request makes no sense. The message is one line with what came, what was wanted and what to
-            do.
+        ValueError: If the request makes no sense. The message is one line: what was given, what is allowed, and what
+            to do.
     """
-    gpu = find_gpu(gpu) if isinstance(gpu, str) else gpu
-    for name, value in (
-        ("gpus", gpus),
-        ("context", context),
-        ("concurrency", concurrency),
-        ("tp", 1 if tp is None else tp),
-        ("pp", 1 if pp is None else pp),
-        ("max_num_batched_tokens", max_num_batched_tokens),
-    ):
-        _require_count(name, value, 1)
-    _require_count("draft_tokens", draft_tokens, 0)
-    if not 0 < memory_utilization <= 1:
-        raise ValueError(f"memory_utilization={memory_utilization} must be above 0 and at most 1, such as 0.92")
-    stored = stored_dtype(config)
-    dtype = _checked_dtype(config, stored, dtype)
-    if kv_dtype not in KV_DTYPES:
-        raise ValueError(f"kv_dtype={kv_dtype!r} is not known; use one of {', '.join(KV_DTYPES)}")
-    mtp_layers = config.num_nextn_predict_layers or (1 if draft_model else 0)
-    if draft_tokens and not mtp_layers:
-        raise ValueError(
-            f"draft_tokens={draft_tokens} needs an MTP layer, and the model has num_nextn_predict_layers=0; name a "
-            "checkpoint that has it by --draft-model, such as the base model of the same size, or leave drafts out"
-        )
-    factor = _yarn_factor(config, context)
-    tp, pp = _degrees(config, gpus, tp, pp)
+    gpu = find_gpu(request.gpu) if isinstance(request.gpu, str) else request.gpu
+    _check_numbers(request)
+    dtype = _weight_dtype(stored_dtype(config), request.dtype)
+    _check_kv_dtype(request.kv_dtype)
+    mtp_layers = _mtp_layers(config, request)
+    yarn_factor = _yarn_factor(config, request.context)
+    tp, pp = _degrees(config, request)
+    model = request.model or config.name_or_path or "MODEL"
+    request = replace(request, gpu=gpu, dtype=dtype, tp=tp, pp=pp, model=model)
 
-    layout = Layout(config, dtype, kv_dtype, tp, pp, mtp_layers if draft_tokens else 0)
-    other = other_memory(config, tp, max_num_batched_tokens)
-    budget = int(gpu.memory_bytes * memory_utilization) - other.total
-    partition = vllm_partition(config.num_hidden_layers, pp)
-    environment: dict[str, str] = {}
-    # Its stages have equal numbers of layers, but dense ones are small, and head and draft are all on the last.
-    if pp > 1 and layout.tightest(partition, budget)[0] < config.max_position_embeddings:
-        levelled = layout.levelled_partition()
-        if layout.tightest(levelled, budget)[0] > layout.tightest(partition, budget)[0]:
-            partition = levelled
-            environment["VLLM_PP_LAYER_PARTITION"] = ",".join(map(str, partition))
+    layout = Layout(config, dtype, request.kv_dtype, tp, pp, mtp_layers)
+    other = other_memory(config, tp, request.max_num_batched_tokens)
+    budget = int(gpu.memory_bytes * request.memory_utilization) - other.total
+    partition = _partition(layout, budget)
     tokens, stage = layout.tightest(partition, budget)
-    weights, per_token = layout.weights(*stage), layout.kv_bytes_per_token(*stage)
+    weights = layout.weights(stage)
     room, tokens = budget - weights.total, max(0, tokens)
-    verdict, reason = _verdict(gpu, weights, other, room, tokens, context, concurrency, memory_utilization)
-
-    notes = []
-    if dtype == "fp8" and gpu.flops_8 is None:
-        notes.append(f"The {gpu.name} has no fp8 arithmetic: weights are stored in fp8 and multiplied in 16 bits.")
-    if dtype in ("int8", "int4") and stored != dtype:
-        scheme = {"int8": "w8a8", "int4": "w4a16"}[dtype]
-        notes.append(f"Make a checkpoint in {dtype} and name it as the model: scripts/quantize.py --scheme {scheme}.")
-    if gpus > _LARGEST_TP:
-        notes.append("More than one machine: start it on each as vLLM's guide to several nodes says.")
-    name = model or config.name_or_path or "MODEL"
-    flags: dict[str, Any] = {"model": name, "tensor-parallel-size": tp}
-    if pp > 1:
-        flags["pipeline-parallel-size"] = pp
-    flags |= {"max-model-len": context, "max-num-seqs": concurrency}
-    if max_num_batched_tokens != default_batched_tokens(gpu):
-        flags["max-num-batched-tokens"] = max_num_batched_tokens
-    if memory_utilization != MEMORY_UTILIZATION:
-        flags["gpu-memory-utilization"] = memory_utilization
-    if dtype in PLAIN_DTYPES and dtype != plain_dtype(config):
-        flags["dtype"] = PLAIN_DTYPES[dtype]
-    if dtype == "fp8" and stored in PLAIN_DTYPES:
-        flags["quantization"] = "fp8"  # while loading
-    if kv_dtype != "auto":
-        flags["kv-cache-dtype"] = kv_dtype
-    overrides: dict[str, Any] = {}
-    if dtype in PLAIN_DTYPES and (
-        (stored != dtype and stored not in PLAIN_DTYPES) or config.stored_quantization_config
-    ):
-        overrides["dequantize"] = True
-    if factor:
-        window = config.max_position_embeddings
-        overrides["rope_scaling"] = {"type": "yarn", "factor": factor, "original_max_position_embeddings": window}
-    if overrides:
-        flags["hf-overrides"] = json.dumps(overrides, separators=(",", ":"))
-    if draft_tokens:
-        draft = {"method": "mtp", **({"model": draft_model} if draft_model else {})}
-        flags["speculative-config"] = json.dumps(
-            {**draft, "num_speculative_tokens": draft_tokens}, separators=(",", ":")
-        )
-    flags |= {"enable-auto-tool-choice": True, "tool-call-parser": "bailing", "reasoning-parser": "bailing"}
-
+    verdict, reason = _verdict(request, gpu, weights, other, room, tokens)
     return Plan(
-        model=name,
+        model=model,
         gpu=gpu,
-        gpus=gpus,
+        gpus=request.gpus,
         tp=tp,
         pp=pp,
         dtype=dtype,
-        kv_dtype=kv_dtype,
-        context=context,
-        concurrency=concurrency,
-        draft_tokens=draft_tokens,
-        memory_utilization=memory_utilization,
+        kv_dtype=request.kv_dtype,
+        context=request.context,
+        concurrency=request.concurrency,
+        draft_tokens=request.draft_tokens,
+        memory_utilization=request.memory_utilization,
         weights=weights,
         other=other,
         kv_room_bytes=room,
-        kv_bytes_per_token=per_token,
+        kv_bytes_per_token=layout.kv_bytes_per_token(stage),
         kv_tokens=tokens,
         verdict=verdict,
         reason=reason,
-        largest_context=min(tokens // concurrency, longest_window(config)),
-        largest_concurrency=tokens // context,
-        single=layout.bound(partition, gpu, context, 1),
-        batch=layout.bound(partition, gpu, context, concurrency),
+        largest_context=min(tokens // request.concurrency, longest_window(config)),
+        largest_concurrency=tokens // request.context,
+        single=bound(layout, partition, gpu, request.context, 1),
+        batch=bound(layout, partition, gpu, request.context, request.concurrency),
         layer_partition=partition,
-        notes=tuple(notes),
-        environment=environment,
-        flags=flags,
+        notes=_notes(config, gpu, dtype, request.gpus),
+        environment=serve.environment(partition),
+        flags=serve.flags(config, request, yarn_factor),
     )
 
 
-def _require_count(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {minimum}; give another")
+# --- the request --------------------------------------------------------------------------------------------------
 
 
-def _checked_dtype(config: BailingMoeV2Config, stored: str, dtype: str | None) -> str:
-    if dtype is None:
+def _check_numbers(request: Request) -> None:
+    for name, value, minimum in (
+        ("gpus", request.gpus, 1),
+        ("context", request.context, 1),
+        ("concurrency", request.concurrency, 1),
+        ("tp", 1 if request.tp is None else request.tp, 1),
+        ("pp", 1 if request.pp is None else request.pp, 1),
+        ("max_num_batched_tokens", request.max_num_batched_tokens, 1),
+        ("draft_tokens", request.draft_tokens, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {minimum}; give another")
+    share = request.memory_utilization
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"memory_utilization={share} must be above 0 and at most 1, such as {serve.MEMORY_UTILIZATION}"
+        )
+
+
+def _weight_dtype(stored: str, name: str | None) -> str:
+    """Which of `DTYPES` the weights are served in."""
+    if name is None:
         return stored
+    dtype = short_dtype(name)
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype={name!r} is not known; use one of {', '.join(DTYPES)}")
     if dtype not in PLAIN_DTYPES and stored not in (*PLAIN_DTYPES, dtype):
         raise ValueError(
-            f"dtype={dtype!r} cannot be had from a checkpoint in {stored}; use {stored}, or bf16, which dequantises it"
+            f"dtype={name!r} cannot be made from a checkpoint in {stored}; use {stored}, or bf16, which dequantizes it"
         )
     return dtype
+
+
+def _check_kv_dtype(kv_dtype: str) -> None:
+    if kv_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_dtype={kv_dtype!r} is not known; use one of {', '.join(KV_DTYPES)}")
+
+
+def _mtp_layers(config: BailingMoeV2Config, request: Request) -> int:
+    """Number of MTP layers that draft."""
+    if not request.draft_tokens:
+        return 0
+    layers = config.num_nextn_predict_layers or (1 if request.draft_model else 0)
+    if not layers:
+        raise ValueError(
+            f"draft_tokens={request.draft_tokens} needs an MTP layer, and the model has num_nextn_predict_layers=0; "
+            "name a checkpoint that has it by --draft-model, such as the base model of the same size, or leave drafts "
+            "out"
+        )
+    return layers
 
 
 def longest_window(config: BailingMoeV2Config) -> int:
@@ -309,12 +271,15 @@ def _yarn_factor(config: BailingMoeV2Config, context: int) -> float | None:
     return longest / window if context > window else None
 
 
+# --- the GPUs -----------------------------------------------------------------------------------------------------
+
+
 def tp_obstacle(config: BailingMoeV2Config, tp: int) -> str:
-    """Which size of the model `tp` does not divide, with its value; empty if there is none."""
+    """What of the model `tp` does not divide, with its size; empty if there is nothing."""
     sizes = {
         "num_attention_heads": config.num_attention_heads,
         "moe_intermediate_size": config.moe_intermediate_size,
-        "the vocabulary, padded,": padded_vocabulary(config),
+        "the padded vocabulary": padded_vocabulary(config),
     }
     if config.first_k_dense_replace:
         sizes["intermediate_size"] = config.intermediate_size
@@ -325,7 +290,7 @@ def tp_obstacle(config: BailingMoeV2Config, tp: int) -> str:
             return f"{name} of {size}" if name.startswith("the ") else f"{name}={size}"
     heads = config.num_key_value_heads
     if heads % tp and tp % heads:
-        return f"num_key_value_heads={heads}, nor be a multiple of it,"
+        return f"num_key_value_heads={heads}, nor is it a multiple of that"
     block = (getattr(config, "quantization_config", None) or {}).get("weight_block_size")
     for name in ("intermediate_size", "the shared experts' width"):
         # vLLM's Fp8LinearMethod wants whole blocks on every rank; experts it divides into smaller ones.
@@ -334,20 +299,21 @@ def tp_obstacle(config: BailingMoeV2Config, tp: int) -> str:
     return ""
 
 
-def _degrees(config: BailingMoeV2Config, gpus: int, wanted_tp: int | None, wanted_pp: int | None) -> tuple[int, int]:
-    """(tensor-parallel size, pipeline stages) that together use `gpus`."""
-    if wanted_tp is not None:
-        tp = wanted_tp
-    elif wanted_pp is not None:
-        tp = max(1, gpus // wanted_pp)
+def _degrees(config: BailingMoeV2Config, request: Request) -> tuple[int, int]:
+    """(tensor-parallel size, pipeline stages) that together use all GPUs."""
+    gpus = request.gpus
+    if request.tp is not None:
+        tp = request.tp
+    elif request.pp is not None:
+        tp = max(1, gpus // request.pp)
     else:
         candidates = [2**power for power in range(_LARGEST_TP.bit_length())]
         tp = max(size for size in candidates if gpus % size == 0 and not tp_obstacle(config, size))
-    pp = max(1, gpus // tp) if wanted_pp is None else wanted_pp
+    pp = max(1, gpus // tp) if request.pp is None else request.pp
     if tp * pp != gpus:
         raise ValueError(f"tp={tp} times pp={pp} is {tp * pp}, not gpus={gpus}; change one of the three")
     if obstacle := tp_obstacle(config, tp):
-        raise ValueError(f"tp={tp} must divide {obstacle} and does not; choose another tp, such as a power of two")
+        raise ValueError(f"tp={tp} does not divide {obstacle}; choose another tp, such as a power of two")
     if pp > config.num_hidden_layers:
         raise ValueError(
             f"pp={pp} stages are more than num_hidden_layers={config.num_hidden_layers}; use fewer GPUs or a larger tp"
@@ -355,20 +321,35 @@ def _degrees(config: BailingMoeV2Config, gpus: int, wanted_tp: int | None, wante
     return tp, pp
 
 
+def _partition(layout: Layout, budget: int) -> tuple[int, ...]:
+    """Layers of each pipeline stage: as vLLM divides them, unless that leaves too little room for the KV cache.
+
+    vLLM's stages have equal numbers of layers, but dense layers are small, and head and draft are all on the last.
+
+    Args:
+        budget: Bytes of one GPU for weights and KV cache.
+    """
+    partition = vllm_partition(layout.config.num_hidden_layers, layout.pp)
+    tokens = layout.tightest(partition, budget)[0]
+    if layout.pp == 1 or tokens >= layout.config.max_position_embeddings:
+        return partition
+    balanced = layout.balanced_partition()
+    return balanced if layout.tightest(balanced, budget)[0] > tokens else partition
+
+
+# --- what comes of it ---------------------------------------------------------------------------------------------
+
+
 def _verdict(
-    gpu: Gpu,
-    weights: WeightBytes,
-    other: OtherMemory,
-    room: int,
-    tokens: int,
-    context: int,
-    concurrency: int,
-    memory_utilization: float,
+    request: Request, gpu: Gpu, weights: WeightBytes, other: OtherMemory, room: int, tokens: int
 ) -> tuple[str, str]:
+    """(verdict, reason), see `Plan`, for `tokens` of KV cache in a `room` of so many bytes."""
+    context, concurrency = request.context, request.concurrency
     if room <= 0:
         return "no", (
             f"weights of {weights.total / GIB:.1f} GiB and other memory of {other.total / GIB:.1f} GiB leave nothing "
-            f"of {memory_utilization} x {gpu.memory_bytes / GIB:.1f} GiB per GPU; use more GPUs or a smaller dtype"
+            f"of {request.memory_utilization} x {gpu.memory_bytes / GIB:.1f} GiB per GPU; use more GPUs or a smaller "
+            "dtype"
         )
     if tokens < context:
         return "no", (
@@ -383,8 +364,14 @@ def _verdict(
     return "fits", ""
 
 
-def default_batched_tokens(gpu: Gpu) -> int:
-    """What `vllm serve` takes. Source: vLLM, `EngineArgs.get_batch_defaults`."""
-    if gpu.memory_bytes >= 160 * GIB:
-        return 16384
-    return 8192 if gpu.memory_bytes >= 70 * GIB and "a100" not in gpu.name.lower() else 2048
+def _notes(config: BailingMoeV2Config, gpu: Gpu, dtype: str, gpus: int) -> tuple[str, ...]:
+    notes = []
+    is_described = gpu.flops_16 is None  # by the user, who does not say what arithmetic it has
+    if dtype == "fp8" and gpu.flops_8 is None and not is_described:
+        notes.append(f"The {gpu.name} has no fp8 arithmetic: weights are stored in fp8 and multiplied in 16 bits.")
+    if dtype in _SCHEMES and stored_dtype(config) != dtype:
+        command = f"vllm-bailing quantize --scheme {_SCHEMES[dtype]}"
+        notes.append(f"Make a checkpoint in {dtype} and name it as the model: {command}.")
+    if gpus > _LARGEST_TP:
+        notes.append("More than one machine: start it on each as vLLM's guide to several nodes says.")
+    return tuple(notes)

@@ -51,10 +51,13 @@ _in_the_making: contextvars.ContextVar[Any] = contextvars.ContextVar("_in_the_ma
 _original: dict[str, Any] = {}
 
 
-def patch_configuration() -> None:
+def patch_configuration(settle_engine_config: Callable[[Any], None]) -> None:
     """Let vLLM's configuration know MTP drafts, and have what cannot run refused before an engine starts.
 
     Safe to call again.
+
+    Args:
+        settle_engine_config: Called with every complete `VllmConfig` of this architecture; may change it, and raise.
     """
     from vllm.config.speculative import SpeculativeConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
@@ -68,8 +71,6 @@ def patch_configuration() -> None:
     class BailingMoeV2Checks(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
-            from vllm_bailing.plugin.checks import settle_engine_config
-
             settle_engine_config(vllm_config)
 
     for architecture in ARCHITECTURES:
@@ -92,9 +93,13 @@ def hf_config_override(hf_config: Any, *args: Any, **kwargs: Any) -> Any:
     Raises:
         CheckpointError: As from `speculation.mtp_draft`.
     """
-    from vllm_bailing.plugin.speculation import mtp_draft
+    from vllm_bailing.config import BailingMoeV2Config
 
-    draft = mtp_draft(hf_config, _in_the_making.get())
+    draft = None
+    if isinstance(hf_config, BailingMoeV2Config):
+        from vllm_bailing.plugin.speculation import mtp_draft
+
+        draft = mtp_draft(hf_config, _in_the_making.get())
     return _original["hf_config_override"](hf_config, *args, **kwargs) if draft is None else draft
 
 

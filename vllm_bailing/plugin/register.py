@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from vllm_bailing import __version__
 from vllm_bailing.plugin.support import (
@@ -48,7 +49,7 @@ def register() -> Decision:
         for architecture in decided.active:
             ModelRegistry.register_model(architecture, ARCHITECTURES[architecture])
         try:
-            patches.patch_configuration()
+            patches.patch_configuration(_settle_engine_config)
             for architecture, where in DRAFT_ARCHITECTURES.items():
                 ModelRegistry.register_model(architecture, where)
         except (ImportError, AttributeError) as error:
@@ -78,6 +79,13 @@ def register() -> Decision:
             logger.warning("vllm-bailing %s: %s", __version__, decided.warning)
     _decision = decided
     return decided
+
+
+def _settle_engine_config(vllm_config: Any) -> None:
+    # Not imported before: processes of other models do without.
+    from vllm_bailing.plugin.checks import settle_engine_config
+
+    settle_engine_config(vllm_config)
 
 
 @contextlib.contextmanager

@@ -21,19 +21,18 @@ def has_mtp_draft(speculation: Any) -> bool:
     return draft is not None and draft.architectures == [MTP_ARCHITECTURE]
 
 
-def mtp_draft(hf_config: Any, speculation: Any) -> BailingMoeV2Config | None:
+def mtp_draft(hf_config: BailingMoeV2Config, speculation: Any) -> BailingMoeV2Config | None:
     """The configuration of the MTP draft that `speculation` asks for; None if it does not ask for one.
 
     Args:
-        hf_config: Of the draft's checkpoint, of any architecture.
+        hf_config: Of the draft's checkpoint.
         speculation: The vLLM `SpeculativeConfig` that is being made, or None.
 
     Raises:
         CheckpointError: If the checkpoint has no MTP layer, or one of another model.
     """
     if (
-        not isinstance(hf_config, BailingMoeV2Config)
-        or not is_bailing_moe_v2(hf_config.architectures)
+        not is_bailing_moe_v2(hf_config.architectures)
         or speculation is None
         or (speculation.method is not None and "mtp" not in speculation.method)
     ):

@@ -7,16 +7,13 @@ every layer come from memory and not from the cache.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from vllm_bailing import __version__
 from vllm_bailing.errors import TuneError
 from vllm_bailing.tuning.search import CALLS, CandidateFailed
 from vllm_bailing.tuning.space import BLOCK, Experts, TileConfig
+from vllm_bailing.units import GIB
 
 if TYPE_CHECKING:
     import torch
@@ -42,66 +39,32 @@ def missing() -> str:
     return ""
 
 
-def device_info() -> dict[str, Any]:
-    """GPU, driver and versions of what a timing depends on."""
-    import torch
-    from vllm.platforms import current_platform
-
-    return {
-        "gpu": current_platform.get_device_name(),
-        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability())),
-        "driver": _driver(),
-        "cuda": torch.version.cuda,
-        **{package: _version(package) for package in ("torch", "triton", "vllm")},
-        "vllm_bailing": __version__,
-        "python": sys.version.split()[0],
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
-
-
-def shared_memory() -> int:
-    """Bytes that a block of threads can have on this GPU."""
-    import torch
-
-    return torch.cuda.get_device_properties(0).shared_memory_per_block_optin
-
-
 def random_routing(
     experts: Experts, shape: tuple[int, ...], generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids int32, weights fp32), each [*shape, top-k]: group-limited top-k of sigmoid scores of random logits."""
+    """(ids int32, weights fp32), each [*shape, top-k]: as the model routes, from random logits and without a bias."""
     import torch
+
+    from vllm_bailing.reference import grouped_topk
 
     logits = torch.randn(*shape, experts.num_experts, generator=generator, device=generator.device)
     scores = logits.sigmoid()  # [..., E]
-    groups = scores.unflatten(-1, (experts.n_group, -1))  # [..., G, E / G]
-    if experts.n_group > 1:
-        best = groups.topk(2, dim=-1).values.sum(-1).topk(experts.topk_group, dim=-1).indices
-        closed = torch.ones(groups.shape[:-1], dtype=torch.bool, device=scores.device).scatter(-1, best, False)
-        groups = groups.masked_fill(closed[..., None], -torch.inf)
-    topk_weights, topk_ids = groups.flatten(-2).topk(experts.top_k, dim=-1)
+    topk_ids = grouped_topk(scores, experts.n_group, experts.topk_group, experts.top_k)
+    topk_weights = scores.gather(-1, topk_ids)
     return topk_ids.int(), topk_weights / topk_weights.sum(-1, keepdim=True)
 
 
 class GpuTimer:
     """Times vLLM's fused experts with random weights, the router not included.
 
-    A served fp8 model joins the activation with the quantisation of its result, which are two kernels here; the kernel
+    A served fp8 model joins the activation with the quantization of its result, which are two kernels here; the kernel
     that takes the configuration is the same.
+
+    Args:
+        device: A torch device.
+        copies: Of the weights; left out, as many as make calls read from memory and fit.
+    Raises:
+        TuneError: If the weights do not fit.
     """
 
     def __init__(self, experts: Experts, device: str = "cuda", copies: int | None = None) -> None:
@@ -117,14 +80,14 @@ class GpuTimer:
         self._hidden_states = self._ids = self._topk_weights = self._right = torch.empty(0)
 
     def _affordable_copies(self) -> int:
-        """Copies of the weights, several times the cache together: calls read from memory, as the layers of a model."""
+        """How many copies of the weights are several times the cache together, so that calls read from memory."""
         import torch
 
         room = torch.cuda.mem_get_info(self.device)[0] * 3 // 4
         size = self.experts.weight_bytes
         if room < size:
             raise TuneError(
-                f"the experts of one layer take {size / 2**30:.1f} GiB and the GPU has {room / 2**30:.1f} to spare; "
+                f"the experts of one layer take {size / GIB:.1f} GiB and the GPU has {room / GIB:.1f} to spare; "
                 "end what else runs on it, or choose a larger --tensor-parallel-size"
             )
         return min(CALLS, max(2, -(-8 * self._cache_bytes() // size)), room // size)
@@ -211,7 +174,7 @@ class GpuTimer:
         return lambda: self._guarded(replay)
 
     def _run(self, config: TileConfig) -> torch.Tensor:
-        """Result of the first call, fp32; compiles what was not yet."""
+        """Result of the first call [M, K] in fp32; compiles the kernel where that was not done yet."""
         return self._guarded(self._calls, config).float()
 
     def _calls(self) -> torch.Tensor:
@@ -229,12 +192,12 @@ class GpuTimer:
         """What `work` returns, done under `config`.
 
         Raises:
-            CandidateFailed: For whatever goes wrong: compilers and drivers have errors of many classes.
+            CandidateFailed: Whatever goes wrong: compilers and drivers have errors of many classes.
         """
         from vllm.model_executor.layers.fused_moe import get_config, override_config
 
         failure, result = None, None
-        # vLLM's context manager leaves its override behind if an error passes through it.
+        # vLLM's context manager does not undo its override if an error passes through it.
         with override_config(config or get_config()):
             try:
                 result = work()

@@ -1,32 +1,28 @@
-"""Tables of vLLM's fused experts for a model, a GPU and a tensor-parallel size, from timings on that GPU.
+"""Plan and make a table of vLLM's fused experts for a model, a GPU and a tensor-parallel size.
 
 vLLM's Triton kernel for routed experts takes its tile sizes from a file that is named after the experts' shape and the
 GPU, and falls back on rules of thumb where there is none. What a table may replace here is the baseline: whatever this
 vLLM does without it, be that a table of its own or those rules. An entry of the new table differs from the baseline
 only where it was faster in a second pass of timings.
 
-Two passes over each number of tokens M. The first times every candidate briefly. The second times the fastest few
-against the baseline, in turns and with the same routing. Each timing is a CUDA graph of several calls that rotate
-among copies of the weights, since in a model the weights of every layer come from memory and not from the cache.
+`space` has the candidates, `search` the two passes over each number of tokens, `gpu_timer` the timings, `table` the
+files. Only `run`, and a plan for the GPU of this machine, need a GPU.
 
-Only `GpuTimer` and the functions behind it need a GPU; the search takes anything that has the methods of `Timer`.
-
-Dimension letters: M tokens, E routed experts, N their width on one rank, K hidden size.
+Dimension letters: M tokens.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_bailing.errors import TuneError
-from vllm_bailing.planning.gpus import GPUS
-from vllm_bailing.plugin.patches import TABLE_FOLDER
-from vllm_bailing.tuning.gpu_timer import GpuTimer, device_info, shared_memory
+from vllm_bailing.planning.gpus import GPUS, gpu_called, shared_memory_of
+from vllm_bailing.tuning.device import device_info, shared_memory
+from vllm_bailing.tuning.gpu_timer import GpuTimer
 from vllm_bailing.tuning.search import CALLS, FINALISTS, FIRST_ROUNDS, SECOND_ROUNDS, Notes, Row, search
-from vllm_bailing.tuning.space import LADDER, Experts, TileConfig, candidates, shared_memory_of, tile_key
+from vllm_bailing.tuning.space import LADDER, Experts, TileConfig, candidates, tile_key
 from vllm_bailing.tuning.table import (
     baseline,
     partial_file,
@@ -35,6 +31,7 @@ from vllm_bailing.tuning.table import (
     table,
     table_name,
     vllm_table,
+    without_table_folder,
     write_table,
 )
 
@@ -51,7 +48,7 @@ class TuningPlan:
         space: Candidates for each M.
         seconds: About how long it takes.
         replaced: The table that this vLLM has itself, if any.
-        is_there: Whether `file` exists.
+        is_there: Whether `file` existed when the plan was made.
     """
 
     experts: Experts
@@ -75,10 +72,11 @@ def make_tuning_plan(experts: Experts, folder: Path, device_name: str | None = N
 
 
 def estimate_seconds(experts: Experts, space: dict[int, list[TileConfig]], device_name: str) -> float:
-    """About how long tuning takes: compiling, and timings of candidates half as fast as the hardware allows."""
+    """About how long tuning takes: compiling, and timings of candidates half as fast as the hardware allows.
 
-    spelled = device_name.replace("_", " ").replace("-SXM4", "").split()
-    gpu = next((gpu for name, gpu in GPUS.items() if name in spelled), GPUS["H20"])
+    A GPU that is not a known one counts as an H20.
+    """
+    gpu = gpu_called(device_name) or GPUS["H20"]
     seconds = _COMPILE_SECONDS * len({tile_key(config) for configs in space.values() for config in configs})
     for tokens, configs in space.items():
         distinct = 1 - (1 - experts.top_k / experts.num_experts) ** tokens  # of the experts, with uniform routing
@@ -94,6 +92,9 @@ def run(
 ) -> tuple[list[Row], list[Path]]:
     """Tune on this machine's GPU, going on with what an earlier run left; returns the rows and the files written.
 
+    Args:
+        model, tp_size: For the record, what the experts of the plan were taken from.
+        advance: As for `search`.
     Raises:
         TuneError: If it cannot be done; what was measured by then is kept.
     """
@@ -101,11 +102,11 @@ def run(
 
     if plan.experts.block_shape and not current_platform.supports_fp8():
         raise TuneError(f"the {plan.device_name} has no fp8 arithmetic; add --dtype bf16")
-    os.environ.pop(TABLE_FOLDER, None)  # the baseline is what vLLM does without such a folder
     here = device_info()
-    notes = Notes(partial_file(plan.file.parent, plan.file.name), partial_key(plan.experts, plan.space, here))
-    rows = search(GpuTimer(plan.experts), plan.space, lambda tokens: baseline(plan.experts, tokens), notes, advance)
+    notes = Notes.resume(partial_file(plan.file.parent, plan.file.name), partial_key(plan.experts, plan.space, here))
+    with without_table_folder():
+        rows = search(GpuTimer(plan.experts), plan.space, lambda tokens: baseline(plan.experts, tokens), notes, advance)
     origin = provenance(rows, plan.experts, here, model, tp_size, plan.replaced)
     written = write_table(plan.file, table(rows, here["triton"]), origin)
-    notes.forget()
+    notes.delete()
     return rows, written

@@ -96,8 +96,8 @@ def choose(default_ms: list[float], finalists: list[list[float]]) -> tuple[int, 
         default_ms: Times of the baseline, one a round.
         finalists: Those of each finalist, in the same rounds.
     """
-    ratios = [[one / other for one, other in zip(default_ms, times, strict=True)] for times in finalists]
-    medians = [statistics.median(each) for each in ratios]
+    ratios = [[base / ms for base, ms in zip(default_ms, times, strict=True)] for times in finalists]
+    medians = [statistics.median(rounds) for rounds in ratios]
     fastest = max(range(len(medians)), key=medians.__getitem__)
     # Where noise is larger than the gain, a median alone would keep what is no faster.
     lower_quartile = sorted(ratios[fastest])[len(default_ms) // 4]
@@ -116,7 +116,7 @@ def search(
     Args:
         default: The baseline for M.
         notes: What an earlier run found; this one adds to it.
-        advance: Told after every step with M and the number of steps, which are `steps(space)` in all.
+        advance: Called with M and a number of steps done, which are `steps(space)` in all.
     Raises:
         TuneError: If the baseline does not run, or the GPU fails altogether.
     """
@@ -133,6 +133,7 @@ def search(
 
 
 def steps(space: dict[int, list[TileConfig]]) -> int:
+    """How many steps `search` takes."""
     return sum(len(configs) + FINALISTS for configs in space.values())
 
 
@@ -172,13 +173,13 @@ def _search_one(
 def _first_pass(timer: Timer, tokens: int, config: TileConfig, best_ms: float | None, notes: Notes) -> float | None:
     """Median time of a candidate, None if it failed; one that is far behind is timed only once."""
     try:
-        measure, found = timer.arm(config), []
+        measure, times = timer.arm(config), []
         for draw in range(FIRST_ROUNDS):
             timer.route(draw)
-            found.append(measure())
-            if best_ms is not None and found[0] > 2 * best_ms:
+            times.append(measure())
+            if best_ms is not None and times[0] > 2 * best_ms:
                 break
-        ms = statistics.median(found)
+        ms = statistics.median(times)
     except CandidateFailed as error:
         notes.add_time(tokens, config, None)  # before anything else, so that the next run passes it by
         if error.is_fatal:
@@ -202,7 +203,7 @@ def _second_pass(
     times: list[list[float]] = [[] for _ in measures]
     for draw in range(SECOND_ROUNDS):
         timer.route(FIRST_ROUNDS + draw)
-        # Turns change, so that what the one before leaves in the cache is spread over all.
+        # The order changes, so that what a configuration leaves in the cache falls to each of the others in turn.
         for turn in range(len(measures)):
             arm = (turn + draw) % len(measures)
             times[arm].append(measures[arm]())
@@ -214,27 +215,30 @@ def _second_pass(
 
 
 class Notes:
-    """What was measured, in a file with a line for each result, so that a run can be cut off at any time.
+    """What was measured, in a file with a line for each result, so that a run can be cut off at any time."""
 
-    Results that were found for another `key` do not count, and go with the first new one.
-    """
-
-    def __init__(self, file: Path, key: dict[str, Any]) -> None:
+    def __init__(self, file: Path) -> None:
         self.file = file
         self._times: dict[tuple[int, ...], float | None] = {}
         self._rows: dict[int, Row] = {}
-        lines = list(_json_lines(file))
+
+    @classmethod
+    def resume(cls, file: Path, key: dict[str, Any]) -> Notes:
+        """Go on with the results in `file`, which is rewritten without a last line that was cut off.
+
+        Where there are none, or they were measured under another `key`, the file is begun anew.
+        """
+        notes, lines = cls(file), list(_json_lines(file))
         if not lines or lines[0] != {"key": key}:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
-            return
+            lines = [{"key": key}]
         for line in lines[1:]:
             if "row" in line:
-                self._rows[line["row"]["tokens"]] = Row(**line["row"])
+                notes._rows[line["row"]["tokens"]] = Row(**line["row"])
             else:
-                self._times[(line["tokens"], *line["config"])] = line["ms"]
-        # The last line may have been cut off.
+                notes._times[(line["tokens"], *line["config"])] = line["ms"]
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return notes
 
     def row(self, tokens: int) -> Row | None:
         return self._rows.get(tokens)
@@ -252,7 +256,8 @@ class Notes:
         self._rows[row.tokens] = row
         self._add({"row": asdict(row)})
 
-    def forget(self) -> None:
+    def delete(self) -> None:
+        """Delete the file, when the table is written."""
         self.file.unlink(missing_ok=True)
 
     def __len__(self) -> int:

@@ -16,15 +16,6 @@ FIELDS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_w
 LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
 DTYPES = ("bf16", "fp8")
 BLOCK = 128  # side of a block of fp8 weights that shares a scale
-_HOPPER_SHARED_MEMORY = 227 * 1024  # bytes that a block of threads can have; Blackwell's data-centre GPUs too
-_SHARED_MEMORY = {
-    "A100": 163 * 1024,
-    "A800": 163 * 1024,
-    "RTX": 99 * 1024,
-    "L4": 99 * 1024,
-    "L20": 99 * 1024,
-    "GB10": 99 * 1024,
-}
 
 
 @dataclass(frozen=True)
@@ -127,16 +118,11 @@ def shared_memory_bytes(experts: Experts, config: TileConfig) -> int:
     Within 3 % of what Triton 3.6 reports for this kernel on Hopper, or above it.
     """
     block_m, block_n, block_k = (config[field] for field in FIELDS[:3])
-    # Products of 64 rows and more read their operands from there, smaller ones from registers, a stage behind. With
+    # Products of 64 rows and more read their operands from there, smaller ones from registers, one stage later. With
     # fp8 vLLM swaps the operands of small tiles, which makes them large ones.
     is_read_there = block_m >= 64 or experts.block_shape is not None
     stages = config["num_stages"] if is_read_there else config["num_stages"] - 1
     return max((block_m + block_n) * block_k * experts.element_bytes * stages, block_m * block_n * 2)
-
-
-def shared_memory_of(device_name: str) -> int:
-    """Bytes that a block of threads can have on a GPU that is not here."""
-    return next((size for part, size in _SHARED_MEMORY.items() if part in device_name), _HOPPER_SHARED_MEMORY)
 
 
 def candidates(experts: Experts, tokens: int, shared_memory: int) -> list[TileConfig]:
@@ -155,7 +141,7 @@ def candidates(experts: Experts, tokens: int, shared_memory: int) -> list[TileCo
         depths = [size for size in depths if BLOCK % size == 0]
     groups = (1, 16) if share >= 1 else (1,)  # with less than a tile per expert there is nothing to group
     stages = (2, 3, 4, 5) if share < 16 else (2, 3, 4)  # with many tokens products hide the loads
-    found = []
+    configs = []
     for values in product(heights, widths, depths, groups, (4, 8), stages):
         config = dict(zip(FIELDS, values, strict=True))
         numbers = values[0] * values[1] / (32 * config["num_warps"])
@@ -163,9 +149,10 @@ def candidates(experts: Experts, tokens: int, shared_memory: int) -> list[TileCo
         # The smallest tiles give four warps less to do than that, and still are the best for few tokens.
         fits = numbers <= 128 and (numbers >= 8 or config["num_warps"] == 4)
         if fits and not is_narrow and shared_memory_bytes(experts, config) <= shared_memory:
-            found.append(config)
-    return found
+            configs.append(config)
+    return configs
 
 
 def tile_key(config: TileConfig) -> tuple[int, ...]:
+    """The values of `config` in the order of `FIELDS`: what tells it from others, for keys and JSON."""
     return tuple(config[field] for field in FIELDS)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_bailing.plugin.patches import TABLE_FOLDER
 from vllm_bailing.tuning.search import CALLS, FINALISTS, FIRST_ROUNDS, GAIN, SECOND_ROUNDS, Row
 from vllm_bailing.tuning.space import FIELDS, Experts, TileConfig, tile_key
 
@@ -35,14 +38,25 @@ def vllm_table(name: str) -> Path | None:
     return file if file.is_file() else None
 
 
+@contextmanager
+def without_table_folder() -> Iterator[None]:
+    """Meanwhile the environment names no folder of the user's tables: the baseline is what vLLM does without one."""
+    folder = os.environ.pop(TABLE_FOLDER, None)
+    try:
+        yield
+    finally:
+        if folder is not None:
+            os.environ[TABLE_FOLDER] = folder
+
+
 def baseline(experts: Experts, tokens: int) -> TileConfig:
-    """What vLLM takes for M tokens without a table of the user's."""
+    """What vLLM takes for M tokens; within `without_table_folder`, that is its own table or its rules of thumb."""
     from vllm.model_executor.layers.fused_moe.fused_moe import try_get_optimal_moe_config
 
-    found = try_get_optimal_moe_config(
+    config = try_get_optimal_moe_config(
         experts.w1_shape, experts.w2_shape, experts.top_k, experts.table_dtype, tokens, block_shape=experts.block_shape
     )
-    return {field: found[field] for field in FIELDS}  # what else it may hold, SPLIT_K, is 1 whatever a table says
+    return {field: config[field] for field in FIELDS}  # what else it may hold, SPLIT_K, is 1 whatever a table says
 
 
 def table(rows: Iterable[Row], triton: str) -> dict[str, Any]:
@@ -53,7 +67,12 @@ def table(rows: Iterable[Row], triton: str) -> dict[str, Any]:
 def provenance(
     rows: list[Row], experts: Experts, machine: dict[str, Any], model: str, tp_size: int, replaced: Path | None
 ) -> dict[str, Any]:
-    """Where a table comes from and what it gains."""
+    """Where a table comes from and what it gains, for the file beside it.
+
+    Args:
+        machine: See `device_info`.
+        replaced: The table of vLLM's own that was the baseline, if any.
+    """
     return {
         **machine,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -1,0 +1,155 @@
+"""What each module may import, and where vLLM may be changed. The direction of imports is in .importlinter."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+PACKAGE = ROOT / "vllm_bailing"
+# What a module must not bring into a process that imports it.
+WITHOUT = {
+    "vllm_bailing": ["vllm", "torch", "transformers", "safetensors", "typer", "rich"],
+    "vllm_bailing.errors": ["vllm", "torch", "transformers", "safetensors"],
+    "vllm_bailing.units": ["vllm", "torch", "transformers", "safetensors"],
+    "vllm_bailing.rope": ["vllm", "torch", "transformers", "safetensors"],
+    "vllm_bailing.reasoning": ["vllm", "torch", "transformers"],
+    "vllm_bailing.tool_calls": ["vllm", "torch", "transformers"],
+    "vllm_bailing.config": ["vllm"],
+    "vllm_bailing.weights": ["vllm"],
+    "vllm_bailing.checkpoint": ["vllm"],
+    "vllm_bailing.audit": ["vllm"],
+    "vllm_bailing.dequantize": ["vllm"],
+    "vllm_bailing.reference": ["vllm"],
+    "vllm_bailing.plugin.support": ["vllm", "torch", "transformers"],
+    "vllm_bailing.plugin.patches": ["vllm", "torch", "transformers"],
+    "vllm_bailing.planning.plan": ["vllm"],
+    "vllm_bailing.cli": ["vllm", "torch", "transformers"],
+}
+# Modules that registration imports, or that must answer at once: torch comes when it computes. (transformers imports
+# it by itself, so this looks at our own imports.)
+WITHOUT_TORCH = (
+    "config rope weights checkpoint audit dequantize plugin/patches plugin/checks plugin/speculation plugin/lora"
+)
+WITHOUT_TORCH += " planning/gpus planning/memory planning/plan tools/doctor tools/verify tools/chat cli/__init__"
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """{module: what importing it alone brought in}, each from a fork of a bare Python."""
+    code = """
+import importlib, json, os, sys
+answers = {}
+for name in json.loads(sys.argv[1]):
+    reader, writer = os.pipe()
+    if not os.fork():
+        importlib.import_module(name)
+        os.write(writer, json.dumps([top for top in sys.modules if "." not in top]).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        answers[name] = json.loads(pipe.read() or "null")
+    os.wait()
+print(json.dumps(answers))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(list(WITHOUT))], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("module", WITHOUT)
+def test_importing_a_module_brings_nothing_heavy(module, imported):
+    assert imported[module] is not None, f"{module} cannot be imported"
+    assert not set(WITHOUT[module]) & set(imported[module])
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH.split())
+def test_torch_is_imported_where_it_computes(module):
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert not {name.partition(".")[0] for name in names} & {"torch", "vllm"}
+
+
+def changes_of_others(source: str) -> list[str]:
+    """Assignments to attributes or entries of what a module imported from vLLM or transformers, as text."""
+    tree = ast.parse(source)
+    foreign = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("vllm", "transformers"):
+            foreign |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names = [alias for alias in node.names if alias.name.partition(".")[0] in ("vllm", "transformers")]
+            foreign |= {alias.asname or alias.name.partition(".")[0] for alias in names}
+    changed = []
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in targets:
+            root = target
+            while isinstance(root, (ast.Attribute, ast.Subscript)):
+                root = root.value
+            if root is not target and isinstance(root, ast.Name) and root.id in foreign:
+                changed.append(ast.unparse(target))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "mock.patch.object"):
+            first = node.args[0]
+            while isinstance(first, ast.Attribute):
+                first = first.value
+            if isinstance(first, ast.Name) and first.id in foreign:
+                changed.append(ast.unparse(node))
+    return changed
+
+
+def test_vllm_is_changed_in_one_file():
+    found = {}
+    for file in PACKAGE.rglob("*.py"):
+        if changes := changes_of_others(file.read_text(encoding="utf-8")):
+            found[str(file.relative_to(PACKAGE))] = changes
+    assert set(found) == {"plugin/patches.py", "config.py"}
+    # transformers reads configurations also where there is no vLLM.
+    assert found["config.py"] == ["PretrainedConfig.get_config_dict"]
+
+
+def test_the_list_of_patches_names_every_one():
+    text = (PACKAGE / "plugin" / "patches.py").read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    listed = ast.get_docstring(tree) or ""
+    public = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    assert [name for name in public if f"`{name}`" not in listed] == ["hf_config_override"]
+    assert "SpeculativeConfig.hf_config_override" in listed
+
+
+def test_a_change_of_vllm_elsewhere_would_be_seen():
+    code = "from vllm.v1.sample import rejection_sampler\nrejection_sampler.expand_batch_to_tokens = print\n"
+    assert changes_of_others(code) == ["rejection_sampler.expand_batch_to_tokens"]
+    code = "def f():\n    import vllm.envs as envs\n    setattr(envs, 'VLLM_X', 1)\n"
+    assert changes_of_others(code) == ["setattr(envs, 'VLLM_X', 1)"]
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "contract"),
+    [
+        ("plugin/checks.py", "from vllm_bailing.cli import output", "Imports point one way"),
+        ("model.py", "from vllm_bailing.bench import runner", "Imports point one way"),
+        ("weights.py", "from vllm import ModelRegistry", "knows nothing of vLLM"),
+        ("model.py", "from vllm_bailing import reference", "do not know each other"),
+        ("planning/memory.py", "import torch", "needs neither vLLM nor torch"),
+    ],
+)
+def test_an_import_the_wrong_way_is_refused(file, line, contract, tmp_path):
+    """The rules can fail."""
+    shutil.copytree(PACKAGE, tmp_path / "vllm_bailing", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    shutil.copy(ROOT / ".importlinter", tmp_path)
+    target = tmp_path / "vllm_bailing" / file
+    target.write_text(target.read_text(encoding="utf-8") + f"\n{line}\n", encoding="utf-8")
+    linter = Path(sys.executable).parent / "lint-imports"
+    done = subprocess.run([linter, "--no-cache"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    broken = " ".join(" ".join(done.stdout.split()).partition("Broken contracts")[2].split())
+    assert done.returncode == 1 and contract in broken

@@ -1,0 +1,108 @@
+"""What `vllm serve` is given: flags, environment, the command, and a file for `--config`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.planning.gpus import Gpu
+from vllm_bailing.planning.memory import plain_dtype, stored_dtype, vllm_partition
+from vllm_bailing.units import GIB, PLAIN_DTYPES
+
+if TYPE_CHECKING:
+    from vllm_bailing.planning.plan import Request
+
+MEMORY_UTILIZATION = 0.92  # vLLM's own default
+_COLUMNS = 100  # of the command, with "  " before a line and " \" after it
+_PARSERS = {"enable-auto-tool-choice": True, "tool-call-parser": "bailing", "reasoning-parser": "bailing"}
+
+
+def default_batched_tokens(gpu: Gpu) -> int:
+    """Tokens of the biggest step unless a flag says otherwise. Source: vLLM, `EngineArgs.get_batch_defaults`."""
+    if gpu.memory_bytes >= 160 * GIB:
+        return 16384
+    is_a100 = any("a100" in name.lower() for name in (gpu.name, *gpu.driver_names))
+    return 8192 if gpu.memory_bytes >= 70 * GIB and not is_a100 else 2048
+
+
+def flags(config: BailingMoeV2Config, request: Request, yarn_factor: float | None) -> dict[str, Any]:
+    """Flags of `vllm serve` without their dashes; True is a flag without a value, JSON is a text.
+
+    Args:
+        request: A request in which nothing is left open.
+        yarn_factor: Factor that stretches the window over the context; None without one.
+    """
+    chosen: dict[str, Any] = {"model": request.model, "tensor-parallel-size": request.tp}
+    if request.pp != 1:
+        chosen["pipeline-parallel-size"] = request.pp
+    chosen |= {"max-model-len": request.context, "max-num-seqs": request.concurrency}
+    if request.max_num_batched_tokens != default_batched_tokens(request.gpu):
+        chosen["max-num-batched-tokens"] = request.max_num_batched_tokens
+    if request.memory_utilization != MEMORY_UTILIZATION:
+        chosen["gpu-memory-utilization"] = request.memory_utilization
+    if request.dtype in PLAIN_DTYPES and request.dtype != plain_dtype(config):
+        chosen["dtype"] = PLAIN_DTYPES[request.dtype]
+    if request.dtype == "fp8" and stored_dtype(config) in PLAIN_DTYPES:
+        chosen["quantization"] = "fp8"  # while loading
+    if request.kv_dtype != "auto":
+        chosen["kv-cache-dtype"] = request.kv_dtype
+    if overrides := _config_overrides(config, request, yarn_factor):
+        chosen["hf-overrides"] = _json(overrides)
+    if request.draft_tokens:
+        model = {"model": request.draft_model} if request.draft_model else {}
+        chosen["speculative-config"] = _json({"method": "mtp", **model, "num_speculative_tokens": request.draft_tokens})
+    return chosen | _PARSERS
+
+
+def _config_overrides(config: BailingMoeV2Config, request: Request, yarn_factor: float | None) -> dict[str, Any]:
+    """Keys of config.json that have to be other than they are stored."""
+    overrides: dict[str, Any] = {}
+    is_quantized = stored_dtype(config) not in PLAIN_DTYPES or config.stored_quantization_config
+    if request.dtype in PLAIN_DTYPES and is_quantized:
+        overrides["dequantize"] = True
+    if yarn_factor:
+        window = config.max_position_embeddings
+        overrides["rope_scaling"] = {"type": "yarn", "factor": yarn_factor, "original_max_position_embeddings": window}
+    return overrides
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def environment(partition: tuple[int, ...]) -> dict[str, str]:
+    """Variables that `vllm serve` needs for pipeline stages of `partition` layers each."""
+    if partition == vllm_partition(sum(partition), len(partition)):
+        return {}
+    return {"VLLM_PP_LAYER_PARTITION": ",".join(map(str, partition))}
+
+
+def serve_line(model: str, flags: dict[str, Any], environment: dict[str, str]) -> str:
+    """The command, quoted for a shell, in lines of at most 100 columns unless one value is longer."""
+    words = [*(f"{name}={value}" for name, value in environment.items()), "vllm", "serve"]
+    parts = [[*words, shlex.quote(model)]]
+    for name, value in flags.items():
+        if name != "model":
+            parts.append([f"--{name}"] if value is True else [f"--{name}", shlex.quote(str(value))])
+    width, lines = _COLUMNS - 4, [""]
+    for part in parts:
+        whole = " ".join(part)
+        for piece in [whole] if len(whole) <= width else part:
+            if len(lines[-1]) + 1 + len(piece) > width and lines[-1]:
+                lines.append("")
+            lines[-1] += f" {piece}" if lines[-1] else piece
+    return " \\\n  ".join(lines)
+
+
+def config_file(flags: dict[str, Any], environment: dict[str, str], comments: Iterable[str]) -> str:
+    """Text of a file for `vllm serve --config FILE`, `comments` first."""
+    import yaml
+
+    lines = list(comments)
+    if environment:
+        lines.append("Set " + " and ".join(f"{name}={value}" for name, value in environment.items()) + ".")
+    header = "".join(f"# {line}\n" for line in lines)
+    return header + yaml.safe_dump(flags, sort_keys=False, width=1000)
