@@ -15,9 +15,9 @@ from tests.support.engine import ENGINE_ENV
 from vllm_bailing.cli import app
 
 
-def invoke(*arguments: Any) -> Result:
+def invoke(*arguments: Any, **env: str) -> Result:
     """The command in this process: its exit code, output and the exception that ended it."""
-    return CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "200", **env})
 
 
 def run_command(*arguments: Any, cache: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:

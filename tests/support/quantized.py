@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from tests.support.checkpoints import raw_config_of, read_tensors, write_tensors
+from tests.support.checkpoints import read_tensors, write_tensors
 from tests.support.commands import invoke
+from tests.support.configs import raw_config_of
 from vllm_bailing import DEMO
 
 

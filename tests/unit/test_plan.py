@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_configs import zoo_config
 
-from tests.support.engine import run
+from tests.support.engine import run_in_turn
 from tests.support.planning import MIDDLE, MTP, YARN, plan
 from vllm_bailing.planning.gpus import GPUS, Gpu, find_gpu
 from vllm_bailing.planning.memory import Layout, Stage, other_memory, vllm_partition
@@ -16,7 +16,7 @@ from vllm_bailing.planning.plan import longest_window, tp_obstacle
 
 @pytest.mark.parametrize(("layers", "pp"), [(80, 2), (32, 3), (20, 3), (21, 4), (22, 4), (7, 5)])
 def test_stages_have_the_layers_that_vllm_gives_them(layers, pp):
-    assert vllm_partition(layers, pp) == run(_partition, layers, pp)
+    assert vllm_partition(layers, pp) == run_in_turn(_partition, layers, pp)
 
 
 def _partition(layers, pp):
