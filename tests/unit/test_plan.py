@@ -13,10 +13,25 @@ from vllm_bailing.planning.gpus import GPUS, Gpu, find_gpu
 from vllm_bailing.planning.memory import Layout, Stage, other_memory, vllm_partition
 from vllm_bailing.planning.plan import longest_window, tp_obstacle
 
+PARTITIONS = [
+    (80, (40, 40)),
+    (32, (11, 11, 10)),
+    (20, (7, 7, 6)),
+    (21, (5, 5, 6, 5)),
+    (22, (5, 6, 6, 5)),
+    (7, (1, 1, 2, 2, 1)),
+    (6, (6,)),
+]
 
-@pytest.mark.parametrize(("layers", "pp"), [(80, 2), (32, 3), (20, 3), (21, 4), (22, 4), (7, 5)])
-def test_stages_have_the_layers_that_vllm_gives_them(layers, pp):
-    assert vllm_partition(layers, pp) == run(_partition, layers, pp)
+
+@pytest.mark.parametrize(("layers", "partition"), PARTITIONS)
+def test_layers_that_stages_do_not_share_evenly_go_to_the_middle(layers, partition):
+    assert vllm_partition(layers, len(partition)) == partition
+
+
+@pytest.mark.parametrize(("layers", "partition"), PARTITIONS)
+def test_stages_have_the_layers_that_vllm_gives_them(layers, partition):
+    assert run(_partition, layers, len(partition)) == partition
 
 
 def _partition(layers, pp):

@@ -46,15 +46,15 @@ class WeightBytes(_Bytes):
         mtp: The MTP layers, and their own copy of the embedding if the target has pipeline stages.
     """
 
-    embedding: int = 0
-    head: int = 0
-    attention: int = 0
-    dense_mlp: int = 0
-    routed_experts: int = 0
-    shared_experts: int = 0
-    router: int = 0
-    norms: int = 0
-    mtp: int = 0
+    embedding: int
+    head: int
+    attention: int
+    dense_mlp: int
+    routed_experts: int
+    shared_experts: int
+    router: int
+    norms: int
+    mtp: int
 
 
 @dataclass(frozen=True)
