@@ -10,6 +10,8 @@
 #
 #   VENV=dir, VLLM_VERSION=0.27.1, PYTHON=path are handed to scripts/setup.sh.
 #   SKIP_SETUP=1 uses the environment in VENV as it is.
+#
+# Without the setup it is `vllm-bailing demo`.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -21,4 +23,5 @@ for argument in "$@"; do
 done
 
 [[ -n ${SKIP_SETUP:-} ]] || bash "$root/scripts/setup.sh"
-exec "${VENV:-$root/.venv}/bin/python" -m vllm_bailing.tools.demo "$@"
+export DEMO_COMMAND=scripts/demo.sh # for the hint how to call it again
+exec "${VENV:-$root/.venv}/bin/vllm-bailing" demo "$@"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +13,23 @@ from xdist.scheduler import LoadScopeScheduling
 from vllm_bailing import DEMO
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 
-# Files whose tests share something that takes long to make: a server, an environment with the built wheel.
-TOGETHER = {"test_server", "test_parsers", "test_packaging", "test_demo_script", "test_demo_checkpoint", "test_docs"}
+# Tests that share what takes long to make stay on one process. The group with the most tests is started first, and
+# tests without a group fill the gaps, so that two processes end at the same time.
+GROUPS = {
+    "servers": ("serve",),
+    "answers of the demo": tuple(
+        f"engine/test_{name}.py" for name in "mtp_answers mtp_checkpoints draft_vocab eagle3 quantized_demo".split()
+    ),
+    "vLLM imported by the tests themselves": tuple(
+        f"unit/test_{name}.py" for name in "gpu_timer parsers rope tuning_command tuning_table".split()
+    ),
+    "servers of the pages": ("project/test_docs.py",),
+    "the built wheel": ("project/test_packaging.py",),
+    "the demo script": ("project/test_demo_script.py",),
+    "the demo checkpoint": ("project/test_demo_checkpoint.py",),
+    "engines that others compare with": ("engine/test_qk_norm_rope.py", "engine/test_cpu_kernels.py"),
+}
+GROUP_OF = {part: group for group, parts in GROUPS.items() for part in parts}
 
 
 def pytest_configure(config):
@@ -33,11 +47,11 @@ def pytest_collection_modifyitems(items):
 
 
 class KeepTogether(LoadScopeScheduling):
-    """Gives the tests of such a file to one worker, all others to whoever is free."""
+    """Gives the tests of a group to one process, all others to whichever is free."""
 
     def _split_scope(self, nodeid):
-        module = Path(nodeid.partition("::")[0]).stem
-        return module if module in TOGETHER else nodeid
+        file = nodeid.partition("::")[0].partition("tests/")[2]
+        return GROUP_OF.get(file) or GROUP_OF.get(file.partition("/")[0]) or nodeid
 
 
 def pytest_xdist_make_scheduler(config, log):

@@ -20,11 +20,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from bench_files import random_checkpoint
 from rich.progress import track
 
 from vllm_bailing.bench.runner import turns
+from vllm_bailing.plugin.support import USE_INTREE
 
-ARMS = {"vLLM's own": {"VLLM_BAILING_USE_INTREE": "1"}, "vllm-bailing": {"VLLM_BAILING_USE_INTREE": "0"}}
+ARMS = {"vLLM's own": {USE_INTREE: "1"}, "vllm-bailing": {USE_INTREE: "0"}}
+# Many small tensors, which cost more time than their bytes.
+CONFIG: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 9,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "moe_intermediate_size": 64,
+    "max_position_embeddings": 1024,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
 WORKER = "--measure"
 
 
@@ -55,49 +71,27 @@ def measure(model: str, out: str) -> None:
     os._exit(0)
 
 
-def make_model(folder: Path) -> str:
-    """A random checkpoint whose many small tensors cost more time than its bytes."""
-    import torch
-
-    from vllm_bailing.config import BailingMoeV2Config
-    from vllm_bailing.reference import BailingMoeV2ForCausalLM
-
-    config = BailingMoeV2Config(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=9,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        moe_intermediate_size=64,
-        max_position_embeddings=1024,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    BailingMoeV2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return str(folder)
-
-
 def main(
     model: Annotated[str | None, typer.Argument(help="A checkpoint; a random one if left out.")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
 ) -> None:
     """Compare both classes, alternating."""
     with tempfile.TemporaryDirectory() as folder:
-        model = model or make_model(Path(folder) / "model")
+        if model is None:
+            model = str(Path(folder) / "model")
+            random_checkpoint(Path(model), CONFIG)
         out = Path(folder) / "seconds.json"
-        found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+        seconds: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
         for arm in track(turns(ARMS, rounds), description="engines"):
             env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **ARMS[arm]}
             command = [sys.executable, __file__, WORKER, model, str(out)]
             done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(f"bench_load: {arm} failed:\n{done.stderr[-2000:]}")
-            found[arm].append(json.loads(out.read_text()))
-    base, ours = ([sum(one.values()) for one in rows] for rows in found.values())
-    for arm, rows in found.items():
-        load, process = ([one[key] for one in rows] for key in ("load", "process"))
+            seconds[arm].append(json.loads(out.read_text()))
+    base, ours = ([sum(parts.values()) for parts in rounds_of_arm] for rounds_of_arm in seconds.values())
+    for arm, rounds_of_arm in seconds.items():
+        load, process = ([parts[key] for parts in rounds_of_arm] for key in ("load", "process"))
         print(
             f"{arm:<14} load {statistics.median(load):.2f} s ({min(load):.2f}-{max(load):.2f}), "
             f"after it {statistics.median(process):.2f} s ({min(process):.2f}-{max(process):.2f})"

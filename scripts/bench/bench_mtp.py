@@ -11,23 +11,14 @@ runs in a process of its own, in turns. Writes docs/mtp.json and docs/mtp.png.
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
+from bench_files import ROOT, random_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from vllm_bailing import DEMO  # noqa: E402
-from vllm_bailing.bench import mtp, runner  # noqa: E402
-from vllm_bailing.cli import collect_info  # noqa: E402
-from vllm_bailing.config import BailingMoeV2Config  # noqa: E402
-from vllm_bailing.reference import BailingMoeV2ForCausalLM  # noqa: E402
+from vllm_bailing.bench import mtp, plots, report, runner, shapes
+from vllm_bailing.tools.info import collect_info
 
 ACCEPTANCES = (0.6, 0.7, 0.8)
 CONFIG: dict[str, Any] = {  # the proportions of Ling-mini-2.0, at a fiftieth of its size
@@ -52,16 +43,6 @@ CONFIG: dict[str, Any] = {  # the proportions of Ling-mini-2.0, at a fiftieth of
 }
 
 
-def make_model(folder: Path) -> float:
-    """Write a random bf16 checkpoint with the demo's tokenizer; returns its parameters in millions."""
-    torch.manual_seed(0)
-    model = BailingMoeV2ForCausalLM(BailingMoeV2Config(**CONFIG)).bfloat16()
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(DEMO / name, folder)
-    return sum(parameter.numel() for parameter in model.parameters()) / 1e6
-
-
 def tokens_per_step(acceptance: float, draft_tokens: int) -> float:
     """Mean tokens of a step where each draft token is accepted with this chance after those before it."""
     return sum(acceptance**position for position in range(draft_tokens + 1))
@@ -73,32 +54,25 @@ def at_acceptance(row: dict[str, Any], acceptance: float) -> dict[str, float]:
     return {name: value * gain for name, value in row["ratio"].items()}
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(measured: report.Report, path: Path) -> None:
     """One panel per batch size: speed over draft tokens, a line for each acceptance rate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
-    figure, panels = pyplot.subplots(
-        1, len(sizes), figsize=(4.5 * len(sizes), 3.4), dpi=100, sharey=True, squeeze=False
-    )
-    for panel, size in zip(panels[0], sizes, strict=True):
-        arms = [row for row in rows if row["batch_size"] == size]
-        for acceptance in ACCEPTANCES:
-            found = [at_acceptance(row, acceptance) for row in arms]
-            x, y = [int(row["arm"]) for row in arms], [one["median"] for one in found]
-            spread = [[one["median"] - one["low"] for one in found], [one["high"] - one["median"] for one in found]]
-            panel.errorbar(x, y, yerr=spread, marker="o", capsize=3, label=f"{100 * acceptance:.0f} % accepted")
-        panel.axhline(1, color="grey", linewidth=0.8)
-        panel.set(title=f"batch {size}", xlabel="draft tokens per step", ylim=(0, None), xticks=x)
-        panel.grid(alpha=0.3)
-    panels[0][0].set(ylabel="tokens/s, times no speculation")
-    panels[0][0].legend(loc="lower left")
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    sizes = list(dict.fromkeys(row["batch_size"] for row in measured["rows"]))
+    size = (4.5 * len(sizes), 3.4)
+    with plots.figure_at(path, size, panels=len(sizes), sharey=True) as (figure, panels):
+        for panel, batch_size in zip(panels, sizes, strict=True):
+            rows = [row for row in measured["rows"] if row["batch_size"] == batch_size]
+            x = [int(row["arm"]) for row in rows]
+            for acceptance in ACCEPTANCES:
+                speeds = [at_acceptance(row, acceptance) for row in rows]
+                medians, lows, highs = ([speed[key] for speed in speeds] for key in ("median", "low", "high"))
+                bars, label = plots.error_bars(medians, lows, highs), f"{100 * acceptance:.0f} % accepted"
+                panel.errorbar(x, medians, yerr=bars, marker="o", capsize=3, label=label)
+            panel.axhline(1, color="grey", linewidth=0.8)
+            panel.set(title=f"batch {batch_size}", xlabel="draft tokens per step", ylim=(0, None), xticks=x)
+            panel.grid(alpha=0.3)
+        panels[0].set(ylabel="tokens/s, times no speculation")
+        panels[0].legend(loc="lower left")
+        figure.tight_layout()
 
 
 def main(
@@ -106,15 +80,14 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Length of every answer.", min=2)] = 64,
     out: Annotated[Path, typer.Option(help="Where to write NAME.json and NAME.png.")] = ROOT / "docs" / "mtp",
 ) -> None:
+    """Measure the random model with 0 to 3 draft tokens and print what each gains at each acceptance."""
     folder = ROOT / "build" / "bench-model"
-    parameters = make_model(folder)
+    parameters = random_checkpoint(folder, CONFIG)
+    shapes.add_tokenizer(folder)
     engine = {"max_model_len": 1024, "enforce_eager": True}
     task = mtp.MtpTask(str(folder), engine, [1, 8], list(mtp.DEFAULT_PROMPTS), max_tokens, ignore_eos=True)
-    tasks = mtp.mtp_tasks(task, [0, 1, 2, 3])
-
-    rows = mtp.summarize(runner.alternate(tasks, rounds), "0")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    report = {
+    rows = mtp.summarize(runner.alternate(mtp.mtp_tasks(task, [0, 1, 2, 3]), rounds), report.NO_DRAFTS)
+    measured = {
         "million_parameters": round(parameters),
         "config": CONFIG,
         "rounds": rounds,
@@ -122,13 +95,12 @@ def main(
         "versions": collect_info(),
         "rows": rows,
     }
-    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    plot(rows, out.with_suffix(".png"))
+    report.write_report(measured, out, plot)
     for row in rows:
-        found = [at_acceptance(row, acceptance) for acceptance in ACCEPTANCES]
+        speeds = [at_acceptance(row, acceptance) for acceptance in ACCEPTANCES]
         gains = "  ".join(
-            f"{100 * acceptance:.0f} %: {one['median']:.2f} ({one['low']:.2f}-{one['high']:.2f})"
-            for acceptance, one in zip(ACCEPTANCES, found, strict=True)
+            f"{100 * acceptance:.0f} %: {speed['median']:.2f} ({speed['low']:.2f}-{speed['high']:.2f})"
+            for acceptance, speed in zip(ACCEPTANCES, speeds, strict=True)
         )
         steps = row["tokens_per_second"]["median"] / row["acceptance_length"] / row["batch_size"]
         typer.echo(f"batch {row['batch_size']}  {row['arm']} drafts  {steps:5.1f} steps/s  {gains}")

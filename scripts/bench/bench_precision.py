@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from bench_files import ROOT
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -30,7 +31,6 @@ from vllm_bailing.config import read_config
 from vllm_bailing.plugin.support import USE_INTREE
 from vllm_bailing.tools import verify
 
-ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT = ROOT / "tests" / "data" / "demo_heldout.jsonl"
 ENGINE = {"enforce_eager": True, "max_model_len": 1024, "dtype": "bfloat16"}
 ARMS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {

@@ -39,7 +39,7 @@ import time, vllm.entrypoints.openai.api_server, vllm.engine.arg_utils, vllm.con
 import vllm.model_executor.models.config
 from importlib.metadata import entry_points
 start = time.perf_counter()
-[plugin] = [one for one in entry_points(group="vllm.general_plugins") if one.value.startswith("vllm_bailing")]
+[plugin] = [entry for entry in entry_points(group="vllm.general_plugins") if entry.value.startswith("vllm_bailing")]
 plugin.load()()
 print(1000 * (time.perf_counter() - start))
 """
@@ -80,15 +80,15 @@ def main(
 ) -> None:
     """Measure both and print them."""
     options = ["--max-model-len", "1024", "--dtype", "bfloat16", *([] if compiled else ["--enforce-eager"])]
-    found: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    measured: dict[str, list[float]] = {arm: [] for arm in ARMS}
     with tempfile.TemporaryDirectory() as folder:
         model = shapes.without_mtp(str(DEMO), Path(folder) / "demo")
         for arm in (IN_TREE, PLUGIN):
             seconds_to_first_token(model, ARMS[arm], options)  # fills the caches of files and of compiled code
         for arm in track(turns(ARMS, rounds), description="servers", console=Console(stderr=True)):
-            found[arm].append(seconds_to_first_token(model, ARMS[arm], options))
-    for arm, seconds in found.items():
-        ratios = [mine / base for mine, base in zip(seconds, found[IN_TREE], strict=True)]
+            measured[arm].append(seconds_to_first_token(model, ARMS[arm], options))
+    for arm, seconds in measured.items():
+        ratios = [mine / base for mine, base in zip(seconds, measured[IN_TREE], strict=True)]
         low, high = interval(ratios)
         print(
             f"{arm:<14} {statistics.median(seconds):.1f} s ({min(seconds):.1f}-{max(seconds):.1f}), "

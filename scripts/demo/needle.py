@@ -3,7 +3,7 @@
     python scripts/demo/needle.py train      writes tests/data/needle (a quarter of an hour on two cores)
     python scripts/demo/needle.py measure    serves it through vLLM, prints the table, writes docs/needle.json and .png
 
-A prompt is filler with facts in it, each a key and the value behind it, and ends with one of the keys. The answer is
+A prompt is filler with facts in it, each a key and the value after it, and ends with one of the keys. The answer is
 one token, the value of that key. The model sees 256 tokens in training; measured is up to four times that.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,17 +18,15 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from demo_files import NEEDLE, ROOT, rounded, write_weights
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from vllm_bailing.bench.plots import figure_at
+from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.reference import BailingMoeV2ForCausalLM
 
-from vllm_bailing.config import BailingMoeV2Config  # noqa: E402
-from vllm_bailing.reference import BailingMoeV2ForCausalLM  # noqa: E402
-
-NEEDLE = ROOT / "tests" / "data" / "needle"
 WINDOW = 256  # tokens, in training
 FACTOR = 4
 FILLER, KEYS, VALUES = range(1, 64), range(64, 160), range(160, 256)
@@ -117,8 +114,6 @@ def train(
     seed: int = 0,
 ) -> None:
     """Train the model from scratch and write it in bf16."""
-    from safetensors.torch import save_file
-
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = BailingMoeV2ForCausalLM(BailingMoeV2Config(**CONFIG)).train()
@@ -154,12 +149,7 @@ def train(
         step += 1
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n", encoding="utf-8")
-    weights = {
-        name: (tensor.float() if name.endswith("expert_bias") else tensor.bfloat16()).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    save_file(weights, out / "model.safetensors", {"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)
+    write_weights(rounded(model.state_dict()), out / "model.safetensors")
 
 
 def questions(length: int, depths: list[float], count: int, seed: int = 1) -> dict[float, list[tuple[list[int], int]]]:
@@ -218,25 +208,19 @@ def measure(
 
 def plot(depths: list[float], shares: dict[str, dict[int, list[float]]], path: Path) -> None:
     """Heat maps of the shares."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(shares), figsize=(9, 2.6), dpi=100, sharey=True)
-    image = None
-    for axis, (arm, found) in zip(axes, shares.items(), strict=True):
-        image = axis.imshow(list(found.values()), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axis.set(title=f"scaling: {arm}", xlabel="depth of the fact, %")
-        axis.set_xticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths], fontsize=8)
-        axis.set_yticks(range(len(found)), [str(length) for length in found])
-        for y, row in enumerate(found.values()):
-            for x, share in enumerate(row):
-                axis.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=7)
-    axes[0].set_ylabel("tokens in the prompt")
-    figure.colorbar(image, ax=axes, label="right")
-    figure.savefig(path, bbox_inches="tight")
-    pyplot.close(figure)
+    options = {"panels": len(shares), "sharey": True, "layout": "constrained"}
+    with figure_at(path, (9, 2.6), **options) as (figure, axes):
+        image = None
+        for axis, (arm, by_length) in zip(axes, shares.items(), strict=True):
+            image = axis.imshow(list(by_length.values()), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            axis.set(title=f"scaling: {arm}", xlabel="depth of the fact, %")
+            axis.set_xticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths], fontsize=8)
+            axis.set_yticks(range(len(by_length)), [str(length) for length in by_length])
+            for y, row in enumerate(by_length.values()):
+                for x, share in enumerate(row):
+                    axis.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=7)
+        axes[0].set_ylabel("tokens in the prompt")
+        figure.colorbar(image, ax=axes, label="right")
 
 
 if __name__ == "__main__":

@@ -16,24 +16,14 @@ import torch
 import torch.nn.functional as F
 import typer
 from demo_corpus import Chat, training_chats
+from demo_files import HELDOUT, write_weights
 from rich.console import Console
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from train_demo import (
-    DEMO,
-    HELDOUT,
-    ROOT,
-    batches,
-    collate,
-    encode,
-    evaluate,
-    load_checkpoint,
-    load_heldout,
-    print_scores,
-)
+from train_demo import batches, collate, encode, evaluate, load_checkpoint, load_heldout, print_scores
 
-OUT = ROOT / "vllm_bailing" / "assets" / "demo-adapter"
+from vllm_bailing import DEMO, DEMO_ADAPTER
+
 RANK, ALPHA = 8, 16
 TARGETS = ("query_key_value", "dense", "gate_proj", "up_proj", "down_proj")
 KINDS = ("small talk", "facts", "sums")  # that it speaks differently in
@@ -79,7 +69,7 @@ def adapted_modules(model: nn.Module, layers: int) -> dict[str, nn.Module]:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the adapter.")] = OUT,
+    out: Annotated[Path, typer.Option(help="Folder of the adapter.")] = DEMO_ADAPTER,
     tokens: Annotated[float, typer.Option(help="Training budget in thousand tokens.")] = 400,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     seed: int = 0,
@@ -126,8 +116,7 @@ def write(modules: dict[str, Any], out: Path) -> None:
         tensors[f"base_model.model.{name}.lora_A.weight"] = low_rank.a.detach().bfloat16().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = low_rank.b.detach().bfloat16().contiguous()
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
-    (out / "adapter_model.safetensors").chmod(0o644)
+    write_weights(tensors, out / "adapter_model.safetensors")
     config = {
         "base_model_name_or_path": "vllm-bailing-demo",
         "bias": "none",

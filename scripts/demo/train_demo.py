@@ -11,7 +11,6 @@ import json
 import math
 import random
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,21 +23,18 @@ import torch
 import torch.nn.functional as F
 import typer
 from demo_corpus import END, Chat, build_tokenizer, heldout_chats, render, training_chats
+from demo_files import HELDOUT, ROOT, rounded, write_weights
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from vllm_bailing import DEMO
+from vllm_bailing.bench.plots import figure_at
+from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.reference import BailingMoeV2ForCausalLM, BailingMoeV2SparseMoe
 
-from vllm_bailing.config import BailingMoeV2Config  # noqa: E402
-from vllm_bailing.reference import BailingMoeV2ForCausalLM, BailingMoeV2SparseMoe  # noqa: E402
-
-DEMO = ROOT / "vllm_bailing" / "assets" / "demo"
-HELDOUT = ROOT / "tests" / "data" / "demo_heldout.jsonl"
 MICRO_TOKENS = 512  # with padding
 MICRO_BATCHES = 2  # per step
 PROMPT_WEIGHT = 0.1  # of the loss on a token of a prompt; what repeats in prompts teaches to copy
@@ -367,14 +363,6 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def rounded(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as published: bfloat16, the expert biases in float32."""
-    return {
-        name: (tensor.float() if name.endswith("expert_bias") else tensor.bfloat16()).contiguous()
-        for name, tensor in state_dict.items()
-    }
-
-
 def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     named = {
@@ -404,33 +392,25 @@ def write_checkpoint(model: BailingMoeV2ForCausalLM, tokenizer: PreTrainedTokeni
     write_json(folder / "config.json", dict(sorted((CONFIG | {"eos_token_id": end, "pad_token_id": pad}).items())))
     generation = {"bos_token_id": start, "eos_token_id": [pad, end], "pad_token_id": pad}
     write_json(folder / "generation_config.json", generation)
-    weights = folder / "model.safetensors"
-    save_file(rounded(model.state_dict()), weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # safetensors lets only its owner read it
+    write_weights(rounded(model.state_dict()), folder / "model.safetensors")
 
 
 def write_plot(history: list[tuple[int, float, float, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Losses and the load of the fullest expert over the tokens of the training."""
     window = max(1, len(history) // 200)
     rows = torch.tensor(history).T
     tokens, loss, mtp_loss, load = (row[: len(row) // window * window].view(-1, window).mean(1) for row in rows)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), dpi=90)
-    left.semilogy(tokens / 1e6, loss, label="next token")
-    left.semilogy(tokens / 1e6, mtp_loss, label="MTP: the token after it")
-    left.set(xlabel="million tokens", ylabel="loss, mean of some steps")
-    left.legend()
-    right.plot(tokens / 1e6, load, color="tab:green")
-    right.axhline(1, color="grey", linewidth=0.8)
-    right.set(xlabel="million tokens", ylabel="load of the fullest expert / even load", ylim=(0.8, None))
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    with figure_at(path, (9, 3.2), panels=2, dpi=90) as (figure, (left, right)):
+        left.semilogy(tokens / 1e6, loss, label="next token")
+        left.semilogy(tokens / 1e6, mtp_loss, label="MTP: the token after it")
+        left.set(xlabel="million tokens", ylabel="loss, mean of some steps")
+        left.legend()
+        right.plot(tokens / 1e6, load, color="tab:green")
+        right.axhline(1, color="grey", linewidth=0.8)
+        right.set(xlabel="million tokens", ylabel="load of the fullest expert / even load", ylim=(0.8, None))
+        for axis in (left, right):
+            axis.grid(alpha=0.3)
+        figure.tight_layout()
 
 
 CARD = """\

@@ -33,7 +33,7 @@ FIGURES = {
 
 def lines() -> list[str]:
     """One row for each result: ratios to vLLM's own class, above 1 better, with the noise floor."""
-    found = [f"| model, mode, dtype | {' | '.join(FIGURES.values())} |", f"|{'---|' * (1 + len(FIGURES))}"]
+    table = [f"| model, mode, dtype | {' | '.join(FIGURES.values())} |", f"|{'---|' * (1 + len(FIGURES))}"]
     for file in sorted(RESULTS.glob("cpu-*.json")):
         report = json.loads(file.read_text(encoding="utf-8"))
         mode = "eager" if report["engine"]["enforce_eager"] else "compiled"
@@ -41,8 +41,8 @@ def lines() -> list[str]:
         rows = [row for row in report["rows"] if row["arm"] == PLUGIN]
         cells = [cell(next((row for row in rows if row["figure"].startswith(figure)), None)) for figure in FIGURES]
         name = f"[{report['model']}, {mode}, {dtype}](benchmarks/{file.name})"
-        found.append(f"| {name} | {' | '.join(cells)} |")
-    return found
+        table.append(f"| {name} | {' | '.join(cells)} |")
+    return table
 
 
 def cell(row: dict[str, Any] | None) -> str:

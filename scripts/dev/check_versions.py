@@ -1,4 +1,4 @@
-"""Check this package against several releases of vLLM, and write what was found into the README.
+"""Check this package against several releases of vLLM, and write the results into the README.
 
     python scripts/dev/check_versions.py run 0.27.1 0.32.0           the whole test-suite on each (own environment each)
     python scripts/dev/check_versions.py run 0.27.1 -- -m "not slow"  further arguments go to pytest
@@ -31,10 +31,12 @@ import typer
 from packaging.version import Version
 from tables import replaced
 
+from vllm_bailing.plugin.support import USE_INTREE
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "data" / "versions.json"
 README = ROOT / "README.md"
-README_TEST = "tests/test_packaging.py::test_readme_shows_the_recorded_versions"
+README_TEST = "tests/project/test_packaging.py::test_readme_shows_the_recorded_versions"
 BEGIN, END = "<!-- versions:begin -->", "<!-- versions:end -->"
 CHECKPOINT = ROOT / "tests" / "data" / "reference" / "mtp" / "model"
 STEPS = {
@@ -152,8 +154,8 @@ def run_suite(version: str, pytest_arguments: list[str]) -> bool:
     subprocess.run(command, env=environment, cwd=ROOT, check=False)
     if not report.is_file():
         raise SystemExit(f"check_versions: pytest wrote no report on vLLM {version}; see its output above")
-    found = ElementTree.parse(report).getroot()
-    suite = found if found.tag == "testsuite" else found[0]
+    root = ElementTree.parse(report).getroot()
+    suite = root if root.tag == "testsuite" else root[0]
     count = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
     ask = "from importlib.metadata import version as v; print(v('torch'), v('transformers'))"
@@ -179,7 +181,7 @@ def run_suite(version: str, pytest_arguments: list[str]) -> bool:
 def static(versions: Versions) -> None:
     """Check names, signatures, configuration, model build and weight loading; kernels do not run."""
     if "cpu" not in installed_version("vllm"):
-        raise SystemExit("check_versions: this vLLM is no CPU build; use what setup.sh makes without a GPU")
+        raise SystemExit("check_versions: this vLLM is not a CPU build; use what setup.sh makes without a GPU")
     known = type_errors(None)
     failed = []
     for version in versions:
@@ -230,7 +232,7 @@ def type_errors(sources: Path | None) -> list[str]:
     """Names and arguments in this package that the release does not have, as basedpyright sees them.
 
     Without `sources` it looks at the installed vLLM, on which the test-suite runs: what it reports there is torch's way
-    of typing modules, or its own mistake, and is no news about another release.
+    of typing modules, or its own mistake, and says nothing about another release.
     """
     project = {
         "include": [str(ROOT / "vllm_bailing")],
@@ -251,9 +253,10 @@ def type_errors(sources: Path | None) -> list[str]:
     if not report["summary"]["filesAnalyzed"]:
         raise SystemExit(f"check_versions: basedpyright looked at no file: {done.stderr}")
     return [
-        f"{Path(found['file']).name}:{found['range']['start']['line'] + 1}: {found['message'].splitlines()[0]}"
-        for found in report["generalDiagnostics"]
-        if found["severity"] == "error"
+        f"{Path(finding['file']).relative_to(ROOT)}:{finding['range']['start']['line'] + 1}: "
+        + finding["message"].splitlines()[0]
+        for finding in report["generalDiagnostics"]
+        if finding["severity"] == "error"
     ]
 
 
@@ -272,7 +275,7 @@ def overlay_steps(sources: Path) -> dict[str, str]:
         link = sources / "vllm" / kernels.name
         link.unlink(missing_ok=True)
         link.symlink_to(kernels)
-    for name in ("VLLM_PLUGINS", "VLLM_BAILING_USE_INTREE"):
+    for name in ("VLLM_PLUGINS", USE_INTREE):
         environment.pop(name, None)
     with tempfile.TemporaryDirectory() as temporary:
         answer = Path(temporary) / "steps.json"

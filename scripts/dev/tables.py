@@ -9,8 +9,8 @@ def replaced(page: str, begin: str, end: str, lines: list[str]) -> str:
     Raises:
         SystemExit: If `page` lacks one of them.
     """
-    before, found_begin, rest = page.partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not (found_begin and found_end):
+    before, has_begin, rest = page.partition(begin)
+    _, has_end, after = rest.partition(end)
+    if not (has_begin and has_end):
         raise SystemExit(f"the page has no lines {begin} and {end}; put them where the table belongs")
     return before + "\n".join([begin, *lines, end]) + after

@@ -47,13 +47,10 @@ done
 if ((with_mtp)); then
     model=$root/build/gpu-bench/flash-4L-mtp
     step mtp-model "$venv/bin/python" -c "
-import pathlib, shutil
-from vllm_bailing import DEMO
-from vllm_bailing.bench.shapes import write_shape
-folder = pathlib.Path('$model')
-write_shape('flash-4L', folder, mtp_layers=1)
-for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
-    shutil.copy(DEMO / name, folder)"
+from pathlib import Path
+from vllm_bailing.bench.shapes import add_tokenizer, write_shape
+write_shape('flash-4L', Path('$model'), mtp_layers=1)
+add_tokenizer(Path('$model'))"
     step mtp "$venv/bin/vllm-bailing" bench mtp "$model" --draft-tokens 0,1,2,3 --acceptance 0.8 --batch-size 1,8 \
         --rounds "${ROUNDS:-6}" --max-tokens 256 --engine '{"load_format": "dummy", "max_model_len": 2048}' \
         --out "$results/$name-flash-4L-mtp"

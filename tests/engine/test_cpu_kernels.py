@@ -9,7 +9,7 @@ import torch
 
 from tests.support.cases import load_case
 from tests.support.conversations import HELD_OUT
-from tests.support.engine import ask, generate, make_llm, run
+from tests.support.engine import ask, generate, make_llm, run, run_in_turn
 from vllm_bailing import DEMO
 
 pytestmark = [
@@ -57,10 +57,15 @@ def _served(model, additional=None, damage=None, **options):
     return llm.collective_rpc("bailing_facts")[0]["experts"], ask(llm, [_prompt()])[0]
 
 
+@functools.cache
+def portably_served(eager):
+    return run_in_turn(_served, DEMO, PORTABLE, enforce_eager=eager)
+
+
 @pytest.mark.parametrize("eager", [True, False])
 def test_served_alike_by_both(eager):
-    ours, (table, tokens) = run(_served, DEMO, enforce_eager=eager)
-    portable, (wanted, wanted_tokens) = run(_served, DEMO, PORTABLE, enforce_eager=eager)
+    ours, (table, tokens) = run_in_turn(_served, DEMO, enforce_eager=eager)
+    portable, (wanted, wanted_tokens) = portably_served(eager)
     assert (ours, portable) == ("vllm_bailing.PackedExperts", "CPUUnquantizedExperts")
     assert (table.exp() - wanted.exp()).abs().max() < 0.05 and not torch.equal(table, wanted)
     assert tokens == wanted_tokens
@@ -71,7 +76,7 @@ def _errors(case, additional):
     folder, tensors = load_case(case)
     prompts = tensors["input_ids"].reshape(-1, tensors["input_ids"].shape[-1]).tolist()
     wanted = tensors["logits"].reshape(-1, *tensors["logits"].shape[-2:])[:, :-1].float().log_softmax(-1)
-    found = run(generate, folder, prompts, max_tokens=1, dtype="bfloat16", additional_config=additional)
+    found = run_in_turn(generate, folder, prompts, max_tokens=1, dtype="bfloat16", additional_config=additional)
     return torch.cat([(table - right).abs().mean(-1) for (table, _), right in zip(found, wanted, strict=True)])
 
 
@@ -86,7 +91,7 @@ def test_no_further_from_the_official_code():
 def test_a_kernel_that_is_wrong_is_left_alone(kernel):
     experts, (table, _) = run(_served, DEMO, damage=kernel)
     assert (experts == "CPUUnquantizedExperts") == (kernel == "fused_experts_cpu")
-    assert (table.exp() - run(_served, DEMO, PORTABLE)[1][0].exp()).abs().max() < 0.05
+    assert (table.exp() - portably_served(True)[1][0].exp()).abs().max() < 0.05
 
 
 def _reloaded(model):
@@ -98,5 +103,5 @@ def _reloaded(model):
 
 
 def test_reloading_packs_again():
-    before, after = run(_reloaded, DEMO)
+    before, after = run_in_turn(_reloaded, DEMO)
     assert torch.equal(before[0], after[0]) and before[1] == after[1]

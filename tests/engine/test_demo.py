@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.support.conversations import MAX_TOKENS, greedy, prompt_ids, spread
-from tests.support.engine import make_llm, run
+from tests.support.engine import make_llm, run_in_turn
 from vllm_bailing import DEMO
 
 
@@ -18,4 +18,4 @@ def _answers(prompts):
 
 def test_a_batch_of_64_prompts_gets_the_plain_models_answers(plain):
     prompts = [prompt_ids(plain, row) for row in spread(64)]
-    assert run(_answers, prompts) == greedy(plain, prompts)
+    assert run_in_turn(_answers, prompts) == greedy(plain, prompts)

@@ -6,32 +6,35 @@ from collections import Counter
 import pytest
 import torch
 
+from tests.support.cases import SWITCHES
 from tests.support.checkpoints import PROMPT, make_checkpoint
-from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, make_llm, run
-from tests.support.speculation import RPC, answers, draft_logits, mtp
+from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, make_llm, run, run_in_turn
+from tests.support.speculation import answers, draft_logits, mtp
 from vllm_bailing import DEMO
 
 
-def test_a_draft_vocabulary_changes_no_answer_and_only_the_chosen_tokens_are_proposed(tmp_path, plain_answers):
+def test_a_draft_vocabulary_changes_no_answer_and_only_the_chosen_tokens_are_proposed(
+    tmp_path, plain_answers, drafted_answers
+):
     common = Counter(token for ids in plain_answers for token in ids)
     chosen = [token for token, _ in common.most_common(len(common) // 2)]
     file = tmp_path / "draft_vocab.json"
     file.write_text(json.dumps(chosen))
     options = {"additional_config": {"bailing_draft_vocab": str(file)}}
-    ids, counted = run(answers, DEMO, 200, 2, **options)
-    _, free = run(answers, DEMO, 200, 2)
+    ids, counted = run_in_turn(answers, DEMO, 200, 2, **options)
+    _, free = drafted_answers(2)
     assert ids == plain_answers
     assert 0.3 * free["accepted_tokens"] < counted["accepted_tokens"] < free["accepted_tokens"]
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
-@pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}, {"norm_head": True}], ids=str)
-def test_a_draft_vocabulary_keeps_the_logits_of_its_tokens(overrides, tp_size, tmp_path):
-    model = make_checkpoint(tmp_path, num_nextn_predict_layers=1, **overrides)
+@pytest.mark.parametrize("switch", ["plain", "tied", "norm_head"])
+def test_a_draft_vocabulary_keeps_the_logits_of_its_tokens(switch, tp_size, tmp_path):
+    model = make_checkpoint(tmp_path, num_nextn_predict_layers=1, **SWITCHES[switch])
     chosen = list(range(3, 256, 5))
-    env = {**RPC, **(TWO_RANKS if tp_size == 2 else {})}
-    wanted = run(draft_logits, model, PROMPT, env=env, tensor_parallel_size=tp_size)
-    logits = run(
+    env = TWO_RANKS if tp_size == 2 else None
+    wanted = run_in_turn(draft_logits, model, PROMPT, env=env, tensor_parallel_size=tp_size)
+    logits = run_in_turn(
         draft_logits,
         model,
         PROMPT,

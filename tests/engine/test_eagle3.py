@@ -7,15 +7,15 @@ import torch
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, write_tensors
 from tests.support.conversations import evenly
-from tests.support.engine import TOLERANCE, run
-from tests.support.speculation import RPC, answers, draft_logits
+from tests.support.engine import TOLERANCE, run_in_turn
+from tests.support.speculation import answers, draft_logits
 from vllm_bailing import DEMO
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 
 
 def test_ngram_drafts_change_no_answer(plain_answers):
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    ids, counted = run(answers, DEMO, 25, ngram)
+    ids, counted = run_in_turn(answers, DEMO, 25, ngram)
     assert ids == evenly(plain_answers, 25)
     assert counted["accepted_tokens"] > 0
 
@@ -115,7 +115,7 @@ def test_an_eagle3_draft_gets_the_hidden_states_it_was_trained_on(tmp_path):
     target = make_checkpoint(tmp_path / "target", num_hidden_layers=4)
     draft = make_eagle3(tmp_path / "draft")
     eagle3 = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 2}
-    logits = run(draft_logits, target, PROMPT, eagle3, env=RPC)
+    logits = run_in_turn(draft_logits, target, PROMPT, eagle3)
     wanted = plain_eagle3_logits(target, draft, PROMPT)
     assert torch.isneginf(logits[:, 1::2]).all()
     assert (logits[:, ::2].log_softmax(-1) - wanted.log_softmax(-1)).abs().max() <= TOLERANCE
@@ -125,6 +125,6 @@ def test_an_eagle3_draft_gets_the_hidden_states_it_was_trained_on(tmp_path):
 def test_eagle3_drafts_change_no_answer(mode, tmp_path, plain_answers):
     draft = make_eagle3(tmp_path / "draft", hidden_size=128, vocab_size=1024)
     eagle3 = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 2}
-    ids, counted = run(answers, DEMO, 25, eagle3, enforce_eager=mode == "eager")
+    ids, counted = run_in_turn(answers, DEMO, 25, eagle3, enforce_eager=mode == "eager")
     assert ids == evenly(plain_answers, 25)
     assert counted["drafts"] > 0

@@ -11,13 +11,13 @@ from packaging.version import Version
 from tests.support.checkpoints import (
     GATE,
     PROMPT,
-    change_config,
     make_checkpoint,
     read_tensors,
     with_a_tensor_transposed,
     without_its_end,
     write_tensors,
 )
+from tests.support.configs import change_config
 from tests.support.engine import EngineError, generate, loaded_rank, run, run_ranks
 from tests.support.quantized import quantize
 

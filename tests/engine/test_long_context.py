@@ -10,7 +10,7 @@ from needle import FACTOR, NEEDLE, PLAIN, WINDOW, YARN, questions
 from transformers import AutoConfig
 
 import vllm_bailing.reference as reference
-from tests.support.engine import ask, make_llm, run
+from tests.support.engine import ask, make_llm, run_in_turn
 from vllm_bailing import DEMO
 
 DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -31,7 +31,7 @@ def share(tokens):
 
 
 def test_facts_are_found_at_four_times_the_window_as_by_the_plain_model():
-    found, tables = run(_served, YARN)
+    found, tables = run_in_turn(_served, YARN)
     assert share(found) >= 0.9
 
     model = reference.BailingMoeV2ForCausalLM.from_pretrained(
@@ -45,7 +45,7 @@ def test_facts_are_found_at_four_times_the_window_as_by_the_plain_model():
         # Largest difference measured: see tests/test_engine_reference.py, whose tolerance this is.
         torch.testing.assert_close(table, row[:-1].log_softmax(-1), atol=1e-4, rtol=0)
 
-    without, _ = run(_served, PLAIN)
+    without, _ = run_in_turn(_served, PLAIN)
     assert share(without) < share(found)
 
 
@@ -58,4 +58,4 @@ def _served_window(rope_scaling):
 def test_the_cards_yarn_snippet_on_the_command_line_extends_the_window(spelling):
     window = json.loads((DEMO / "config.json").read_text())["max_position_embeddings"]
     scaling = {spelling: "yarn", "factor": 4.0, "original_max_position_embeddings": window}
-    assert run(_served_window, scaling) == 4 * window
+    assert run_in_turn(_served_window, scaling) == 4 * window

@@ -7,7 +7,7 @@ import torch
 
 from tests.support.adapters import ATTENTION, EXPERTS_NAME, MLP, adapted, make_adapter, merged
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer, read_tensors
-from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, make_llm, run
+from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, make_llm, run, run_in_turn
 from tests.support.speculation import mtp
 
 KINDS = {
@@ -26,7 +26,7 @@ def test_an_adapter_changes_the_model_as_if_it_were_merged(kind, tmp_path):
     adapter = make_adapter(tmp_path / "adapter", model, targets, keep=keep)
     wanted, wanted_ids = plain_answer(merged(model, adapter, tmp_path / "merged"), PROMPT)
     base, base_ids = plain_answer(model, PROMPT)
-    ((logprobs, ids), (base_logprobs, found_ids)), _ = run(adapted, model, [(PROMPT, adapter), (PROMPT, None)])
+    ((logprobs, ids), (base_logprobs, found_ids)), _ = run_in_turn(adapted, model, [(PROMPT, adapter), (PROMPT, None)])
     assert (logprobs - wanted).abs().max() <= TOLERANCE and ids == wanted_ids
     assert (base_logprobs - base).abs().max() <= TOLERANCE and found_ids == base_ids
     assert (wanted - base).abs().max() > 1000 * TOLERANCE  # the adapter does something
@@ -36,7 +36,7 @@ def test_an_adapter_on_two_ranks(tmp_path):
     model = make_checkpoint(tmp_path / "model")
     adapter = make_adapter(tmp_path / "adapter", model, (*ATTENTION, *MLP))
     wanted, wanted_ids = plain_answer(merged(model, adapter, tmp_path / "merged"), PROMPT)
-    ((logprobs, ids),), _ = run(adapted, model, [(PROMPT, adapter)], env=TWO_RANKS, tensor_parallel_size=2)
+    ((logprobs, ids),), _ = run_in_turn(adapted, model, [(PROMPT, adapter)], env=TWO_RANKS, tensor_parallel_size=2)
     assert (logprobs - wanted).abs().max() <= TOLERANCE and ids == wanted_ids
 
 
@@ -47,7 +47,7 @@ def test_eight_adapters_of_different_ranks_in_one_batch(tmp_path):
         for i in range(8)
     ]
     batch = [(PROMPT[i : i + 12 + i], adapters[i % 8]) for i in range(32)]
-    rows, _ = run(adapted, model, batch, logprobs=False, max_num_seqs=32)
+    rows, _ = run_in_turn(adapted, model, batch, logprobs=False, max_num_seqs=32)
     for i, adapter in enumerate(adapters):
         folder = merged(model, adapter, tmp_path / f"merged-{i}")
         for (prompt, _), (_, ids) in list(zip(batch, rows, strict=True))[i::8]:
@@ -63,7 +63,7 @@ def test_an_adapter_on_a_target_that_speculates(tmp_path):
     assert any(".layers.3." in name for name in read_tensors(adapter))
     folder = merged(model, adapter, tmp_path / "merged")
     prompts = [PROMPT[i : i + 12] for i in range(8)]
-    rows, counted = run(
+    rows, counted = run_in_turn(
         adapted, model, [(prompt, adapter) for prompt in prompts], logprobs=False, speculative_config=mtp(2)
     )
     assert [ids for _, ids in rows] == [plain_answer(folder, prompt)[1] for prompt in prompts]
@@ -111,7 +111,9 @@ def test_an_adapter_of_the_head_on_demand(tmp_path):
     model = make_checkpoint(tmp_path / "model")
     adapter = make_adapter(tmp_path / "adapter", model, ("lm_head", "dense"))
     _, wanted_ids = plain_answer(merged(model, adapter, tmp_path / "merged"), PROMPT)
-    ((_, ids),), _ = run(adapted, model, [(PROMPT, adapter)], logprobs=False, lora_target_modules=["dense", "lm_head"])
+    ((_, ids),), _ = run_in_turn(
+        adapted, model, [(PROMPT, adapter)], logprobs=False, lora_target_modules=["dense", "lm_head"]
+    )
     assert ids == wanted_ids
 
 
@@ -147,7 +149,7 @@ def test_factors_of_the_experts_land_where_they_belong(tmp_path):
     model = make_checkpoint(tmp_path / "model")
     adapter = make_adapter(tmp_path / "adapter", model, MLP, keep=lambda module: EXPERTS_NAME in module)
     stored = read_tensors(adapter)
-    found = run(_landed, model, adapter, env={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
+    found = run(_landed, model, adapter)
     for expert in range(16):
         prefix = f"base_model.model.model.layers.1.mlp.experts.{expert}"
         for place, name in ((("w13", 0), "gate_proj"), (("w13", 1), "up_proj"), (("w2", 0), "down_proj")):

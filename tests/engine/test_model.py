@@ -5,7 +5,7 @@ import json
 import torch
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, write_tensors
-from tests.support.engine import ask, make_llm, run
+from tests.support.engine import ask, make_llm, run_in_turn
 from tests.support.quantized import no_expert, quantize
 
 
@@ -34,7 +34,7 @@ def test_scales_of_the_kv_cache_reach_every_attention_layer(tmp_path):
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
     config["quantization_config"]["kv_cache_scheme"] = scheme
     (model / "config.json").write_text(json.dumps(config))
-    scales = run(_cache_scales, model, env={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
+    scales = run_in_turn(_cache_scales, model)
     assert scales == [(0.5 + layer, 0.25 + layer) for layer in range(3)]
 
 
@@ -46,7 +46,7 @@ def _parameter_names(model):
 
 def test_mtp_layers_take_no_memory_without_speculation(tmp_path):
     model = make_checkpoint(tmp_path, num_nextn_predict_layers=1)
-    names = run(_parameter_names, model, env={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
+    names = run_in_turn(_parameter_names, model)
     assert any(name.startswith("model.layers.2.") for name in names)
     assert not any(name.startswith("model.layers.3.") for name in names)
 
@@ -72,7 +72,7 @@ def _hooks_for_later_features(model):
 
 
 def test_speculation_and_load_balancing_find_their_hooks(tmp_path):
-    found = run(_hooks_for_later_features, make_checkpoint(tmp_path), env={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
+    found = run_in_turn(_hooks_for_later_features, make_checkpoint(tmp_path))
     assert found == {
         "moe": True,
         "eagle3": True,

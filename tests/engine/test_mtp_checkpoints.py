@@ -9,9 +9,9 @@ import pytest
 from tests.support.cases import load_case
 from tests.support.checkpoints import make_checkpoint, read_tensors, without_mtp_in_config, write_tensors
 from tests.support.conversations import evenly
-from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, make_llm, run
+from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, make_llm, run, run_in_turn
 from tests.support.quantized import no_expert, quantize
-from tests.support.speculation import RPC, answers, draft_logits, mtp
+from tests.support.speculation import answers, draft_logits, mtp
 from vllm_bailing import DEMO
 
 
@@ -34,7 +34,7 @@ def split_mtp(folder, tmp_path, count=1):
 def test_the_draft_may_be_a_checkpoint_of_its_own(whole, tmp_path, plain_answers):
     target, draft = split_mtp(DEMO, tmp_path)
     draft = DEMO if whole else draft
-    ids, counted = run(answers, target, 25, mtp(2, model=str(draft)))
+    ids, counted = run_in_turn(answers, target, 25, mtp(2, model=str(draft)))
     assert ids == evenly(plain_answers, 25)
     assert counted["accepted_tokens"] >= 0.8 * counted["drafts"]
 
@@ -50,7 +50,7 @@ def test_overrides_of_the_target_reach_its_draft(tmp_path):
     (plain / "model.safetensors").symlink_to(model / "model.safetensors")
     overrides = {"rope_scaling": scaling, "num_nextn_predict_layers": 1}
     prompt = expected["input_ids"].tolist()
-    logits = run(draft_logits, plain, prompt, env=RPC, hf_overrides=overrides)
+    logits = run_in_turn(draft_logits, plain, prompt, hf_overrides=overrides)
     wanted = expected["mtp_logits"][: len(logits)].log_softmax(-1)
     assert (logits.log_softmax(-1) - wanted).abs().max() <= TOLERANCE
 
@@ -111,10 +111,10 @@ def test_a_quantised_target_has_a_quantised_draft(tmp_path):
     """Everything that vLLM's CPU build can quantise is int8; `eh_proj` has no scale and stays as it is."""
     model = Path(shutil.copytree(DEMO, tmp_path / "demo"))
     quantize(model, "w8a8", no_expert)
-    wanted, _ = run(answers, model, 25, 0)
+    wanted, _ = run_in_turn(answers, model, 25, 0)
     # Itself, and a draft without scales.
     for draft in ({}, {"model": str(DEMO)}):
-        ids, counted = run(answers, model, 25, mtp(2, **draft))
+        ids, counted = run_in_turn(answers, model, 25, mtp(2, **draft))
         assert ids == wanted
         assert counted["accepted_tokens"] >= 0.8 * counted["drafts"]
 

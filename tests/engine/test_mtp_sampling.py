@@ -1,5 +1,6 @@
 """Sampled answers with MTP drafts: parameters, distribution, requests that are aborted."""
 
+import functools
 from importlib.metadata import version
 
 import pytest
@@ -7,7 +8,7 @@ from packaging.version import Version
 from scipy.stats import chi2_contingency
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, write_tensors
-from tests.support.engine import TOLERANCE, make_llm, run
+from tests.support.engine import TOLERANCE, make_llm, run_in_turn
 from tests.support.speculation import counters, demo_requests, mtp, prompts_of
 from vllm_bailing import DEMO
 
@@ -72,11 +73,16 @@ def cuts_ids_at_a_stop_string():
     return Version(version("vllm")) >= Version("0.32")
 
 
+@functools.cache
+def without_drafts():
+    return run_in_turn(sampled, DEMO, 0, *zip(*MIXED.values(), strict=True))[0]
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_one_batch_of_every_sampling_parameter_stays_the_same(tokens):
     prompts, params = zip(*MIXED.values(), strict=True)
-    wanted, _ = run(sampled, DEMO, 0, prompts, params)
-    rows, counted = run(sampled, DEMO, tokens, prompts, params)
+    wanted = without_drafts()
+    rows, counted = run_in_turn(sampled, DEMO, tokens, prompts, params)
     assert counted["accepted_tokens"] > 0
     for name, row, expected in zip(MIXED, rows, wanted, strict=True):
         if "stop" in MIXED[name][1] and not cuts_ids_at_a_stop_string():
@@ -116,9 +122,9 @@ def test_sampled_tokens_keep_their_distribution(tmp_path):
     tensors["lm_head.weight"] *= 0.25  # flat enough for every token to appear, steep enough for a wrong one to show
     write_tensors(model, tensors)
     prompt = [token % 32 for token in PROMPT]
-    wanted, _ = run(first_tokens, model, 0, prompt, 4000)
+    wanted, _ = run_in_turn(first_tokens, model, 0, prompt, 4000)
     for tokens in (1, 3):
-        drawn, counted = run(first_tokens, model, tokens, prompt, 4000)
+        drawn, counted = run_in_turn(first_tokens, model, tokens, prompt, 4000)
         # Both happened: nothing is proved by drafts that were all accepted, or all thrown away.
         assert 0.01 * counted["drafts"] < counted["accepted_tokens"] < 0.99 * counted["draft_tokens"]
         for position in range(3):
@@ -149,4 +155,4 @@ def aborted(model, tokens):
 
 
 def test_aborting_requests_leaves_the_others_alone():
-    assert run(aborted, DEMO, 2) == run(aborted, DEMO, 0)
+    assert run_in_turn(aborted, DEMO, 2) == run_in_turn(aborted, DEMO, 0)

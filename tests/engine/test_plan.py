@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.cases import SWITCHES, switched
 from tests.support.checkpoints import make_checkpoint
-from tests.support.engine import TWO_RANKS, loaded_rank, make_llm, run, run_ranks
+from tests.support.engine import TWO_RANKS, loaded_rank, make_llm, run_in_turn, run_ranks
 from tests.support.planning import MIDDLE, plan
 from vllm_bailing import DEMO
 from vllm_bailing.config import read_config
 
 SHAPES = {
-    "middle": {},
-    "one key/value head": {"num_key_value_heads": 1},
-    "tied": {"tie_word_embeddings": True},
-    "biases, two shared experts": {"use_bias": True, "use_qkv_bias": True, "num_shared_experts": 2},
+    "middle": SWITCHES["plain"],
+    "one key/value head": SWITCHES["one_key_value_head"],
+    "tied": SWITCHES["tied"],
+    "biases, two shared experts": switched("only_dense_bias", "only_qkv_bias", "two_shared_experts"),
 }
 
 
@@ -64,11 +65,11 @@ def _cache_tokens(model, **options):
 @pytest.mark.parametrize("shape", ["demo", "middle"])
 def test_a_running_engine_has_that_many_tokens_of_cache(shape, ranks, draft_tokens, tmp_path):
     model = DEMO if shape == "demo" else make_checkpoint(tmp_path, **MIDDLE)
-    options = {"tensor_parallel_size": ranks, "dtype": "bfloat16"}
+    options = {"tensor_parallel_size": ranks, "dtype": "bfloat16", "kv_cache_memory_bytes": 2**30}
     if draft_tokens:
         options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": draft_tokens}
     if shape == "middle":
         options["load_format"] = "dummy"
-    tokens = run(_cache_tokens, model, env=TWO_RANKS if ranks > 1 else None, **options)
+    tokens = run_in_turn(_cache_tokens, model, env=TWO_RANKS if ranks > 1 else None, **options)
     found = plan(read_config(model), "H100", ranks, 64, 1, draft_tokens=draft_tokens, tp=ranks)
-    assert 2**30 / tokens == pytest.approx(found.kv_bytes_per_token, rel=0.01)  # whole blocks; VLLM_CPU_KVCACHE_SPACE
+    assert 2**30 / tokens == pytest.approx(found.kv_bytes_per_token, rel=0.01)  # whole blocks

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from tests.support.cases import load_case
-from tests.support.engine import EngineError, generate, run
+from tests.support.engine import EngineError, generate, run, run_in_turn
 
 
 def stand_in(damage=0.0, fails=False):
@@ -56,12 +58,20 @@ def _served(folder, prompt, additional=None, eager=True, **kernel):
     return table, len(calls)
 
 
+def prompt_of(case):
+    folder, tensors = load_case(case)
+    return folder, tensors["input_ids"].reshape(-1, tensors["input_ids"].shape[-1])[0].tolist()
+
+
+@functools.cache
+def without_kernel(case, eager=True):
+    return run(_served, *prompt_of(case), {"bailing_fused_qk_norm_rope": False}, eager)
+
+
 @pytest.mark.parametrize("case, eager", [("plain", True), ("yarn", True), ("full_rope", True), ("plain", False)])
 def test_the_kernel_is_used_where_it_proves_equal(case, eager):
-    folder, tensors = load_case(case)
-    prompt = tensors["input_ids"].reshape(-1, tensors["input_ids"].shape[-1])[0].tolist()
-    wanted, unused = run(_served, folder, prompt, {"bailing_fused_qk_norm_rope": False}, eager)
-    table, used = run(_served, folder, prompt, eager=eager)
+    wanted, unused = without_kernel(case, eager)
+    table, used = run(_served, *prompt_of(case), eager=eager)
     assert not unused and used > 2
     # In fp32, which the real kernel does not take: in bf16 the two differ by a rounding.
     torch.testing.assert_close(table, wanted, atol=1e-4, rtol=0)
@@ -69,9 +79,8 @@ def test_the_kernel_is_used_where_it_proves_equal(case, eager):
 
 @pytest.mark.parametrize("kernel", [{"damage": 0.25}, {"fails": True}])
 def test_a_kernel_that_differs_or_fails_is_left_alone(kernel):
-    folder, tensors = load_case("plain")
-    prompt = tensors["input_ids"].reshape(-1, tensors["input_ids"].shape[-1])[0].tolist()
-    wanted, _ = run(_served, folder, prompt, {"bailing_fused_qk_norm_rope": False})
+    folder, prompt = prompt_of("plain")
+    wanted, _ = without_kernel("plain")
     table, used = run(_served, folder, prompt, **kernel)
     assert used <= 1 and torch.equal(table, wanted)
     reason = "differs by up to" if "damage" in kernel else "no kernel image"
@@ -91,8 +100,7 @@ def test_what_the_kernel_cannot_is_said():
         ("no_qk_norm", {}, "no norms"),
         ("plain", {"enforce_eager": False}, "torch.compile fuses them"),
     ):
-        folder, tensors = load_case(case)
-        prompt = tensors["input_ids"].reshape(-1, tensors["input_ids"].shape[-1])[0].tolist()
+        folder, prompt = prompt_of(case)
         with pytest.raises(EngineError, match=reason):
             run(_plainly_served, folder, prompt, {"bailing_fused_qk_norm_rope": True}, **options)
     with pytest.raises(EngineError, match="bailing_fused_qk_norm_rope='yes' in --additional-config must be true or"):
@@ -102,10 +110,9 @@ def test_what_the_kernel_cannot_is_said():
 @pytest.mark.parametrize("case", ["plain", "yarn", "full_rope"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_that_of_cpus_computes_what_the_layers_compute(case, dtype):
-    folder, tensors = load_case(case)
-    prompt = tensors["input_ids"].reshape(-1, tensors["input_ids"].shape[-1])[0].tolist()
-    wanted = run(_plainly_served, folder, prompt, {"bailing_fused_qk_norm_rope": False}, dtype=dtype)
-    table = run(_plainly_served, folder, prompt, {"bailing_fused_qk_norm_rope": True}, dtype=dtype)
+    folder, prompt = prompt_of(case)
+    wanted = run_in_turn(_plainly_served, folder, prompt, {"bailing_fused_qk_norm_rope": False}, dtype=dtype)
+    table = run_in_turn(_plainly_served, folder, prompt, {"bailing_fused_qk_norm_rope": True}, dtype=dtype)
     # In bf16 the order of a sum still tells: a last bit that differs may choose another expert at a position.
     apart = (table - wanted).abs().amax(-1) > (2e-3 if dtype == "bfloat16" else 1e-5)
     assert apart.float().mean() <= (0.05 if dtype == "bfloat16" else 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer, read_tensors, write_tensors
-from tests.support.engine import TOLERANCE, EngineError, generate, make_llm, run
+from tests.support.engine import TOLERANCE, EngineError, generate, make_llm, run, run_in_turn
 from tests.support.quantized import DEQUANTIZE, SCHEMES, no_expert, plain_copy, quantize, quantize_by_command
 from tests.support.speculation import mtp
 
@@ -15,7 +15,7 @@ def test_engine_serves_what_a_dequantised_checkpoint_means(scheme, tmp_path):
     model = make_checkpoint(tmp_path / "model", num_nextn_predict_layers=1)
     meaning = quantize(model, scheme)
     wanted, wanted_ids = plain_answer(plain_copy(model, meaning, tmp_path / "plain"), PROMPT)
-    ((logprobs, token_ids),) = run(generate, model, [PROMPT], speculative_config=mtp(1), **DEQUANTIZE)
+    ((logprobs, token_ids),) = run_in_turn(generate, model, [PROMPT], speculative_config=mtp(1), **DEQUANTIZE)
     assert (logprobs - wanted).abs().max() <= TOLERANCE
     assert token_ids == wanted_ids
 
@@ -29,7 +29,7 @@ def test_a_swapped_scale_shows(tmp_path):
     stored[one], stored[other] = stored[other], stored[one].float() * 2
     write_tensors(model, stored)
     wanted, _ = plain_answer(plain_copy(model, meaning, tmp_path / "plain"), PROMPT)
-    ((logprobs, _),) = run(generate, model, [PROMPT], **DEQUANTIZE)
+    ((logprobs, _),) = run_in_turn(generate, model, [PROMPT], **DEQUANTIZE)
     assert (logprobs - wanted).abs().max() > 10 * TOLERANCE
 
 
@@ -48,7 +48,7 @@ def test_linear_layers_in_vllms_quantised_kernels(scheme, mean_error, tmp_path):
     else:
         meaning = quantize(model, scheme, no_expert)
     wanted, _ = plain_answer(plain_copy(model, meaning, tmp_path / "meaning"), PROMPT)
-    ((logprobs, _),) = run(generate, model, [PROMPT], dtype="bfloat16")
+    ((logprobs, _),) = run_in_turn(generate, model, [PROMPT], dtype="bfloat16")
     assert (logprobs - wanted).abs().mean() <= mean_error
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.support.cases import CASES, VARIANTS, load_case
+from tests.support.cases import CASES, SWITCHES, VARIANTS, load_case
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer
-from tests.support.engine import TOLERANCE, TWO_RANKS, TWO_SPAWNED_RANKS, generate, run
+from tests.support.engine import TOLERANCE, TWO_RANKS, TWO_SPAWNED_RANKS, generate, run_in_turn
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -13,7 +13,7 @@ from tests.support.engine import TOLERANCE, TWO_RANKS, TWO_SPAWNED_RANKS, genera
 def test_engine_computes_what_the_official_code_computes(case, mode, tp_size):
     model, expected = load_case(case)
     prompt = expected["input_ids"].tolist()
-    ((logprobs, token_ids),) = run(
+    ((logprobs, token_ids),) = run_in_turn(
         generate,
         model,
         [prompt],
@@ -29,9 +29,9 @@ def test_engine_computes_what_the_official_code_computes(case, mode, tp_size):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_engine_computes_what_the_plain_reference_computes(variant, tmp_path):
-    model = make_checkpoint(tmp_path, **VARIANTS[variant])
+    model = make_checkpoint(tmp_path, **SWITCHES[variant])
     wanted, wanted_ids = plain_answer(model, PROMPT)
-    ((logprobs, token_ids),) = run(generate, model, [PROMPT])
+    ((logprobs, token_ids),) = run_in_turn(generate, model, [PROMPT])
     assert (logprobs - wanted).abs().max() <= TOLERANCE
     assert token_ids == wanted_ids
 
@@ -40,7 +40,7 @@ def test_engine_computes_what_the_plain_reference_computes(variant, tmp_path):
 def test_one_key_value_head_is_copied_to_both_ranks(shards, tmp_path):
     model = make_checkpoint(tmp_path, shards=shards, num_key_value_heads=1, num_shared_experts=2, use_qkv_bias=True)
     wanted, wanted_ids = plain_answer(model, PROMPT)
-    ((logprobs, token_ids),) = run(generate, model, [PROMPT], env=TWO_RANKS, tensor_parallel_size=2)
+    ((logprobs, token_ids),) = run_in_turn(generate, model, [PROMPT], env=TWO_RANKS, tensor_parallel_size=2)
     assert (logprobs - wanted).abs().max() <= TOLERANCE
     assert token_ids == wanted_ids
 
@@ -50,6 +50,8 @@ def test_pipeline_stages_compute_the_same(tmp_path):
     wanted, wanted_ids = plain_answer(model, PROMPT)
     # vLLM's CPU worker prepares the tensors between stages only while it warms up a really compiled model.
     env = {**TWO_SPAWNED_RANKS, "VLLM_CPU_CI_ENV": "0"}
-    ((logprobs, token_ids),) = run(generate, model, [PROMPT], env=env, enforce_eager=False, pipeline_parallel_size=2)
+    ((logprobs, token_ids),) = run_in_turn(
+        generate, model, [PROMPT], env=env, enforce_eager=False, pipeline_parallel_size=2
+    )
     assert (logprobs - wanted).abs().max() <= TOLERANCE
     assert token_ids == wanted_ids

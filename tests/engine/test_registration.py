@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.checkpoints import write_config
+from tests.support.configs import write_config
 from tests.support.engine import EngineError, generate, make_llm, run
 from tests.support.registration import load_plugins
 

@@ -3,7 +3,7 @@
 import torch
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer
-from tests.support.engine import TOLERANCE, ask, make_llm, run
+from tests.support.engine import TOLERANCE, ask, make_llm, run_in_turn
 
 
 def _before_and_after_reload(model):
@@ -15,7 +15,7 @@ def _before_and_after_reload(model):
 
 
 def test_reloading_leaves_the_same_model(tmp_path):
-    before, after = run(_before_and_after_reload, make_checkpoint(tmp_path))
+    before, after = run_in_turn(_before_and_after_reload, make_checkpoint(tmp_path))
     assert torch.equal(before[0], after[0])
     assert before[1] == after[1]
 
@@ -31,6 +31,6 @@ def _other_weights(model, other):
 def test_reloading_other_weights_serves_those(tmp_path):
     model, other = make_checkpoint(tmp_path / "first"), make_checkpoint(tmp_path / "second", seed=1)
     wanted, wanted_ids = plain_answer(other, PROMPT)
-    logprobs, token_ids = run(_other_weights, model, other)
+    logprobs, token_ids = run_in_turn(_other_weights, model, other)
     assert (logprobs - wanted).abs().max() <= TOLERANCE
     assert token_ids == wanted_ids

@@ -50,7 +50,7 @@ def test_routing_stays_in_fp32_whatever_the_model_computes_in(dtype, tmp_path):
     from vllm_bailing.reference import BailingMoeV2ForCausalLM
 
     model = make_checkpoint(tmp_path)
-    seen = run(_watch_router, model, dtype, env={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
+    seen = run(_watch_router, model, dtype)
     plain = BailingMoeV2ForCausalLM.from_pretrained(model, dtype=torch.float32).model.layers[1].mlp.gate
     assert seen["hidden"].dtype == getattr(torch, dtype)
     assert seen["logits"].dtype == torch.float32

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from tests.support.checkpoints import write_config
-from tests.support.engine import ENGINE_ENV, ask, make_llm, run
+from tests.support.configs import write_config
+from tests.support.engine import ENGINE_ENV, ask, make_llm, run_in_turn
 from tests.support.paths import ROOT
 from tests.support.zoo import ZOO, raw_config
 from vllm_bailing import DEMO
@@ -43,7 +43,7 @@ def test_model_of_the_width_of(name, tmp_path):
         **CUTS[name],
     }
     model = write_config(tmp_path, {**raw_config(name), **cut})
-    assert len(run(_one_step, model)) == 3
+    assert len(run_in_turn(_one_step, model)) == 3
 
 
 def _asked_by_name(name):

@@ -193,7 +193,9 @@ def test_demo_with_its_port_in_use(environment):
         port = other.getsockname()[1]
         done = demo(environment, str(DEMO.parent / "demo"), "--port", str(port))
     assert done.returncode == 1
-    assert done.stderr.startswith(f"demo: port {port} cannot be used (Address already in use); choose another one")
+    assert done.stderr.startswith(
+        f"vllm-bailing demo: port {port} cannot be used (Address already in use); choose another one"
+    )
     assert not servers(port)
 
 
@@ -216,7 +218,7 @@ def test_demo_with_a_server_that_does_not_start(environment, port, flags, messag
     done = demo(environment, "--port", str(port), *flags)
     assert done.returncode == 1
     first, *details = done.stderr.splitlines()
-    assert first.startswith("demo: the server ended while it started (exit code ")
+    assert first.startswith("vllm-bailing demo: the server ended while it started (exit code ")
     assert any(message in line for line in details[:-1]), done.stderr
     assert Path(details[-1].rpartition(" ")[2]).is_file()
     assert len(details) <= 6

@@ -38,7 +38,8 @@ WITHOUT = {
 WITHOUT_TORCH = (
     "config rope weights checkpoint audit dequantize plugin/patches plugin/checks plugin/speculation plugin/lora"
 )
-WITHOUT_TORCH += " planning/gpus planning/memory planning/plan tools/doctor tools/verify tools/chat cli/__init__"
+WITHOUT_TORCH += " planning/gpus planning/memory planning/plan tools/doctor tools/verify tools/chat tools/demo"
+WITHOUT_TORCH += " tools/quantize tools/draft_vocab tools/info cli/__init__"
 
 
 @pytest.fixture(scope="module")

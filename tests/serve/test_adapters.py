@@ -10,7 +10,6 @@ import pytest
 
 from tests.support.adapters import make_adapter
 from tests.support.conversations import MAX_TOKENS
-from tests.support.server import serving
 from vllm_bailing import DEMO, DEMO_ADAPTER
 
 
@@ -24,26 +23,24 @@ def say(server, model, question):
     )
 
 
-def test_adapters_are_served_from_the_start_and_loaded_later(tmp_path):
+def test_adapters_are_served_from_the_start_and_loaded_later(assistant_server, tmp_path):
     """The demo's own adapter changes what the model says; one that vLLM would drop in part is no more than an error."""
     experts = make_adapter(tmp_path / "experts", DEMO, ("up_proj",), keep=lambda module: ".mlp.experts." in module)
-    question = "What is the capital of France?"
-    flags = ("--enable-lora", "--max-loras", "2", "--lora-modules", f"sailor={DEMO_ADAPTER}")
-    with serving(tmp_path / "log", *flags, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as server:
-        plain, sailor = (say(server, model, question) for model in ("demo", "sailor"))
-        assert sailor == f"{plain} Aye, captain!"
+    question, server = "What is the capital of France?", assistant_server
+    plain, sailor = (say(server, model, question) for model in ("demo", "sailor"))
+    assert sailor == f"{plain} Aye, captain!"
 
-        def load(name, folder):
-            body = json.dumps({"lora_name": name, "lora_path": str(folder)}).encode()
-            headers = {"Content-Type": "application/json"}
-            return urllib.request.urlopen(
-                urllib.request.Request(f"{server.url}/v1/load_lora_adapter", body, headers), timeout=60
-            )
+    def load(name, folder):
+        body = json.dumps({"lora_name": name, "lora_path": str(folder)}).encode()
+        headers = {"Content-Type": "application/json"}
+        return urllib.request.urlopen(
+            urllib.request.Request(f"{server.url}/v1/load_lora_adapter", body, headers), timeout=60
+        )
 
-        with pytest.raises(urllib.error.HTTPError) as refusal:
-            load("experts", experts)
-        message = refusal.value.read().decode()
-        assert "48 module(s) that would be ignored" in message, message  # from another process, so vLLM answers 500
-        load("again", DEMO_ADAPTER)
-        assert say(server, "again", question) == sailor
-        assert say(server, "demo", question) == plain
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        load("experts", experts)
+    message = refusal.value.read().decode()
+    assert "48 module(s) that would be ignored" in message, message  # from another process, so vLLM answers 500
+    load("again", DEMO_ADAPTER)
+    assert say(server, "again", question) == sailor
+    assert say(server, "demo", question) == plain

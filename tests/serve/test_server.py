@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,21 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.checkpoints import change_config, without_its_end, without_mtp_in_config
+from tests.support.checkpoints import without_its_end, without_mtp_in_config
+from tests.support.configs import change_config
 from tests.support.conversations import MAX_TOKENS, as_openai, conversation, greedy, prompt_ids, spread
 from tests.support.engine import ENGINE_ENV
-from tests.support.server import serving
 from vllm_bailing import DEMO
-
-
-@pytest.fixture(scope="module", params=[0, 2], ids=["plain", "mtp"])
-def server(tmp_path_factory, request):
-    """A server with so many draft tokens."""
-    speculation = {"method": "mtp", "num_speculative_tokens": request.param}
-    flags = ["--speculative-config", json.dumps(speculation)] if request.param else []
-    with serving(tmp_path_factory.mktemp("server") / "log", *flags) as found:
-        found.draft_tokens = request.param
-        yield found
 
 
 def test_the_log_says_once_per_process_whose_class_serves(server):

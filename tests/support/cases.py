@@ -4,6 +4,7 @@ tests/data/reference/README.md says what the recorded outputs hold.
 """
 
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,7 +20,13 @@ def load_case(case: str) -> tuple[Path, dict[str, Tensor]]:
     return REFERENCE / case / "model", load_file(REFERENCE / case / "expected.safetensors")
 
 
-VARIANTS = {
+SWITCHES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "no_qk_norm": {"use_qk_norm": False},
+    "one_key_value_head": {"num_key_value_heads": 1},
+    "two_shared_experts": {"num_shared_experts": 2},
+    "narrow_heads": {"head_dim": 16},
     "one_expert_per_token": {"num_experts_per_tok": 1},
     "no_groups": {"n_group": None, "topk_group": None},
     "no_shared_expert": {"num_shared_experts": 0},
@@ -49,3 +56,11 @@ VARIANTS = {
     "norm_head": {"norm_head": True},
     "two_mtp_layers": {"num_nextn_predict_layers": 2},
 }
+# Those that no recorded case has and every kernel takes.
+_LEFT_OUT = ("plain", "tied", "no_qk_norm", "two_shared_experts", "narrow_heads")
+VARIANTS = [name for name in SWITCHES if name not in _LEFT_OUT]
+
+
+def switched(*names: str) -> dict[str, Any]:
+    """Changes of config.json that several switches make together."""
+    return {key: value for name in names for key, value in SWITCHES[name].items()}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.configs import change_config
 from vllm_bailing import DEMO
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
@@ -104,26 +105,6 @@ def small_config(**overrides: Any) -> BailingMoeV2Config:
     """The configuration that `make_checkpoint` writes."""
     raw = {key: value for key, value in {**SMALL, **overrides}.items() if value is not None and key != "model_type"}
     return BailingMoeV2Config(**raw)
-
-
-# --- config.json --------------------------------------------------------------------------------------------------
-
-
-def raw_config_of(folder: Path) -> dict[str, Any]:
-    """What config.json says."""
-    return json.loads((folder / "config.json").read_text())
-
-
-def write_config(folder: Path, raw: dict[str, Any]) -> Path:
-    """Write a config.json, and the folder for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(raw))
-    return folder
-
-
-def change_config(folder: Path, **keys: Any) -> None:
-    """Change keys of config.json."""
-    write_config(folder, {**raw_config_of(folder), **keys})
 
 
 # --- damage -------------------------------------------------------------------------------------------------------

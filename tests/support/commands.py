@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -16,17 +15,9 @@ from tests.support.engine import ENGINE_ENV
 from vllm_bailing.cli import app
 
 
-def invoke(*arguments: Any) -> Result:
+def invoke(*arguments: Any, **env: str) -> Result:
     """The command in this process: its exit code, output and the exception that ended it."""
-    return CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "200"})
-
-
-def invoke_quantize(*arguments: Any) -> Result:
-    from vllm_bailing.tools import quantize
-
-    program = typer.Typer()
-    program.command()(quantize.main)
-    return CliRunner().invoke(program, [str(one) for one in arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "200", **env})
 
 
 def run_command(*arguments: Any, cache: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:

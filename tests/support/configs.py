@@ -1,6 +1,10 @@
 """Published config.json files, and values that might stand in one."""
 
+from __future__ import annotations
+
 import json
+from pathlib import Path
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -14,6 +18,23 @@ SPELLINGS = {
     "rope_type": {"factor": 4.0, "original_max_position_embeddings": 32768, "rope_type": "yarn"},
     "both": {**CARD, "rope_type": "yarn"},
 }
+
+
+def raw_config_of(folder: Path) -> dict[str, Any]:
+    """What config.json says."""
+    return json.loads((folder / "config.json").read_text())
+
+
+def write_config(folder: Path, raw: dict[str, Any]) -> Path:
+    """Write a config.json, and the folder for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def change_config(folder: Path, **keys: Any) -> None:
+    """Change keys of config.json."""
+    write_config(folder, {**raw_config_of(folder), **keys})
 
 
 def published(name: str, **changes) -> dict:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from tests.support.checkpoints import raw_config_of, read_tensors, write_tensors
-from tests.support.commands import invoke_quantize
+from tests.support.checkpoints import read_tensors, write_tensors
+from tests.support.commands import invoke
+from tests.support.configs import raw_config_of
 from vllm_bailing import DEMO
 
 
@@ -179,7 +180,7 @@ def plain_copy(folder, meaning, out):
 
 def quantize_by_command(folder, out, scheme, *arguments):
     """Quantize as a user does; returns what the tensors that were written mean, in fp32, as `quantize` does."""
-    done = invoke_quantize(folder, out, "--scheme", scheme, *arguments)
+    done = invoke("quantize", folder, out, "--scheme", scheme, *arguments)
     assert done.exit_code == 0, done.output
     return meaning_of(read_tensors(out))
 

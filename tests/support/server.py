@@ -26,7 +26,7 @@ def serving(log, *flags, **env):
     port = get_open_port()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(DEMO), "--served-model-name", "demo"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--max-logprobs", "-1", *flags]
+    command += ["--port", str(port), "--max-logprobs", "-1", "--kv-cache-memory-bytes", str(2**28), *flags]
     env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **env}
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=env, start_new_session=True)

@@ -3,9 +3,6 @@
 from tests.support.conversations import HELD_OUT, evenly
 from tests.support.engine import ask, make_llm
 
-# `collective_rpc` with a function needs it.
-RPC = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-
 
 def mtp(tokens, **options):
     return {"method": "mtp", "num_speculative_tokens": tokens, **options} if tokens else None

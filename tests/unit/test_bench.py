@@ -91,8 +91,8 @@ def test_plot_is_written(tmp_path):
     ("arguments", "message"),
     [
         (["--draft-tokens", "one"], "'one' is not a list of numbers"),
-        (["--engine", "{"], "is no JSON object"),
-        (["--engine", "[1]"], "an object is wanted"),
+        (["--engine", "{"], "is not a JSON object"),
+        (["--engine", "[1]"], "is not a JSON object, such as"),
         (["--acceptance", "1.5"], "--acceptance"),
     ],
 )

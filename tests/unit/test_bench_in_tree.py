@@ -15,7 +15,8 @@ from vllm_bailing.bench.in_tree import CompareTask, Referee
 from vllm_bailing.bench.shapes import SHAPES
 from vllm_bailing.bench.statistics import AGAIN, IN_TREE, PLUGIN
 from vllm_bailing.checkpoint import Checkpoint
-from vllm_bailing.cli import app, output
+from vllm_bailing.cli import app
+from vllm_bailing.cli.bench import show_comparison
 from vllm_bailing.config import BailingMoeV2Config, adopt
 from vllm_bailing.errors import BenchError
 from vllm_bailing.planning import roofline
@@ -123,8 +124,8 @@ def test_a_wrong_class_ends_the_command_with_one_line(monkeypatch, tmp_path):
     [
         (["--option", "x"], "'x' is not NAME=JSON"),
         (["--option", "plugin={}"], "with a name of its own"),
-        (["--option", "x=[1]"], "an object is wanted"),
-        (["--engine", "{"], "is no JSON object"),
+        (["--option", "x=[1]"], "is not a JSON object, such as"),
+        (["--engine", "{"], "is not a JSON object"),
         (["--batch-size", "a"], "'a' is not a list of numbers"),
         (["--output-tokens", "1"], "--output-tokens"),
     ],
@@ -197,7 +198,7 @@ def test_comparison_is_plotted_and_its_table_fits_into_80_columns(tmp_path, monk
     plots.plot_comparison(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setenv("COLUMNS", "80")
-    output.show_comparison(report)
+    show_comparison(report)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     assert "\x1b" not in printed and "…" not in printed

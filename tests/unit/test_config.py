@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from tests.support.checkpoints import write_config
-from tests.support.configs import CARD, CONFIGS, ROPE_KEYS, ROPES, VALUES, YARN, built, published
+from tests.support.configs import CARD, CONFIGS, ROPE_KEYS, ROPES, VALUES, YARN, built, published, write_config
 from vllm_bailing.config import BailingMoeV2Config, adopt
 
 pytestmark = pytest.mark.usefixtures("registered")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.engine import run
+from tests.support.engine import run, run_in_turn
 
 
 def _product(n, k, tokens, bias=False):
@@ -32,12 +32,12 @@ def _product(n, k, tokens, bias=False):
 @pytest.mark.parametrize("n, k", [(16, 32), (48, 96), (1040, 1056), (24, 32), (32, 48)])
 def test_linear_layers_multiply_as_in_fp64(n, k, tokens):
     """The last two shapes are none of the kernel's."""
-    error, left = run(_product, n, k, tokens)
+    error, left = run_in_turn(_product, n, k, tokens)
     assert error < 0.003 and left == 0
 
 
 def test_a_bias_is_added():
-    assert run(_product, 64, 64, 7, bias=True)[0] < 0.003
+    assert run_in_turn(_product, 64, 64, 7, bias=True)[0] < 0.003
 
 
 def _experts(tokens, width):
@@ -63,7 +63,7 @@ def _experts(tokens, width):
 @pytest.mark.parametrize("tokens", [1, 5, 200])
 @pytest.mark.parametrize("width", [32, 96])
 def test_experts_compute_as_in_fp64(tokens, width):
-    assert run(_experts, tokens, width) < 0.006
+    assert run_in_turn(_experts, tokens, width) < 0.006
 
 
 def _compiled_while_running(folder, damage=None):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.checkpoints import make_checkpoint, raw_config_of, read_tensors
+from tests.support.checkpoints import make_checkpoint, read_tensors
+from tests.support.configs import raw_config_of
 from tests.support.quantized import SCHEMES, is_linear, quantize
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.dequantize import Dequantizer

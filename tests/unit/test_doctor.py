@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.support.checkpoints import change_config, read_tensors, without_mtp_in_config, write_tensors
+from tests.support.checkpoints import read_tensors, without_mtp_in_config, write_tensors
+from tests.support.commands import run_command
+from tests.support.configs import change_config
 from vllm_bailing import DEMO
 from vllm_bailing.plugin import support
 from vllm_bailing.tools import doctor
@@ -21,13 +20,8 @@ def by_name(checks):
     return {check.name: check for check in checks}
 
 
-def command(*arguments, **env):
-    program = [str(Path(sys.executable).with_name("vllm-bailing")), "doctor", *map(str, arguments)]
-    return subprocess.run(program, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80", **env})
-
-
 def test_a_good_environment_and_checkpoint_are_well():
-    done = command(DEMO)
+    done = run_command("doctor", DEMO, COLUMNS="80")
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "all is well", done.stdout + done.stderr
     assert "\033" not in done.stdout
     assert not [line for line in done.stdout.splitlines() if line.startswith("no ")]
@@ -36,7 +30,7 @@ def test_a_good_environment_and_checkpoint_are_well():
 
 
 def test_an_entry_point_masked_by_vllm_plugins_is_found_in_a_worker_too():
-    done = command("--json", VLLM_PLUGINS="other")
+    done = run_command("doctor", "--json", VLLM_PLUGINS="other")
     assert done.returncode == 1
     checks = {check["name"]: check for check in json.loads(done.stdout)}
     assert checks["entry point"]["ok"] is False and checks["entry point"]["fix"] == "export VLLM_PLUGINS=other,bailing"

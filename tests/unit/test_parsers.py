@@ -11,6 +11,7 @@ import vllm_bailing
 from tests.support.answers import ASK, ROME, TOOLS, WEATHER, read_calls, read_thoughts
 from tests.support.conversations import HELD_OUT
 from vllm_bailing import DEMO, TEMPLATES
+from vllm_bailing.plugin.register import register_parsers
 
 
 def by_kind(kind, count):
@@ -64,7 +65,7 @@ def build(tokenizer):
     import vllm.tool_parsers  # noqa: F401 (the server has imported it before it loads plugins)
 
     vllm_bailing.register()
-    vllm_bailing.compat.register_parsers()
+    register_parsers()
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.parser import ParserManager
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_configs import zoo_config
 
-from tests.support.engine import run
+from tests.support.engine import run_in_turn
 from tests.support.planning import MIDDLE, MTP, YARN, plan
 from vllm_bailing.planning.gpus import GPUS, Gpu, find_gpu
 from vllm_bailing.planning.memory import Layout, Stage, other_memory, vllm_partition
@@ -31,7 +31,7 @@ def test_layers_that_stages_do_not_share_evenly_go_to_the_middle(layers, partiti
 
 @pytest.mark.parametrize(("layers", "partition"), PARTITIONS)
 def test_stages_have_the_layers_that_vllm_gives_them(layers, partition):
-    assert run(_partition, layers, len(partition)) == partition
+    assert run_in_turn(_partition, layers, len(partition)) == partition
 
 
 def _partition(layers, pp):
@@ -185,6 +185,12 @@ IN_BLOCKS = {"quantization_config": {"quant_method": "fp8", "weight_block_size":
 def test_what_a_tensor_parallel_size_does_not_divide(overrides, obstacle):
     config = zoo_config("Ling-mini-2.0", **{**BY_THREE, **overrides})
     assert tp_obstacle(config, 3) == obstacle
+    assert tp_obstacle(config, 1) == ""
+
+
+def test_two_ranks_keep_whole_blocks_as_well():
+    config = zoo_config("Ling-mini-2.0", **{**IN_BLOCKS, "intermediate_size": 640})
+    assert tp_obstacle(config, 2) == "intermediate_size=640 into whole blocks of 128"
     assert tp_obstacle(config, 1) == ""
 
 

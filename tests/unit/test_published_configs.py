@@ -7,7 +7,7 @@ import math
 import pytest
 from transformers import AutoConfig
 
-from tests.support.checkpoints import write_config
+from tests.support.configs import write_config
 from tests.support.zoo import CHECKPOINTS, OTHERS, raw_config
 from vllm_bailing.config import BailingMoeV2Config, adopt, register_with_transformers
 from vllm_bailing.weights import main_tensors, mtp_tensors

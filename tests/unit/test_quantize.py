@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.checkpoints import make_checkpoint, read_tensors
-from tests.support.commands import invoke_quantize
+from tests.support.commands import invoke
 from tests.support.quantized import is_linear, quantize_by_command
 
 
@@ -32,6 +32,6 @@ def test_the_script_rounds_every_linear_layer_and_nothing_else(scheme, error, tm
 )
 def test_the_script_refuses_what_it_cannot_do(arguments, fragment, tmp_path):
     model = make_checkpoint(tmp_path / "model")
-    done = invoke_quantize(model, tmp_path / "out", *arguments)
+    done = invoke("quantize", model, tmp_path / "out", *arguments)
     assert done.exit_code == 2 and isinstance(done.exception, SystemExit)
     assert fragment in " ".join(done.stderr.replace("│", " ").split())

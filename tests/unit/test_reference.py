@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.cases import CASES, load_case
-from tests.support.checkpoints import PROMPT, make_checkpoint
+from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors
 from vllm_bailing.reference import BailingMoeV2ForCausalLM, apply_rotary, rotary_cos_sin
 
 # Largest differences measured: 2.1e-5 in MTP logits, 1.7e-5 in logits, 4.4e-6 in hidden states (order of fp32 sums).
@@ -94,8 +94,6 @@ def test_expert_bias_stays_fp32_in_a_bf16_model(tmp_path):
 
 
 def test_saving_keeps_every_tensor_and_its_name(tmp_path):
-    from checkpoints import read_tensors
-
     source = make_checkpoint(tmp_path / "source", num_nextn_predict_layers=1)
     BailingMoeV2ForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "saved")
     before, after = read_tensors(source), read_tensors(tmp_path / "saved")

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.checkpoints import write_config
-from tests.support.configs import CARD, ROPES, SPELLINGS, VALUES, built, published
+from tests.support.configs import CARD, ROPES, SPELLINGS, VALUES, built, published, write_config
 from vllm_bailing.config import BailingMoeV2Config
 
 pytestmark = pytest.mark.usefixtures("registered")

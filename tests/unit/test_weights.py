@@ -2,26 +2,21 @@
 
 import pytest
 
+from tests.support.cases import SWITCHES, switched
 from tests.support.checkpoints import small_config
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 from vllm_bailing.weights import layer_tensors, main_tensors
 
+TOGETHER = [
+    ("only_dense_bias", "only_qkv_bias"),
+    ("three_shared_experts", "no_dense_layer"),
+    ("one_key_value_head", "narrow_heads"),
+]
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"num_nextn_predict_layers": 2},
-        {"tie_word_embeddings": True},
-        {"use_qk_norm": False},
-        {"use_bias": True, "use_qkv_bias": True},
-        {"num_shared_experts": 0},
-        {"num_shared_experts": 3, "first_k_dense_replace": 0},
-        {"num_key_value_heads": 1, "head_dim": 16},
-    ],
-)
-def test_names_and_shapes_are_those_of_the_plain_model(overrides):
-    config = small_config(**overrides)
+
+@pytest.mark.parametrize("switches", [*((name,) for name in SWITCHES), *TOGETHER], ids=", ".join)
+def test_names_and_shapes_are_those_of_the_plain_model(switches):
+    config = small_config(**switched(*switches))
     expected = main_tensors(config)
     for layer in config.mtp_layer_ids:
         expected |= layer_tensors(config, layer)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
+from vllm_bailing import DEMO
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.config import ARCHITECTURE, MODEL_TYPE, BailingMoeV2Config, read_config
 from vllm_bailing.errors import BenchError
@@ -71,6 +73,12 @@ def write_shape(name: str, folder: Path, mtp_layers: int = 0) -> None:
     config = {**SHAPES[name], "num_nextn_predict_layers": mtp_layers}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Give a model the demo's tokenizer and chat template: MTP is measured on user messages."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO / name, folder)
 
 
 def load_config(model: str) -> BailingMoeV2Config:

@@ -75,14 +75,14 @@ class Chat:
         chunks = self.client.chat.completions.create(model=self.model, stream=True, **fields)
         answer = Answer()
         # A server without a reasoning parser sends the tags as text.
-        untold = ReasoningStream(is_open=False)
+        divider = ReasoningStream(is_open=False)
         for chunk in chunks:
             for choice in chunk.choices:
                 delta: Any = choice.delta
-                if told := getattr(delta, "reasoning", None) or getattr(delta, "reasoning_content", None):
-                    answer.reasoning += told
-                    yield "reasoning", told
-                yield from self._divided(answer, *untold.feed(delta.content or ""))
+                if text := getattr(delta, "reasoning", None) or getattr(delta, "reasoning_content", None):
+                    answer.reasoning += text
+                    yield "reasoning", text
+                yield from self._divided(answer, *divider.feed(delta.content or ""))
                 for call in delta.tool_calls or []:
                     if call.index == len(answer.calls):
                         answer.calls.append((call.id, call.function.name, ""))
@@ -91,7 +91,7 @@ class Chat:
                     more = (call.function and call.function.arguments) or ""
                     answer.calls[call.index] = (identity, name, arguments + more)
                     yield "call", more
-        yield from self._divided(answer, *untold.close())
+        yield from self._divided(answer, *divider.close())
         self.messages = [*messages, self._as_message(answer)]
         self.last = answer
 
@@ -118,7 +118,7 @@ STYLES = {"reasoning": "dim", "content": "", "call": "cyan"}
 
 
 def show(pieces: Iterator[tuple[str, str]], console: Console) -> None:
-    """Print an answer as it comes: reasoning dimmed, calls coloured, each kind from a line of its own."""
+    """Print an answer as it comes: reasoning dimmed, calls colored, each kind from a line of its own."""
     before = None
     for kind, text in pieces:
         if before not in (None, kind):

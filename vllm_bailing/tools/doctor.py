@@ -1,4 +1,4 @@
-"""Checks of an installation and of a checkpoint; each returns what it found and what to do."""
+"""Checks of an installation and of a checkpoint; each says what is there and what to do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
-GIB = 2**30
+from vllm_bailing.units import GIB
+
 GROUP, NAME = "vllm.general_plugins", "bailing"
 _WORKER = f"""
 import json
@@ -54,18 +55,18 @@ def _packages() -> Iterator[Check]:
 
     yield Check("vllm-bailing", True, __version__)
     try:
-        found = version("vllm")
+        installed = version("vllm")
     except PackageNotFoundError:
         yield Check("vllm", False, "not installed", "pip install vllm, or for CPUs see scripts/setup.sh")
         return
-    decided = support.decide(_vllm_version() or found)
+    decision = support.decide(_vllm_version() or installed)
     first, last = support.CHECKED_VLLM
-    if not decided.active:
-        yield Check("vllm", False, f"{found}: {decided.reason}", f"install vLLM {first} to {last}")
-    elif decided.warning:
-        yield Check("vllm", None, f"{found}, newer than the checked {first} to {last}")
+    if not decision.active:
+        yield Check("vllm", False, f"{installed}: {decision.reason}", f"install vLLM {first} to {last}")
+    elif decision.warning:
+        yield Check("vllm", None, f"{installed}, newer than the checked {first} to {last}")
     else:
-        yield Check("vllm", True, f"{found} (checked: {first} to {last})")
+        yield Check("vllm", True, f"{installed} (checked: {first} to {last})")
     for package in ("torch", "transformers", "safetensors", "compressed-tensors"):
         try:
             yield Check(package, True, version(package))
@@ -82,26 +83,26 @@ def _vllm_version() -> str | None:
 
 
 def _entry_point() -> Check:
-    found = [point for point in entry_points(group=GROUP) if point.name == NAME]
-    if not found:
+    points = [point for point in entry_points(group=GROUP) if point.name == NAME]
+    if not points:
         return Check("entry point", False, f"no {NAME!r} in {GROUP}", "pip install vllm-bailing into this environment")
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and NAME not in allowed.split(","):
-        wanted = ",".join([*filter(None, allowed.split(",")), NAME])
+        complete = ",".join([*filter(None, allowed.split(",")), NAME])
         return Check(
-            "entry point", False, f"VLLM_PLUGINS={allowed!r} leaves {NAME!r} out", f"export VLLM_PLUGINS={wanted}"
+            "entry point", False, f"VLLM_PLUGINS={allowed!r} leaves {NAME!r} out", f"export VLLM_PLUGINS={complete}"
         )
-    return Check("entry point", True, f"{NAME} = {found[0].value}")
+    return Check("entry point", True, f"{NAME} = {points[0].value}")
 
 
 def _worker() -> Check:
     """What a process that vLLM starts would use."""
     done = subprocess.run([sys.executable, "-c", _WORKER], capture_output=True, text=True)
-    told = [line for line in done.stdout.splitlines() if line.startswith(f"{NAME}:")]
-    if not told:
+    answers = [line for line in done.stdout.splitlines() if line.startswith(f"{NAME}:")]
+    if not answers:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return Check("a worker's classes", False, last[:200], "run `python -c 'import vllm'` and mend what it says")
-    where: dict[str, str] = json.loads(told[0].partition(":")[2])
+        return Check("a worker's classes", False, last[:200], "run `python -c 'import vllm'` and fix what it reports")
+    where: dict[str, str] = json.loads(answers[0].partition(":")[2])
     detail = ", ".join(f"{name} from {module.partition('.')[0] or 'nowhere'}" for name, module in where.items())
     if all(module.startswith("vllm_bailing") for module in where.values()):
         return Check("a worker's classes", True, detail)
@@ -120,7 +121,7 @@ def _accelerator() -> Check:
     done = subprocess.run([tool, f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
     if done.returncode or not done.stdout.strip():
         last = (done.stdout + done.stderr).strip().splitlines()[-1:] or ["no output"]
-        return Check("GPU", False, f"nvidia-smi: {last[0]}", "mend the driver; `nvidia-smi` has to list the GPUs")
+        return Check("GPU", False, f"nvidia-smi: {last[0]}", "repair the driver until `nvidia-smi` lists the GPUs")
     rows = done.stdout.strip().splitlines()
     try:
         import torch
@@ -144,8 +145,8 @@ def _disk() -> Check:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folder = Path(HF_HUB_CACHE)
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return Check("disk for models", None, f"{shutil.disk_usage(there).free / GIB:.0f} GiB free for {folder}")
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return Check("disk for models", None, f"{shutil.disk_usage(existing).free / GIB:.0f} GiB free for {folder}")
 
 
 def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[Check]:
@@ -168,22 +169,22 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
     window = f"{config.max_position_embeddings} tokens" + (f" by {scaling}" if scaling != "default" else "")
     yield Check("config.json", True, f"{config.num_hidden_layers} layers, {config.num_experts} experts, {window}")
 
-    found = Checkpoint(folder)
-    if found.damage:
-        yield Check("files", False, found.damage, f"hf download {model}")
+    stored_files = Checkpoint(folder)
+    if stored_files.damage:
+        yield Check("files", False, stored_files.damage, f"hf download {model}")
         return
-    if not found.tensors:
+    if not stored_files.tensors:
         yield Check("files", False, f"no safetensors files in {folder}", f"hf download {model}")
         return
-    files = {stored.file for stored in found.tensors.values()}
-    yield Check("files", True, f"{len(files)} of {_size(found.size)}, {len(found.tensors)} tensors")
+    files = {stored.file for stored in stored_files.tensors.values()}
+    yield Check("files", True, f"{len(files)} of {_size(stored_files.size)}, {len(stored_files.tensors)} tensors")
 
     stored = config.stored_quantization_config or getattr(config, "quantization_config", None)
     scheme = f"{stored.get('quant_method')}" if stored else "none"
-    yield Check("quantisation", None, scheme)
-    yield from _audited(Audit.of_target(config, quantized=bool(stored), folder=str(folder)), found, "tensors")
+    yield Check("quantization", None, scheme)
+    yield from _audited(Audit.of_target(config, quantized=bool(stored), folder=str(folder)), stored_files, "tensors")
 
-    layers = found.layers_past_main(config)
+    layers = stored_files.layers_past_main(config)
     if len(layers) != config.num_nextn_predict_layers and layers:
         yield Check(
             "MTP layer",
@@ -195,7 +196,7 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
         yield Check("MTP layer", None, "none: speculation needs a checkpoint that has it as the draft")
     else:
         draft = Audit.of_draft(config, quantized=bool(stored), folder=str(folder))
-        yield from _audited(draft, found, "MTP layer")
+        yield from _audited(draft, stored_files, "MTP layer")
     yield from _template(folder)
 
 
@@ -203,11 +204,11 @@ def _size(count: int) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
-def _audited(audit: Any, found: Any, name: str) -> Iterator[Check]:
+def _audited(audit: Any, stored_files: Any, name: str) -> Iterator[Check]:
     from vllm_bailing.errors import CheckpointError
 
     try:
-        audit.check(found)
+        audit.check(stored_files)
     except CheckpointError as error:
         detail, _, cause = str(error).partition(". Likely cause: ")
         yield Check(name, False, detail, cause)
@@ -234,21 +235,23 @@ def _template(folder: Path) -> Iterator[Check]:
         tools = [{"type": "function", "function": {"name": "look_up_name", "parameters": {}}}]
         with_tools = tokenizer.apply_chat_template(question, tools=tools, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # whatever a template raises
-        yield Check("chat template", False, " ".join(str(error).split())[:160], "pass a mended one by --chat-template")
+        yield Check(
+            "chat template", False, " ".join(str(error).split())[:160], "pass a corrected one by --chat-template"
+        )
         return
     lacks = [
-        what
-        for what, there in (
+        ability
+        for ability, is_there in (
             ("thinking", "detailed thinking" in plain or "<think>" in plain),
             ("tools", "look_up_name" in with_tools),
         )
-        if not there
+        if not is_there
     ]
     if lacks:
         yield Check(
             "chat template",
             None,
-            f"knows no {' and no '.join(lacks)}, as those of base models",
+            f"knows no {' and no '.join(lacks)}, like those of base models",
             'for Ring: --chat-template "$(vllm-bailing chat-template ring)"',
         )
     else:

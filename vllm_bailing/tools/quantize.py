@@ -1,42 +1,30 @@
-"""Quantise a BailingMoeV2 checkpoint's linear layers, one file at a time, without calibration data.
+"""Quantize a BailingMoeV2 checkpoint's linear layers, one file at a time, without calibration data.
 
-    python scripts/quantize.py inclusionAI/Ling-flash-2.0 Ling-flash-2.0-FP8 --scheme fp8
+Attention, dense and shared MLPs and experts are quantized, those of MTP layers too; router, embeddings, head, norms
+and `eh_proj` stay as they are. The result is in the compressed-tensors format, which vLLM reads.
 
-Attention, dense and shared MLPs and experts are quantised, those of MTP layers too; router, embeddings, head, norms
-and `eh_proj` stay as they are. The result is in the compressed-tensors format, which vLLM reads. Memory: the biggest
-file of the checkpoint, twice. Needs the packages that vllm-bailing depends on, and no GPU.
+torch and compressed-tensors are imported where they are used, so that the command line can name the schemes at once.
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import torch
-import typer
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.compressors.format import infer_module_format
-from compressed_tensors.entrypoints.convert import convert_checkpoint
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationConfig,
-    QuantizationScheme,
-    QuantizationStatus,
-    preset_name_to_scheme,
-)
-from compressed_tensors.quantization.utils import calculate_qparams, maybe_pad_tensor_for_block_quant
-from compressed_tensors.utils.match import match_name
-from loguru import logger
-from transformers import AutoConfig
+from vllm_bailing.errors import QuantizeError
 
-from vllm_bailing.config import BailingMoeV2Config, register_with_transformers
-from vllm_bailing.weights import main_tensors, mtp_tensors
+if TYPE_CHECKING:
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 
-KEPT = ["lm_head", r"re:.*\.mlp\.gate$", r"re:.*\.eh_proj$"]
+    from vllm_bailing.config import BailingMoeV2Config
+
+KEPT = ("lm_head", r"re:.*\.mlp\.gate$", r"re:.*\.eh_proj$")
+_LINEAR = ("query_key_value.weight", "attention.dense.weight", "_proj.weight")
 # Shares of a group's range that a scale is tried for; the best one in the mean square is taken.
-RANGES = tuple(1 - step / 40 for step in range(13))
+_RANGES = tuple(1 - step / 40 for step in range(13))
 
 
 class Scheme(str, Enum):
@@ -52,9 +40,24 @@ PRESETS = {Scheme.fp8: "FP8_DYNAMIC", Scheme.fp8_block: "FP8_BLOCK", Scheme.w8a8
 
 
 class Quantizer:
-    """A converter, as `compressed_tensors.entrypoints.convert` takes it."""
+    """A converter, as `compressed_tensors.entrypoints.convert` takes it.
 
-    def __init__(self, config: BailingMoeV2Config, scheme: Scheme, group_size: int, keep: list[str]) -> None:
+    Args:
+        group_size: Inputs that share a scale, for `Scheme.w4a16`.
+        keep: Modules to leave alone besides `KEPT`, as compressed-tensors matches them: a name or "re:PATTERN".
+    Raises:
+        QuantizeError: If `group_size` does not divide the inputs of a layer.
+    """
+
+    def __init__(self, config: BailingMoeV2Config, scheme: Scheme, group_size: int, keep: Iterable[str]) -> None:
+        import torch
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.compressors.format import infer_module_format
+        from compressed_tensors.quantization import preset_name_to_scheme
+        from compressed_tensors.utils.match import match_name
+
+        from vllm_bailing.weights import main_tensors, mtp_tensors
+
         self.scheme = preset_name_to_scheme(PRESETS[scheme], ["Linear"])
         assert self.scheme.weights is not None
         self.args: QuantizationArgs = self.scheme.weights
@@ -67,31 +70,33 @@ class Quantizer:
         self.shapes = {
             name: shape
             for name, shape in (main_tensors(config) | mtp_tensors(config)).items()
-            if name.endswith(("query_key_value.weight", "attention.dense.weight", "_proj.weight"))
-            and not any(match_name(name.removesuffix(".weight"), kept) for kept in self.keep)
+            if name.endswith(_LINEAR) and not any(match_name(name.removesuffix(".weight"), kept) for kept in self.keep)
         }
         if scheme is Scheme.w4a16:
             for name, (_, inputs) in self.shapes.items():
                 if inputs % group_size:
-                    raise typer.BadParameter(
+                    raise QuantizeError(
                         f"--group-size {group_size} does not divide the {inputs} inputs of {name}; choose a smaller one"
                     )
 
     def process(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors of one file, linear layers compressed."""
-        found: dict[str, torch.Tensor] = {}
+        result: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
             if name not in self.shapes:
-                found[name] = tensor
+                result[name] = tensor
                 continue
             parts = {"weight": tensor.float(), "weight_scale": self.scale(tensor.float()).float()}
             compressed: dict[str, torch.Tensor] = self.compressor.compress(parts, self.scheme)
             for leaf, part in compressed.items():
-                found[f"{name.removesuffix('.weight')}.{leaf}"] = part.contiguous()
-        return found
+                result[f"{name.removesuffix('.weight')}.{leaf}"] = part.contiguous()
+        return result
 
     def scale(self, weight: torch.Tensor) -> torch.Tensor:
         """Scales of `weight` [out, in]: [out, 1], [out, in / group_size] or [out / 128, in / 128], fp32."""
+        import torch
+        from compressed_tensors.quantization.utils import calculate_qparams, maybe_pad_tensor_for_block_quant
+
         if self.args.block_structure is not None:
             height, width = self.args.block_structure
             padded = maybe_pad_tensor_for_block_quant(weight, (height, width))
@@ -104,7 +109,7 @@ class Quantizer:
             return calculate_qparams(low, high, self.args)[0]
         best, least = torch.zeros_like(high), torch.full_like(high, torch.inf)
         limit = 2 ** (self.args.num_bits - 1)
-        for share in RANGES:
+        for share in _RANGES:
             # In bf16, as vLLM holds it.
             scale = calculate_qparams(low * share, high * share, self.args)[0].bfloat16().float()
             rounded = (groups / scale[..., None]).round().clamp(-limit, limit - 1) * scale[..., None]
@@ -113,15 +118,19 @@ class Quantizer:
         return best
 
     def validate(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Refuse weights that are no plain ones of the configuration's shapes."""
+        """Refuse weights that are not plain ones of the configuration's shapes.
+
+        Raises:
+            QuantizeError: If one has another shape.
+        """
         for name, tensor in tensors.items():
             if name in self.shapes and tuple(tensor.shape) != self.shapes[name]:
-                raise typer.BadParameter(
-                    f"{name} is {list(tensor.shape)}, config.json asks for {list(self.shapes[name])}"
-                )
+                raise QuantizeError(f"{name} is {list(tensor.shape)}, config.json asks for {list(self.shapes[name])}")
 
     def create_config(self) -> QuantizationConfig:
         """What becomes `quantization_config` of config.json."""
+        from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
+
         return QuantizationConfig(
             config_groups={"group_0": QuantizationScheme.model_validate(self.scheme)},
             ignore=self.keep,
@@ -134,31 +143,37 @@ class Quantizer:
         return set()
 
 
-def main(
-    model: Annotated[str, typer.Argument(help="A bf16 checkpoint: a folder, or a name on the hub.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the quantised checkpoint.")],
-    scheme: Annotated[Scheme, typer.Option(help="fp8, fp8-block, w8a8 (int8) or w4a16 (int4 weights).")] = Scheme.fp8,
-    group_size: Annotated[int, typer.Option(min=1, help="Inputs that share a scale, for w4a16.")] = 128,
-    keep: Annotated[
-        list[str] | None, typer.Option(help="Modules to leave alone, a name or re:PATTERN; repeatable.")
-    ] = None,
-) -> None:
-    """Quantise MODEL into OUT."""
-    register_with_transformers()
-    config = AutoConfig.from_pretrained(model)
-    if not isinstance(config, BailingMoeV2Config):
-        raise typer.BadParameter(f"{model} is a {type(config).__name__}, no BailingMoeV2 model")
-    if getattr(config, "quantization_config", None):
-        raise typer.BadParameter(f"{model} is quantised already; take the bf16 checkpoint")
-    if out.exists() and any(out.iterdir()):
-        raise typer.BadParameter(f"{out} is not empty; choose another folder")
-    quantizer = Quantizer(config, scheme, group_size, keep or [])
+def quantize(model: str, out: Path, scheme: Scheme, group_size: int = 128, keep: Iterable[str] = ()) -> int:
+    """Quantize a bf16 checkpoint, a folder or a name on the hub, into the folder `out`, with progress bars of tqdm.
+
+    Memory: the largest file of the checkpoint, twice.
+
+    Returns:
+        Bytes of the weights in `out`.
+    Raises:
+        QuantizeError: If it is not such a checkpoint, or `out` is not empty.
+    """
+    from compressed_tensors.entrypoints.convert import convert_checkpoint
+    from loguru import logger
+
+    from vllm_bailing.checkpoint import Checkpoint
+    from vllm_bailing.config import read_config
+
+    try:
+        config = read_config(model)
+    except ValueError as error:
+        raise QuantizeError(error) from None
+    if config.stored_quantization_config or getattr(config, "quantization_config", None):
+        raise QuantizeError(f"{model} is quantized already; take the bf16 checkpoint")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise QuantizeError(f"{out} is not an empty folder; choose another one")
+    checkpoint = Checkpoint.at(model)
+    if checkpoint.damage:
+        raise QuantizeError(checkpoint.damage)
+    if Path(model).is_dir() and not checkpoint.tensors:
+        raise QuantizeError(f"no safetensors files in {model}; give the folder of a checkpoint")
+    quantizer = Quantizer(config, scheme, group_size, keep)
     out.mkdir(parents=True, exist_ok=True)
     logger.remove()  # of every file copied
     convert_checkpoint(model, out, quantizer)
-    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    print(f"{out}: {size / 2**30:.3f} GiB; serve it with `vllm serve {out}`", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    return sum(file.stat().st_size for file in out.glob("*.safetensors"))

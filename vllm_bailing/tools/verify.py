@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,14 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_bailing.audit import Audit
-from vllm_bailing.checkpoint import Checkpoint
-from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.errors import CheckpointError
+from vllm_bailing.checkpoint import Checkpoint, local_folder
+from vllm_bailing.config import BailingMoeV2Config, read_config
+from vllm_bailing.errors import CheckpointError, VerifyError
+from vllm_bailing.units import dtype_name
 from vllm_bailing.weights import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     import torch
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-bailing" / "verify"
 TOP = 20  # log-probabilities per position, what vLLM's server allows by default
 DEFAULT_PROMPTS = (
     "Who are you? Please answer in one or two sentences.",
@@ -38,18 +41,14 @@ DEFAULT_PROMPTS = (
 _ROWS = 16384  # of the head at once
 
 
-class VerifyError(RuntimeError):
-    """What kept the comparison from being made, in words for the person who wanted it."""
-
-
 @dataclass(frozen=True)
 class Served:
     """A sequence as the deployment computed it.
 
     Attributes:
         token_ids: Prompt and answer.
-        top: For every position but the first, log-probabilities by token id: the `TOP` likeliest and the one that
-            stands there.
+        top: For every position but the first, log-probabilities by token id: the `TOP` most likely tokens
+            and the token actually at that position.
     """
 
     token_ids: list[int]
@@ -58,10 +57,10 @@ class Served:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a right deployment may be from the reference.
+    """How far a correct deployment may be from the reference.
 
     Attributes:
-        mean: Of |Δ log-probability| over the tokens that stand in the texts, in nats.
+        mean: Of |Δ log-probability| over the tokens of the texts, in nats.
         divergence: Mean Kullback-Leibler divergence of a position, in nats.
     """
 
@@ -81,7 +80,7 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """A prompt's result: deviations in nats, `agreement` the share of positions with the same likeliest token."""
+    """A prompt's result: deviations in nats, `agreement` the share of positions with the same most likely token."""
 
     tokens: int
     mean: float
@@ -93,7 +92,7 @@ class Comparison:
 def expected_dtype(config: BailingMoeV2Config) -> str:
     """The key of `TOLERANCES` that a deployment of `config` should fit if nothing else is known of it."""
     stored = config.stored_quantization_config or getattr(config, "quantization_config", None)
-    name = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    name = dtype_name(getattr(config, "dtype", None) or "bfloat16")
     return "fp8" if stored else name if name in TOLERANCES else "bfloat16"
 
 
@@ -135,15 +134,15 @@ def ask_server(url: str, model: str | None, prompts: list[list[int]], max_tokens
             ).choices[0]
             table: Any = getattr(answer, "prompt_logprobs", None)
             if not table or answer.logprobs is None:
-                raise VerifyError(f"{url} returned no prompt_logprobs; it has to be a vLLM server")
-            top = [{int(token): found["logprob"] for token, found in row.items()} for row in table[1:]]
-            said = [int(token.removeprefix("token_id:")) for token in answer.logprobs.tokens or []]
+                raise VerifyError(f"{url} returned no prompt_logprobs; it must be a vLLM server")
+            top = [{int(token): entry["logprob"] for token, entry in row.items()} for row in table[1:]]
+            answer_ids = [int(token.removeprefix("token_id:")) for token in answer.logprobs.tokens or []]
             for token, logprob, row in zip(
-                said, answer.logprobs.token_logprobs or [], answer.logprobs.top_logprobs or [], strict=True
+                answer_ids, answer.logprobs.token_logprobs or [], answer.logprobs.top_logprobs or [], strict=True
             ):
-                likeliest = {int(name.removeprefix("token_id:")): found for name, found in row.items()}
+                likeliest = {int(label.removeprefix("token_id:")): value for label, value in row.items()}
                 top.append({**likeliest, token: logprob})
-            yield Served(prompt + said, top)
+            yield Served(prompt + answer_ids, top)
     except OpenAIError as error:
         raise VerifyError(f"{url} did not answer as a vLLM server does: {error}") from None
 
@@ -156,28 +155,22 @@ def ask_offline(
 
     llm = LLM(folder, **{"max_logprobs": TOP, "skip_tokenizer_init": True, **options})
     params = SamplingParams(max_tokens=max_tokens, temperature=0, logprobs=TOP, prompt_logprobs=TOP, detokenize=False)
-    found = []
-    for prompt, output in zip(
-        prompts, llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False), strict=True
-    ):
+    served = []
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
         answer: Any = output.outputs[0]
         rows: Any = [*(output.prompt_logprobs or [])[1:], *(answer.logprobs or [])]
-        found.append(
-            Served(
-                prompt + list(answer.token_ids),
-                [{token: one.logprob for token, one in row.items()} for row in rows],
-            )
-        )
+        top = [{token: entry.logprob for token, entry in row.items()} for row in rows]
+        served.append(Served(prompt + list(answer.token_ids), top))
     config = llm.llm_engine.model_config
-    kind = "fp8" if config.quantization else str(config.dtype).removeprefix("torch.")
-    return found, kind
+    return served, "fp8" if config.quantization else dtype_name(config.dtype)
 
 
 # ---- the reference --------------------------------------------------------------------------------------------
 
 
-class Weights:
-    """A checkpoint's tensors one by one, in fp32, quantised ones as what they stand for.
+class TensorReader:
+    """A checkpoint's tensors one by one, in fp32, quantized ones as what they stand for.
 
     Raises:
         CheckpointError: If the files are damaged or do not fit the configuration.
@@ -222,7 +215,7 @@ class Weights:
         return dict(self._plain.plain(stored) if self._plain else stored)[name].float()
 
     def rows(self, name: str, start: int, end: int) -> torch.Tensor:
-        """Rows `start` to `end` of the matrix `name`; embedding and head are never quantised row-wise."""
+        """Rows `start` to `end` of the matrix `name`; embedding and head are never quantized row-wise."""
         if name not in self.checkpoint.tensors or self._is_quantized(name):
             return self.tensor(name)[start:end]
         return self._file(name).get_slice(name)[start:end].float()
@@ -238,43 +231,43 @@ def reference_logprobs(
     work: Path,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[list[list[dict[int, float]]], list[list[int]]]:
-    """Log-probabilities of the reference for every token id that `served` names, and its likeliest token per position.
+    """Log-probabilities of the reference for every token id that `served` names, and its top token per position.
 
     Args:
-        work: Folder for the hidden states behind every layer, from which an interrupted run goes on.
+        work: Folder for the hidden states after every layer, from which an interrupted run continues.
         progress: Called with the number of steps that are done, and of all.
     Raises:
-        CheckpointError: As from `Weights`.
+        CheckpointError: As from `TensorReader`.
     """
     import torch
 
     from vllm_bailing import reference
 
-    weights = Weights(folder, config)
+    reader = TensorReader(folder, config)
     steps = config.num_hidden_layers + 1
-    lengths = [len(one.token_ids) for one in served]
+    lengths = [len(sequence.token_ids) for sequence in served]
     mask = torch.zeros(len(served), max(lengths), dtype=torch.long)
     for row, length in enumerate(lengths):
         mask[row, :length] = 1
     with torch.no_grad():
-        done, hidden_states = _resumed(work) or (0, _embedded(weights, served, mask))
+        done, hidden_states = _resumed(work) or (0, _embedded(reader, served, mask))
         positions = reference.BailingMoeV2ForCausalLM._positions(mask, mask.shape[1], 0, mask.device)
         cos, sin = reference.rotary_cos_sin(config, positions)
         visible = reference.attention_mask_4d(mask, mask.shape[1], 0, mask.device)
         for index in range(done, config.num_hidden_layers):
             progress(index, steps)
-            layer = _layer(weights, index)
+            layer = _layer(reader, index)
             hidden_states, _ = layer(hidden_states, cos, sin, visible)
-            weights.close()
+            reader.close()
             _keep(work, index + 1, hidden_states)
         progress(config.num_hidden_layers, steps)
         norm = reference.BailingMoeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
-        norm.weight.copy_(weights.tensor("model.norm.weight"))
+        norm.weight.copy_(reader.tensor("model.norm.weight"))
         hidden_states = norm(hidden_states)
         kept = torch.cat([hidden_states[row, : length - 1] for row, length in enumerate(lengths)])  # [N, H]
-        wanted = [row for one in served for row in one.top]
-        logprobs, likeliest = _head(weights, kept, wanted)
-        weights.close()
+        named = [row for sequence in served for row in sequence.top]
+        logprobs, likeliest = _head(reader, kept, named)
+        reader.close()
     progress(steps, steps)
     rows, best, place = [], [], 0
     for length in lengths:
@@ -284,31 +277,33 @@ def reference_logprobs(
     return rows, best
 
 
-def _embedded(weights: Weights, served: list[Served], mask: torch.Tensor) -> torch.Tensor:
+def _embedded(reader: TensorReader, served: list[Served], mask: torch.Tensor) -> torch.Tensor:
     import torch
 
-    hidden_states = torch.zeros(*mask.shape, weights.config.hidden_size)
-    rows = {token: weights.rows(EMBEDDING, token, token + 1)[0] for one in served for token in set(one.token_ids)}
-    for number, one in enumerate(served):
-        hidden_states[number, : len(one.token_ids)] = torch.stack([rows[token] for token in one.token_ids])
+    hidden_states = torch.zeros(*mask.shape, reader.config.hidden_size)
+    used = {token for sequence in served for token in sequence.token_ids}
+    rows = {token: reader.rows(EMBEDDING, token, token + 1)[0] for token in used}
+    for number, sequence in enumerate(served):
+        ids = sequence.token_ids
+        hidden_states[number, : len(ids)] = torch.stack([rows[token] for token in ids])
     return hidden_states
 
 
-def _layer(weights: Weights, index: int) -> Any:
+def _layer(reader: TensorReader, index: int) -> Any:
     """Decoder layer `index` in fp32, whose routed experts are read when they are called."""
     import torch
     from torch import nn
 
     from vllm_bailing import reference
 
-    config, prefix = weights.config, f"model.layers.{index}"
+    config, prefix = reader.config, f"model.layers.{index}"
 
     def filled(module: nn.Module, prefix: str) -> nn.Module:
         state = {}
         for name, empty in module.state_dict().items():
             full = f"{prefix}.{name}"
-            absent = name.endswith("expert_bias") and full not in weights.checkpoint.tensors
-            state[name] = torch.zeros(empty.shape) if absent else weights.tensor(full)
+            absent = name.endswith("expert_bias") and full not in reader.checkpoint.tensors
+            state[name] = torch.zeros(empty.shape) if absent else reader.tensor(full)
         module.load_state_dict(state, assign=True)
         return module
 
@@ -326,34 +321,34 @@ def _layer(weights: Weights, index: int) -> Any:
 
 
 def _head(
-    weights: Weights, hidden_states: torch.Tensor, wanted: list[dict[int, float]]
+    reader: TensorReader, hidden_states: torch.Tensor, named: list[dict[int, float]]
 ) -> tuple[list[dict[int, float]], list[int]]:
-    """Log-probabilities of the `wanted` ids and the likeliest id for each row of `hidden_states` [N, H]."""
+    """Log-probabilities of the `named` ids and the most likely id for each row of `hidden_states` [N, H]."""
     import torch
 
-    config = weights.config
+    config = reader.config
     name = EMBEDDING if config.tie_word_embeddings else HEAD
     starts = range(0, config.vocab_size, _ROWS)
     if config.norm_head:
-        squares = sum(weights.rows(name, start, start + _ROWS).pow(2).sum(0) for start in starts)
+        squares = sum(reader.rows(name, start, start + _ROWS).pow(2).sum(0) for start in starts)
         hidden_states = hidden_states / torch.as_tensor(squares).sqrt().clamp(min=1e-7)
     normalizer = torch.full((len(hidden_states),), -math.inf)
     best, likeliest = normalizer.clone(), torch.zeros(len(hidden_states), dtype=torch.long)
-    found: list[dict[int, float]] = [{} for _ in wanted]
+    named_logits: list[dict[int, float]] = [{} for _ in named]
     for start in starts:
-        logits = hidden_states @ weights.rows(name, start, start + _ROWS).T  # [N, rows]
+        logits = hidden_states @ reader.rows(name, start, start + _ROWS).T  # [N, rows]
         normalizer = torch.logaddexp(normalizer, logits.logsumexp(-1))
         top, place = logits.max(-1)
         likeliest = torch.where(top > best, place + start, likeliest)
         best = torch.maximum(best, top)
-        for row, ids in enumerate(wanted):
+        for row, ids in enumerate(named):
             for token in ids:
                 if start <= token < start + _ROWS:
-                    found[row][token] = float(logits[row, token - start])
+                    named_logits[row][token] = float(logits[row, token - start])
     return (
         [
             {token: logit - float(normalizer[row]) for token, logit in logits.items()}
-            for row, logits in enumerate(found)
+            for row, logits in enumerate(named_logits)
         ],
         likeliest.tolist(),
     )
@@ -371,27 +366,27 @@ def work_folder(cache: Path, *identity: Any) -> Path:
 
 
 def served_before(work: Path) -> tuple[list[Served], str] | None:
-    """What an interrupted run was told by the deployment, and the deployment's dtype."""
+    """What the deployment gave an interrupted run, and the deployment's dtype."""
     file = work / _SERVED
     if not file.is_file():
         return None
-    told = json.loads(file.read_text(encoding="utf-8"))
+    kept = json.loads(file.read_text(encoding="utf-8"))
     served = [
-        Served(one["token_ids"], [{int(token): found for token, found in row.items()} for row in one["top"]])
-        for one in told["served"]
+        Served(sequence["token_ids"], [{int(token): value for token, value in row.items()} for row in sequence["top"]])
+        for sequence in kept["served"]
     ]
-    return served, told["dtype"]
+    return served, kept["dtype"]
 
 
 def keep_served(work: Path, served: list[Served], dtype: str) -> None:
-    """Keep what the deployment said: asked again, it may round differently and answer otherwise."""
+    """Keep what the deployment gave: asked again, it may round differently and answer otherwise."""
     work.mkdir(parents=True, exist_ok=True)
-    told = {"dtype": dtype, "served": [asdict(one) for one in served]}
-    (work / _SERVED).write_text(json.dumps(told), encoding="utf-8")
+    kept = {"dtype": dtype, "served": [asdict(sequence) for sequence in served]}
+    (work / _SERVED).write_text(json.dumps(kept), encoding="utf-8")
 
 
-def forget(work: Path) -> None:
-    """Remove what was kept."""
+def delete_work(work: Path) -> None:
+    """Delete the folder with what was kept, if there is one."""
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -420,32 +415,33 @@ def _keep(work: Path, layers: int, hidden_states: torch.Tensor) -> None:
 def compare(served: Served, logprobs: list[dict[int, float]], likeliest: list[int]) -> Comparison:
     """Deviations of a served sequence from the reference."""
     deviations, divergences, same = [], [], 0
-    for token, said, right, best in zip(served.token_ids[1:], served.top, logprobs, likeliest, strict=True):
-        deviations.append(abs(said[token] - right[token]))
-        divergences.append(_divergence(right, said))
-        same += max(said, key=said.__getitem__) == best
+    for token, row, right, best in zip(served.token_ids[1:], served.top, logprobs, likeliest, strict=True):
+        deviations.append(abs(row[token] - right[token]))
+        divergences.append(_divergence(right, row))
+        same += max(row, key=row.__getitem__) == best
     count = len(deviations)
     return Comparison(count, sum(deviations) / count, max(deviations), sum(divergences) / count, same / count)
 
 
-def _divergence(right: dict[int, float], said: dict[int, float]) -> float:
+def _divergence(right: dict[int, float], served: dict[int, float]) -> float:
     """Kullback-Leibler divergence over the named ids, all others taken together: a lower bound of the whole."""
-    total = sum(math.exp(right[token]) * (right[token] - said[token]) for token in said)
+    total = sum(math.exp(right[token]) * (right[token] - served[token]) for token in served)
     rest_right = max(1 - sum(map(math.exp, right.values())), 0.0)
-    rest_said = max(1 - sum(map(math.exp, said.values())), 0.0)
-    if rest_right > 1e-9 and rest_said > 1e-9:
-        total += rest_right * math.log(rest_right / rest_said)
+    rest_served = max(1 - sum(map(math.exp, served.values())), 0.0)
+    if rest_right > 1e-9 and rest_served > 1e-9:
+        total += rest_right * math.log(rest_right / rest_served)
     return max(total, 0.0)
 
 
 def overall(comparisons: list[Comparison]) -> Comparison:
     """All positions together."""
-    tokens = sum(one.tokens for one in comparisons)
+    tokens = sum(each.tokens for each in comparisons)
 
     def mean(name: str) -> float:
-        return sum(getattr(one, name) * one.tokens for one in comparisons) / tokens
+        return sum(getattr(each, name) * each.tokens for each in comparisons) / tokens
 
-    return Comparison(tokens, mean("mean"), max(one.max for one in comparisons), mean("divergence"), mean("agreement"))
+    largest = max(each.max for each in comparisons)
+    return Comparison(tokens, mean("mean"), largest, mean("divergence"), mean("agreement"))
 
 
 def verdict(total: Comparison, tolerance: Tolerance) -> str:
@@ -456,6 +452,83 @@ def verdict(total: Comparison, tolerance: Tolerance) -> str:
             ("mean |Δ log-probability|", total.mean, tolerance.mean),
             ("mean KL divergence", total.divergence, tolerance.divergence),
         )
-        if not value <= limit  # also if it is no number
+        if not value <= limit  # also if it is not a number
     ]
     return " and ".join(reasons)
+
+
+# ---- all of it ------------------------------------------------------------------------------------------------
+
+
+def run(
+    model: str,
+    url: str | None = None,
+    served_model_name: str | None = None,
+    *,
+    dtype: str | None = None,
+    prompts: list[str] | None = None,
+    max_tokens: int = 32,
+    overrides: dict[str, Any] | None = None,
+    engine: dict[str, Any] | None = None,
+    fresh: bool = False,
+    progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """Compare a deployment with the reference; an interrupted run with the same arguments continues where it stopped.
+
+    Args:
+        model: The checkpoint: a folder, or a hub name that was downloaded.
+        url: A running vLLM server; without it, vLLM runs in this process and logs to standard output.
+        served_model_name: The server's name of the model; its first one if left out.
+        dtype: The key of `TOLERANCES` to judge by; what the deployment computes in if left out.
+        prompts: User messages; `DEFAULT_PROMPTS` if left out.
+        max_tokens: Length of the answers that are compared too.
+        overrides: As given to the deployment by `--hf-overrides`.
+        engine: Without `url`, further arguments of `vllm.LLM`.
+        fresh: Start again.
+        progress: Called with "deployment" or "reference", the number of steps that are done, and of all if known.
+    Returns:
+        `checkpoint`, `deployment`, `dtype`, `tolerance`, `prompts` and `overall` (a `Comparison` each), `computes`
+        (whether the deployment computes the checkpoint) and `reason` (why not); it fits into JSON.
+    Raises:
+        VerifyError: If the deployment does not answer as it should.
+        CheckpointError: If the files are damaged or do not fit the configuration.
+        ValueError: If the checkpoint is not on this machine, or `dtype` is not known.
+    """
+    folder, overrides, engine = local_folder(model), overrides or {}, engine or {}
+    config = read_config(folder, overrides)
+    if dtype is not None and dtype not in TOLERANCES:
+        raise ValueError(f"--dtype {dtype} is not known; use one of {', '.join(TOLERANCES)}")
+    ids = prompt_ids(folder, list(DEFAULT_PROMPTS) if prompts is None else prompts)
+    work = work_folder(CACHE, str(folder), url, served_model_name, ids, max_tokens, overrides, engine)
+    if fresh:
+        delete_work(work)
+    if (kept := served_before(work)) is not None:
+        served, computed = kept
+    else:
+        progress("deployment", 0, len(ids))
+        if url is None:
+            served, computed = ask_offline(str(folder), {**engine, "hf_overrides": overrides}, ids, max_tokens)
+        else:
+            served, computed = [], expected_dtype(config)
+            for sequence in ask_server(url, served_model_name, ids, max_tokens):
+                served.append(sequence)
+                progress("deployment", len(served), len(ids))
+        progress("deployment", len(ids), len(ids))
+        keep_served(work, served, computed)
+    logprobs, likeliest = reference_logprobs(
+        folder, config, served, work, lambda done, total: progress("reference", done, total)
+    )
+    delete_work(work)
+    comparisons = [compare(*sequence) for sequence in zip(served, logprobs, likeliest, strict=True)]
+    total, judged_as = overall(comparisons), dtype or computed
+    reason = verdict(total, TOLERANCES[judged_as])
+    return {
+        "checkpoint": str(folder),
+        "deployment": url or "vllm.LLM",
+        "dtype": judged_as,
+        "tolerance": asdict(TOLERANCES[judged_as]),
+        "prompts": [asdict(comparison) for comparison in comparisons],
+        "overall": asdict(total),
+        "computes": not reason,
+        "reason": reason,
+    }

@@ -1,0 +1,229 @@
+"""The command line of `vllm-bailing`: the same spellings everywhere, and a help that answers at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import typer
+
+from tests.support.commands import invoke
+from tests.support.paths import ROOT
+from vllm_bailing import DEMO
+from vllm_bailing.bench import in_tree
+from vllm_bailing.cli import app
+from vllm_bailing.errors import BenchError
+from vllm_bailing.tools import demo, verify
+from vllm_bailing.tuning import space
+
+
+def leaves(command: Any, *names: str) -> dict[tuple[str, ...], Any]:
+    """{words that call it: command without further ones}"""
+    parts = getattr(command, "commands", None)
+    if parts is None:
+        return {names: command}
+    return {words: leaf for name, part in parts.items() for words, leaf in leaves(part, *names, name).items()}
+
+
+COMMANDS = leaves(typer.main.get_command(app))
+WORDS = [pytest.param(words, id=" ".join(words)) for words in COMMANDS]
+# What a command cannot do without
+NEEDED = {"plan": [DEMO, "--gpu", "H100"], "tune": [DEMO], "verify": [DEMO], "bench": [DEMO], "quantize": [DEMO, "out"]}
+NEEDED |= {"draft-vocab": [DEMO, "--text", __file__], "chat-template": ["ring"]}
+
+
+def parsed(words: tuple[str, ...], *arguments: Any) -> dict[str, Any]:
+    """The parameters that the function of a command would get."""
+    needed = NEEDED.get(words[0], [])
+    return COMMANDS[words].make_context(words[-1], [str(one) for one in (*needed, *arguments)]).params
+
+
+def with_option(name: str) -> set[str]:
+    return {" ".join(words) for words, command in COMMANDS.items() if any(name in part.opts for part in command.params)}
+
+
+# ---- spellings -------------------------------------------------------------------------------------------------
+
+
+def test_options_stand_where_they_are_expected():
+    assert with_option("--tensor-parallel-size") == {"plan", "tune", "bench compare"}
+    assert with_option("--dtype") == {"plan", "tune", "verify", "bench compare"}
+    assert with_option("--json") == {"info", "doctor", "plan", "verify", "chat", "tune", "bench mtp", "bench compare"}
+    assert with_option("--engine") == {"verify", "bench mtp", "bench compare"}
+
+
+@pytest.mark.parametrize("spelling", ["--tensor-parallel-size", "--tp", "-tp"])
+@pytest.mark.parametrize("words", [("plan",), ("tune",), ("bench", "compare")], ids=" ".join)
+def test_the_size_of_tensor_parallelism_has_the_same_spellings_everywhere(words, spelling):
+    assert parsed(words, spelling, "2")["tensor_parallel_size"] == 2
+
+
+@pytest.mark.parametrize("spelling", ["--pipeline-parallel-size", "--pp", "-pp"])
+def test_pipeline_stages_have_the_spellings_of_vllm(spelling):
+    assert parsed(("plan",), spelling, "2")["pipeline_parallel_size"] == 2
+
+
+@pytest.mark.parametrize(("words", "value"), [(("plan",), 3), (("bench", "mtp"), "3")], ids=["plan", "bench mtp"])
+@pytest.mark.parametrize("spelling", ["--draft-tokens", "--mtp"])
+def test_draft_tokens_have_the_same_spellings_everywhere(words, value, spelling):
+    assert parsed(words, spelling, "3")["draft_tokens"] == value
+
+
+@pytest.mark.parametrize("short, full", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+def test_a_data_type_has_a_short_and_a_full_name_everywhere(short, full, monkeypatch):
+    given = []
+
+    def noted(dtype, error=ValueError):
+        given.append(dtype)
+        raise error("noted")
+
+    monkeypatch.setattr(space, "experts_of", lambda config, tp, dtype: noted(dtype))
+    monkeypatch.setattr(verify, "run", lambda *_, dtype, **__: noted(dtype))
+    monkeypatch.setattr(in_tree, "run", lambda task, *_: noted(task.engine["dtype"], BenchError))
+    config = ROOT / "tests" / "data" / "configs" / "Ling-flash-2.0.json"
+    plans = []
+    for spelling in (short, full):
+        plan = invoke("plan", config, "--gpu", "H200", "--gpus", 8, "--dtype", spelling, "--json")
+        plans.append(json.loads(plan.stdout)["dtype"])
+        assert invoke("tune", DEMO, "--dtype", spelling).exit_code == 2
+        assert invoke("verify", DEMO, "--dtype", spelling).exit_code == 2
+        assert invoke("bench", "compare", "demo", "--dtype", spelling).exit_code == 1
+    assert plans == [short, short]
+    assert given == 2 * [short, full, full]  # as each of the three takes it
+
+
+@pytest.mark.parametrize("words", [("verify",), ("bench", "mtp")], ids=" ".join)
+def test_a_file_without_prompts_is_refused(words, tmp_path):
+    (tmp_path / "prompts").write_text("\n \n")
+    done = invoke(*words, DEMO, "--prompts", tmp_path / "prompts")
+    assert done.exit_code == 2 and "is empty; write one user message a line" in done.stderr
+
+
+# ---- help ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [*WORDS, pytest.param((), id="itself"), pytest.param(("bench",), id="bench")])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_fits_into_80_columns(words, flag):
+    from typer.testing import CliRunner
+
+    done = CliRunner().invoke(app, [*words, flag], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert done.exit_code == 0 and done.stdout.startswith("Usage: ")
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    options = {option for part in getattr(COMMANDS.get(words), "params", ()) for option in part.opts if "-" in option}
+    assert all(option in done.stdout for option in options)
+
+
+def test_help_and_version_import_nothing_heavy():
+    calls = [["--version"], *([*words, "--help"] for words in COMMANDS)]
+    code = f"""
+import sys
+from vllm_bailing.cli import app
+for arguments in {calls!r}:
+    try:
+        app(arguments)
+    except SystemExit as done:
+        assert not done.code, arguments
+heavy = "torch vllm transformers numpy openai compressed_tensors safetensors huggingface_hub rich.table".split()
+print("heavy:", *(name for name in heavy if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy:"
+
+
+# ---- the demo --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "model", "flags", "others"),
+    [
+        ("", "", [], {}),
+        ("--max-model-len 512", "", ["--max-model-len", "512"], {}),
+        ("some/model -tp 2 --keep", "some/model", ["-tp", "2"], {"keep": True}),
+        ("--port=81 --adapter -dph --no-enable-chunked-prefill", "", ["-dph", "--no-enable-chunked-prefill"],
+         {"port": "81", "adapter": True}),
+        ("--port 81 some/model -O0 x", "some/model", ["-O0", "x"], {"port": "81"}),
+        ("--keep --port", "", [], {"keep": True, "port": ""}),
+    ],
+)  # fmt: skip
+def test_flags_of_the_demo_are_divided_from_those_of_vllm(line, model, flags, others):
+    expected = {"keep": False, "adapter": False, "port": "8000", **others, "model": model, "flags": flags or None}
+    given = parsed(("demo",), *line.split())
+    assert {**given, "flags": given["flags"] or None} == expected
+
+
+def test_the_demo_is_served_as_the_guides_serve_it():
+    words = demo.server_command(demo.Options(adapter=True, flags=["--dtype", "float32"]))
+    line = " ".join(words[1:])
+    for page in ("serve", "tools-and-thinking", "adapters"):
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").replace("\\\n", " ")
+        call = next(one for one in text.splitlines() if one.startswith('vllm serve "$(vllm-bailing demo-path)"'))
+        flags = call.replace("$(vllm-bailing demo-path --adapter)", str(demo.DEMO_ADAPTER)).replace('"', "").split()[4:]
+        assert flags and " ".join(flags[:2]) in line and set(flags) <= set(words), page
+    assert words[-2:] == ["--dtype", "float32"]
+
+
+def test_variables_that_are_set_keep_their_values(monkeypatch):
+    monkeypatch.setattr(demo, "version", lambda package: "0.32.0+cpu")
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    environment = demo.server_environment(demo.Options())
+    assert (environment["VLLM_CPU_KVCACHE_SPACE"], environment["HF_HUB_OFFLINE"]) == ("1", "0")
+    assert "VLLM_CPU_OMP_THREADS_BIND" in environment
+    environment = demo.server_environment(demo.Options("some/model", flags=["-tp", "2"]))
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "4" and "VLLM_CPU_OMP_THREADS_BIND" not in environment
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        (
+            "INFO 11-25 18:00:00 [core.py:1] Loading\nValueError: too long\n  details\nTraceback",
+            ["ValueError: too long"],
+        ),
+        ("ValueError: first\nRuntimeError: Engine core initialization failed", ["ValueError: first"]),
+        ("nothing\nknown", ["nothing", "known"]),
+    ],
+)
+def test_the_reason_why_the_server_ended_is_read_from_its_log(log, words, tmp_path):
+    (tmp_path / "log").write_text(log)
+    shown = demo._cause(tmp_path / "log").splitlines()
+    assert [line for line in shown if line.strip() in words] == [f"  {word}" for word in words]
+    assert shown[-1] == f"  the whole log is in {tmp_path / 'log'}"
+    assert "Traceback" not in "".join(shown) and "initialization failed" not in "".join(shown[:1])
+
+
+def test_the_log_stays_only_where_it_is_of_use():
+    with demo.log_file(keep=False) as log:
+        pass
+    assert not log.exists()
+    with demo.log_file(keep=True) as log:
+        pass
+    assert log.exists()
+    log.unlink()
+    with pytest.raises(demo.DemoError), demo.log_file(keep=False) as log:
+        raise demo.DemoError(f"the whole log is in {log}")
+    assert log.exists()
+    log.unlink()
+
+
+def test_an_empty_answer_is_an_error(monkeypatch):
+    from vllm_bailing.tools import chat
+
+    answers = {"good": "Fine.", "empty": " "}
+
+    def create(model, **_):
+        delta = SimpleNamespace(content=answers[model], reasoning=None, tool_calls=[])
+        return iter([SimpleNamespace(choices=[SimpleNamespace(delta=delta)])])
+
+    client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
+    monkeypatch.setattr(chat, "connect", lambda url: client)
+    assert "".join(demo.ask(demo.Options(), "good", "How are you?")) == "Fine."
+    with pytest.raises(demo.DemoError, match="empty text"):
+        list(demo.ask(demo.Options(), "empty", "How are you?"))

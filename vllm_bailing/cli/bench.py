@@ -1,0 +1,200 @@
+"""`vllm-bailing bench mtp` and `vllm-bailing bench compare`: what an option gains on this machine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_bailing import DEMO
+from vllm_bailing.cli import options, output
+
+
+def bench_mtp(
+    model: Annotated[str, typer.Argument(help="As for `vllm serve`; must have an MTP layer.")],
+    draft_tokens: options.DraftTokenCounts = "0,1,2,3",
+    batch_size: options.BatchSizes = "1,8",
+    rounds: options.Rounds = 3,
+    prompts: options.Prompts = None,
+    max_tokens: Annotated[int, typer.Option(help="Limit of an answer.", min=2)] = 128,
+    acceptance: Annotated[
+        float | None,
+        typer.Option(help="Let vLLM accept each draft token by chance, such as 0.7 (GPUs only).", min=0.0, max=1.0),
+    ] = None,
+    draft_model: options.DraftModel = None,
+    draft_vocab: options.DraftVocab = None,
+    engine: options.Engine = "{}",
+    out: options.ReportName = Path("bench-mtp"),
+    as_json: options.AsJson = False,
+) -> None:
+    """Find out how many draft tokens of the MTP layer pay, and plot it.
+
+    The same prompts run with each number of draft tokens, in fresh processes that take turns.
+    """
+    from vllm_bailing.bench import mtp, plots, report, runner
+    from vllm_bailing.errors import BenchError
+
+    counts = sorted({0, *options.numbers(draft_tokens)})
+    arguments = options.json_object("--engine", engine)
+    lines = options.lines_of(prompts) or list(mtp.DEFAULT_PROMPTS)
+    task = mtp.MtpTask(model, arguments, options.numbers(batch_size), lines, max_tokens)
+    draft = {"model": draft_model} if draft_model else None
+    vocabulary = str(draft_vocab.resolve()) if draft_vocab else None
+    tasks = mtp.mtp_tasks(task, counts, acceptance, draft, vocabulary)
+    try:
+        results = runner.alternate(tasks, rounds)
+    except BenchError as error:
+        raise SystemExit(f"vllm-bailing bench: {error}") from None
+    measured = report.mtp_report(task, results, acceptance=acceptance, versions=_versions())
+    written = report.write_report(measured, out, plots.plot_mtp)
+    _show(measured, written, as_json, show_mtp)
+
+
+def bench_compare(
+    model: Annotated[
+        str, typer.Argument(help="As for `vllm serve`, or demo; with dummy weights: mid, mini, flash-4L, flash-8L.")
+    ],
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="A further arm, NAME=JSON: the plugin with these arguments of vllm.LLM; repeatable."),
+    ] = None,
+    batch_size: options.BatchSizes = "1,8,32",
+    prompt_tokens: Annotated[int, typer.Option(help="Of each request that decodes.", min=1)] = 32,
+    output_tokens: Annotated[int, typer.Option(help="Of each request that decodes.", min=2)] = 64,
+    prefill: Annotated[str, typer.Option(help="Lengths of prompts, each measured alone.")] = "512",
+    rounds: options.Rounds = 5,
+    repeats: Annotated[int, typer.Option(help="Of every figure in one process; the median counts.", min=1)] = 3,
+    warm_up: Annotated[bool, typer.Option(help="Start every arm once before, unmeasured.")] = True,
+    dtype: Annotated[str, options.dtype("bf16, fp16, fp32 or auto, as for `vllm serve`.")] = "auto",
+    eager: Annotated[bool, typer.Option("--eager/--compiled", help="Without or with torch.compile.")] = False,
+    tensor_parallel_size: Annotated[int, options.TENSOR_PARALLEL_SIZE] = 1,
+    bandwidth: options.Bandwidth = None,
+    engine: options.Engine = "{}",
+    out: options.ReportName = Path("bench-compare"),
+    as_json: options.AsJson = False,
+) -> None:
+    """Compare this package with vLLM's own model class, and with itself under an option, and plot it.
+
+    vLLM's class runs twice, and what differs between the two is the noise floor: a verdict needs more than that. All
+    arms run in fresh processes that take turns, with the arguments of --engine. An arm that ran another class or other
+    kernels than it should is an error. --bandwidth is for the share of the roofline.
+    """
+    from vllm_bailing.bench import in_tree, plots, report, shapes
+    from vllm_bailing.errors import BenchError
+    from vllm_bailing.units import full_dtype
+
+    arms = dict(_named_object("--option", text) for text in option or [])
+    arguments: dict[str, Any] = {"dtype": full_dtype(dtype), "enforce_eager": eager}
+    arguments["tensor_parallel_size"] = tensor_parallel_size
+    arguments |= options.json_object("--engine", engine)
+    sizes, lengths = options.numbers(batch_size), options.numbers(prefill)
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(DEMO) if model == "demo" else model
+        if model in shapes.SHAPES:
+            shapes.write_shape(model, Path(folder))
+            path, arguments["load_format"] = folder, "dummy"
+        task = in_tree.CompareTask(path, arguments, sizes, lengths, prompt_tokens, output_tokens, repeats)
+        try:
+            result = in_tree.run(task, arms, rounds, warm_up, bandwidth)
+        except BenchError as error:
+            raise SystemExit(f"vllm-bailing bench: {error}") from None
+    command = shlex.join(["vllm-bailing", *sys.argv[1:]])
+    measured = report.comparison_report(model, task, arms, rounds, result, command=command, versions=_versions())
+    written = report.write_report(measured, out, plots.plot_comparison)
+    _show(measured, written, as_json, show_comparison)
+
+
+def _versions() -> dict[str, Any]:
+    from vllm_bailing.tools.info import collect_info
+
+    with output.output_aside():
+        return collect_info()
+
+
+def _show(
+    measured: dict[str, Any], written: list[Path], as_json: bool, show_table: Callable[[dict[str, Any]], None]
+) -> None:
+    if len(written) == 1:
+        typer.echo("no plot: `pip install 'vllm-bailing[bench]'`", err=True)
+    if as_json:
+        typer.echo(json.dumps(measured))
+        return
+    show_table(measured)
+    output.show_files(written)
+
+
+def _named_object(option: str, text: str) -> tuple[str, dict[str, Any]]:
+    from vllm_bailing.bench import statistics
+
+    name, equals, value = text.partition("=")
+    if not name or not equals or name in (statistics.IN_TREE, statistics.AGAIN, statistics.PLUGIN):
+        raise typer.BadParameter(f"{option} {text!r} is not NAME=JSON with a name of its own")
+    return name, options.json_object(option, value)
+
+
+def show_mtp(report: dict[str, Any]) -> None:
+    """The report of `bench mtp`."""
+    rows = report["rows"]
+    table = output.table("batch", "draft", "tokens/s", "times none", "step", "accepted")  # fits into 80 columns
+    for row in rows:
+        speed, ratio = row["tokens_per_second"], row["ratio"]
+        table.add_row(
+            str(row["batch_size"]),
+            row["arm"],
+            f"{speed['median']:.0f} ({speed['low']:.0f}-{speed['high']:.0f})",
+            f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if row["arm"] != "0" else "1",
+            f"{row['acceptance_length']:.2f}",
+            " ".join(f"{100 * share:.0f}%" for share in row["acceptance"]),
+        )
+    console = output.console()
+    console.print(table)
+    console.print("step: tokens that one step of the model yields; accepted: drafts, by position")
+    # Rounding depends on how many tokens are computed at once, so answers in bf16 may part where two tokens are close.
+    differ = ", ".join(f"{row['arm']} at batch {row['batch_size']}" for row in rows if not row["same_answers"])
+    console.print(f"answers differ with draft tokens {differ}" if differ else "all answers are the same")
+    for size, text in report["advice"].items():
+        console.print(f"batch {size}: {text}")
+
+
+def show_comparison(report: dict[str, Any]) -> None:
+    """The report of `bench compare`."""
+    from rich.markup import escape
+
+    from vllm_bailing.bench import statistics
+
+    def short(value: float) -> str:
+        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+    headings = ("figure of in-tree", "median (range)", "ratio (95 %)", "verdict")
+    table = output.table(*headings, padding=(0, 1, 0, 0))  # fits into 80 columns
+    styles = {"faster": "green", "less": "green", "slower": "red", "more": "red"}
+    for row in report["rows"]:
+        low, high = row["interval"]
+        is_base = row["arm"] == statistics.IN_TREE
+        noise = f"noise {100 * (row['noise'] - 1):.1f} %"
+        table.add_row(
+            f"[bold]{row['figure']}, {row['unit']}[/]" if is_base else f"  {escape(row['arm'])}",
+            f"{short(row['median'])} ({short(row['low'])}-{short(row['high'])})",
+            "1" if is_base else f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})",
+            noise if row["arm"] == statistics.AGAIN else row["verdict"],
+            style=None if is_base else styles.get(row["verdict"], "dim"),
+        )
+    console = output.console()
+    console.print(table)
+    console.print(statistics.EXPLANATION)
+    for figure, shares in report["roofline"].get("shares", {}).items():
+        by_arm = ", ".join(f"{arm} {100 * share:.0f} %" for arm, share in shares.items())
+        console.print(f"share of the roofline, {figure}: {by_arm}")
+    for arm, facts in report["arms"].items():
+        console.print(f"{arm}: {facts['model']}")
+    base = report["arms"][statistics.IN_TREE]
+    kernels = ", ".join(f"{key} {base[key]}" for key in ("experts", "attention", "dtype", "compilation", "graphs"))
+    console.print(f"{kernels}, fusions {', '.join(base['fusions']) or 'none'}, on {base['device']}")
+    for note in report["notes"]:
+        console.print(note)

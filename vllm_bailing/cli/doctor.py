@@ -1,0 +1,60 @@
+"""`vllm-bailing doctor`: checks of an installation and of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from itertools import chain
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vllm_bailing.cli import options, output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vllm_bailing.tools.doctor import Check
+
+
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="Also check this checkpoint: a folder or a hub name.")] = None,
+    hf_overrides: options.HfOverrides = "{}",
+    as_json: options.AsJson = False,
+) -> None:
+    """Check this installation, and a checkpoint if one is named: each line is ok or says what to do.
+
+    Reads configuration and file headers, no weights. Exit code 1 if something is wrong.
+    """
+    from vllm_bailing.tools import doctor
+
+    overrides = options.json_object("--hf-overrides", hf_overrides)
+    console, checks = output.console(), []
+    steps = chain(doctor.environment(), doctor.checkpoint(model, overrides) if model else ())
+    while True:
+        with output.output_aside():
+            check = next(steps, None)
+        if check is None:
+            break
+        checks.append(check)
+        if not as_json:
+            show_check(console, check)
+    problems = sum(check.ok is False for check in checks)
+    if as_json:
+        typer.echo(json.dumps([asdict(check) for check in checks]))
+    elif problems:
+        console.print(f"[red]{problems} problem{'s' if problems > 1 else ''}[/red]")
+    else:
+        console.print("[green]all is well[/green]")
+    raise typer.Exit(1 if problems else 0)
+
+
+def show_check(console: Console, check: Check) -> None:
+    """A line, and another with what to do."""
+    from rich.text import Text
+
+    mark, style = {True: ("ok", "green"), False: ("no", "bold red"), None: ("--", "dim")}[check.ok]
+    line = Text.assemble((f"{mark}  ", style), (f"{check.name:<19}", "bold"), check.detail)
+    console.print(line, soft_wrap=not console.is_terminal)
+    if check.fix and check.ok is not True:
+        console.print(Text.assemble("    ", ("to do: ", style), check.fix), soft_wrap=not console.is_terminal)

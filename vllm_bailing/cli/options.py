@@ -1,0 +1,93 @@
+"""Options that several commands share: each has one spelling, with its synonyms, and one help text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+HfOverrides = Annotated[
+    str, typer.Option("--hf-overrides", metavar="JSON", help="As given to vLLM, such as the YaRN recipe.")
+]
+Engine = Annotated[str, typer.Option("--engine", metavar="JSON", help="Further arguments of vllm.LLM.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option("--prompts", exists=True, dir_okay=False, help="One user message a line; a few of ours if left out."),
+]
+ServedModelName = Annotated[
+    str | None, typer.Option("--served-model-name", help="The server's name of the model or adapter.")
+]
+DraftModel = Annotated[str | None, typer.Option("--draft-model", help="The checkpoint that has the MTP layer.")]
+DraftTokens = Annotated[int, typer.Option("--draft-tokens", "--mtp", help="Draft tokens of the MTP layer per step.")]
+DraftTokenCounts = Annotated[
+    str, typer.Option("--draft-tokens", "--mtp", help="Draft tokens per step to compare; 0 is always among them.")
+]
+DraftVocab = Annotated[
+    Path | None, typer.Option("--draft-vocab", exists=True, help="Result of `vllm-bailing draft-vocab`.")
+]
+Bandwidth = Annotated[
+    float | None,
+    typer.Option("--bandwidth", min=0.0, help="TB/s of the memory of each GPU or rank, if it is not a known GPU."),
+]
+BatchSizes = Annotated[str, typer.Option("--batch-size", help="Requests at once, each measured in turn.")]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="How often each is measured, alternating.")]
+ReportName = Annotated[Path, typer.Option("--out", help="Where to write NAME.json and NAME.png.")]
+
+# These are optional in one command and have a default in another.
+URL = typer.Option("--url", help="A running vLLM server, such as http://localhost:8000.")
+TENSOR_PARALLEL_SIZE = typer.Option(
+    "--tensor-parallel-size", "--tp", "-tp", min=1, help="Ranks of tensor parallelism, as for vLLM."
+)
+
+
+def dtype(values: str) -> Any:
+    """The option `--dtype`, which takes bf16 as well as bfloat16; commands translate it by `units`.
+
+    Args:
+        values: Help text: what the command takes.
+    """
+    return typer.Option("--dtype", help=values)
+
+
+def json_object(flag: str, text: str) -> dict[str, Any]:
+    """The value of `flag`.
+
+    Raises:
+        typer.BadParameter: If it is not a JSON object.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{flag} {text!r} is not a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"{flag} {text!r} is not a JSON object, such as '{{\"key\": 1}}'")
+    return value
+
+
+def numbers(text: str) -> list[int]:
+    """The numbers of a list such as 0,1,2.
+
+    Raises:
+        typer.BadParameter: If it is anything else.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 0,1,2") from None
+
+
+def lines_of(file: Path | None) -> list[str] | None:
+    """The lines of a file of prompts that are not empty; None without a file.
+
+    Raises:
+        typer.BadParameter: If there are none.
+    """
+    if file is None:
+        return None
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise typer.BadParameter(f"--prompts {file} is empty; write one user message a line")
+    return lines

@@ -1,0 +1,102 @@
+"""`vllm-bailing verify`: a deployment against the plain reference."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from vllm_bailing.cli import options, output
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help="The checkpoint: a folder, or a hub name that was downloaded.")],
+    url: Annotated[str | None, options.URL] = None,
+    served_model_name: options.ServedModelName = None,
+    dtype: Annotated[
+        str | None, options.dtype("What the deployment computes in: bf16, fp16, fp32 or fp8; else the checkpoint's.")
+    ] = None,
+    prompts: options.Prompts = None,
+    max_tokens: Annotated[int, typer.Option(help="Length of the answers that are compared too.", min=1)] = 32,
+    hf_overrides: options.HfOverrides = "{}",
+    engine: options.Engine = "{}",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start again instead of continuing an interrupted run.")
+    ] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Does this deployment compute this checkpoint?
+
+    Sends prompts, takes the log-probabilities of prompts and answers, and compares them with the plain PyTorch
+    reference, which reads the checkpoint layer by layer: a 100B model needs a few GiB of memory, and the time to read
+    its files. Without --url, vLLM runs in this process, with the arguments of --engine. Exit code 0: it does; 1: it
+    does not; 2: could not be compared.
+    """
+    from rich.progress import Progress
+
+    from vllm_bailing.errors import CheckpointError, VerifyError
+    from vllm_bailing.tools import verify
+    from vllm_bailing.units import full_dtype
+
+    overrides = options.json_object("--hf-overrides", hf_overrides)
+    arguments = options.json_object("--engine", engine)
+    console = output.console(stderr=True)
+    try:
+        with (
+            output.output_aside(),
+            Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        ):
+            tasks = {}
+
+            def advance(stage: str, done: int, total: int | None) -> None:
+                if stage not in tasks:
+                    tasks[stage] = progress.add_task(stage, total=total)
+                progress.update(tasks[stage], completed=done, total=total)
+
+            report = verify.run(
+                model,
+                url,
+                served_model_name,
+                dtype=dtype and full_dtype(dtype),
+                prompts=options.lines_of(prompts),
+                max_tokens=max_tokens,
+                overrides=overrides,
+                engine=arguments,
+                fresh=fresh,
+                progress=advance,
+            )
+    except (VerifyError, CheckpointError, ValueError) as error:
+        raise output.fail("verify", error, 2) from None
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        show_report(report)
+    raise typer.Exit(0 if report["computes"] else 1)
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """What `tools.verify.run` returns."""
+    table = output.table("prompt", "tokens", "mean |Δ|", "max |Δ|", "KL", "same top-1", justify="right")
+    for title, row in [*((str(n), row) for n, row in enumerate(report["prompts"], 1)), ("all", report["overall"])]:
+        table.add_row(
+            title,
+            str(row["tokens"]),
+            *(f"{row[key]:.2g}" for key in ("mean", "max", "divergence")),
+            f"{100 * row['agreement']:.1f} %",
+            style="bold" if title == "all" else "",
+        )
+    console = output.console()
+    console.print(table)
+    limits = report["tolerance"]
+    console.print(
+        f"Δ: served minus reference log-probability, in nats. Limits for {report['dtype']}: "
+        f"mean |Δ| {limits['mean']:g}, mean KL {limits['divergence']:g}."
+    )
+    if report["computes"]:
+        console.print(f"[green]{report['deployment']} computes {report['checkpoint']}[/green]", soft_wrap=True)
+    else:
+        console.print(
+            f"[red]{report['deployment']} does not compute {report['checkpoint']}[/red]: {report['reason']}",
+            soft_wrap=True,
+        )

@@ -1,0 +1,47 @@
+"""The tokens that an MTP draft may propose: the most frequent ones of a text."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_bailing.config import register_with_transformers
+
+
+@dataclass(frozen=True)
+class ChosenTokens:
+    """A draft's vocabulary.
+
+    Attributes:
+        token_ids: The ids that are kept, in ascending order.
+        vocabulary: Number of tokens that the tokenizer has.
+        coverage: Share of the text's tokens that are kept, 0 to 1.
+    """
+
+    token_ids: list[int]
+    vocabulary: int
+    coverage: float
+
+
+def choose_tokens(model: str, files: Iterable[Path], size: int) -> ChosenTokens:
+    """The `size` most frequent tokens of `files` in the tokenizer of `model`, all special ones among them."""
+    from transformers import AutoTokenizer
+
+    register_with_transformers()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    counts: Counter[int] = Counter()
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            counts.update(tokenizer.encode(line, add_special_tokens=False))
+    # Every answer ends with a special token, however rare these are in the text.
+    kept = list(dict.fromkeys([*tokenizer.all_special_ids, *(token for token, _ in counts.most_common(size))]))[:size]
+    covered = sum(counts[token] for token in kept)
+    return ChosenTokens(sorted(kept), len(tokenizer), covered / max(1, counts.total()))
+
+
+def write_tokens(file: Path, chosen: ChosenTokens) -> None:
+    """Write the ids as `bailing_draft_vocab` of `--additional-config` reads them."""
+    file.write_text(json.dumps(chosen.token_ids) + "\n", encoding="utf-8")
