@@ -107,8 +107,10 @@ REFUSED = [
     ({"kv_dtype": "int8"}, ("kv_dtype='int8'", "auto, fp8")),
     ({"context": 131073}, ("context=131073", "131072 with YaRN", "at most 131072")),
     ({"tp": 3, "gpus": 3}, ("tp=3", "num_attention_heads=16")),
-    ({"tp": 8}, ("tp=8", "gpus=4")),
-    ({"pp": 3}, ("pp=3", "gpus=4")),
+    ({"tp": 8}, ("tp=8 times pp=1 is 8, not gpus=4",)),
+    ({"pp": 8}, ("tp=1 times pp=8 is 8, not gpus=4",)),
+    ({"pp": 3}, ("tp=1 times pp=3 is 3, not gpus=4",)),
+    ({"tp": 4, "pp": 2}, ("tp=4 times pp=2 is 8, not gpus=4",)),
     ({"pp": 24, "gpus": 24}, ("pp=24", "num_hidden_layers=20", "fewer GPUs")),
 ]
 
