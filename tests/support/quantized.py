@@ -54,6 +54,12 @@ def quantize(folder: Path, scheme: str, chosen: Callable[[str], bool] = is_linea
     return meaning
 
 
+def quantize_one(module: str, weight: torch.Tensor, scheme: str, group: int = 32) -> tuple[dict, dict, torch.Tensor]:
+    """As `quantize` for one linear layer [out, in]: `quantization_config`, stored tensors by name, their meaning."""
+    parts, meaning = _LAYOUTS[scheme.partition("-")[0]](module, weight, group, scheme)
+    return _quantization_config(scheme, group, []), {f"{module}.{leaf}": part for leaf, part in parts.items()}, meaning
+
+
 def _quantization_config(scheme: str, group: int, kept: list[str]) -> dict[str, Any]:
     if scheme == "w8a8":
         eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}

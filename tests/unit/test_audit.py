@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.checkpoints import GATE, make_checkpoint, small_config, with_a_tensor_transposed
+from tests.support.checkpoints import GATE, make_checkpoint, small_config, with_a_tensor_transposed, without_its_end
 from vllm_bailing.audit import Audit
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.errors import CheckpointError
@@ -141,3 +141,195 @@ def test_a_draft_takes_its_own_layer_and_passes_over_the_targets(tmp_path):
     list(audit.passed(tensors.items()))
     with pytest.raises(CheckpointError, match=r"1 unexpected \(model.layers.3.extra.weight\)"):
         audit.finish()
+
+
+# ---- rules by which nothing is wrong with a tensor that is not loaded --------------------------------------------
+
+EXPERT = "model.layers.1.mlp.experts.3.up_proj"
+BIAS = "model.layers.1.mlp.gate.expert_bias"
+
+
+@pytest.mark.parametrize(
+    ("absent", "name", "rule"),
+    [
+        (".experts.3.", f"{EXPERT}.weight", "another rank's or the target's"),
+        (".experts.3.", f"{EXPERT}.weight_packed", "another rank's or the target's"),
+        ("expert_bias", BIAS, "another rank's or the target's"),
+        (".experts.3.", f"{EXPERT}_extra.weight", None),
+        ("nothing", "model.layers.0.attention.rotary_emb.inv_freq", "rotary tables are computed"),
+        ("nothing", "model.layers.0.attention.rotary_emb.cos_cached", "rotary tables are computed"),
+        ("nothing", "model.layers.0.attention.rotary_emb.sin_cached", "rotary tables are computed"),
+        ("nothing", "model.layers.3.enorm.weight", "MTP layers are the draft model's"),
+        ("nothing", "model.layers.4.enorm.weight", None),
+        ("nothing", f"{EXPERT}.weight", None),
+        ("nothing", "lm_head.bias", None),
+    ],
+)
+def test_every_rule_has_a_name(absent, name, rule):
+    audit = Audit.of_target(small_config(num_nextn_predict_layers=1), is_here=lambda tensor: absent not in tensor)
+    assert audit.skip_rule(name) == rule
+
+
+def test_a_tied_head_is_skipped_and_nothing_else():
+    audit = Audit.of_target(small_config(tie_word_embeddings=True))
+    assert audit.skip_rule("lm_head.weight") == "the head is the embedding"
+    assert audit.skip_rule("model.extra.weight") is None
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_draft_skips_what_the_target_accounts_for(layers):
+    audit = Audit.of_draft(small_config(num_hidden_layers=layers, num_nextn_predict_layers=1))
+    assert audit.skip_rule("model.norm.weight") == "another rank's or the target's"
+    assert audit.skip_rule("model.layers.0.attention.extra") == "the target's"
+    assert audit.skip_rule("extra") == "the target's"
+    assert audit.skip_rule(f"model.layers.{layers}.extra.weight") is None
+
+
+def test_what_a_rule_skips_is_dropped_before_anything_is_computed_from_it(tensors):
+    audit = Audit.of_target(small_config(num_nextn_predict_layers=1))
+    names = [GATE, "model.layers.3.enorm.weight", "a.stranger"]
+    assert [name for name, _ in audit.needed((name, torch.empty(1)) for name in names)] == [GATE, "a.stranger"]
+
+
+# ---- what is passed on, and what is held back --------------------------------------------------------------------
+
+
+def test_integers_of_another_shape_are_a_quantized_checkpoints_own_affair(tensors):
+    packed = {**tensors, GATE: torch.empty(4, 8, dtype=torch.int32)}
+    assert audited(small_config(), packed, quantized=True) == set(tensors)
+    with pytest.raises(CheckpointError, match=r"1 of the wrong shape"):
+        audited(small_config(), packed)
+
+
+@pytest.mark.parametrize("leaf", ["qweight", "weight_packed"])
+def test_a_packed_weight_stands_for_the_plain_one(leaf, tensors):
+    module = GATE.removesuffix(".weight")
+    tensors.pop(GATE)
+    with pytest.raises(CheckpointError, match="1 missing"):
+        audited(small_config(), {**tensors, f"{module}.scales": torch.empty(1)}, quantized=True)
+    audited(small_config(), {**tensors, f"{module}.{leaf}": torch.empty(1, dtype=torch.int32)}, quantized=True)
+
+
+def test_scales_of_the_cache_lie_beside_the_attention_or_within_it(tensors):
+    names = {"model.layers.0.attention.k_scale", "model.layers.0.attention.attn.v_scale"}
+    given = tensors | dict.fromkeys(names, torch.empty(1))
+    assert audited(small_config(), given, quantized=True) == set(given)
+
+
+@pytest.mark.parametrize("name", [GATE, "a.stranger"])
+def test_what_does_not_fit_is_not_passed_on(name):
+    audit = Audit.of_target(small_config())
+    assert list(audit.passed([(name, torch.empty(1))])) == []
+
+
+def test_a_file_that_ends_early_is_the_reason_and_another_error_is_left_alone(tmp_path):
+    model = make_checkpoint(tmp_path)
+
+    def breaking():
+        yield GATE, torch.empty(32, 64)
+        raise OSError("short read")
+
+    whole = Audit.of_target(small_config(), folder=str(model))
+    with pytest.raises(OSError, match="short read"):
+        list(whole.passed(breaking()))
+    without_its_end(model)
+    with pytest.raises(CheckpointError, match=r"^the checkpoint cannot be read: .*model\.safetensors"):
+        list(whole.passed(breaking()))
+
+
+def test_headers_of_a_damaged_file_are_refused_with_the_damage(tmp_path):
+    model = make_checkpoint(tmp_path)
+    without_its_end(model)
+    with pytest.raises(CheckpointError, match=r"^the checkpoint cannot be read: .*model\.safetensors"):
+        Audit.of_target(small_config()).check(Checkpoint(model))
+
+
+def test_headers_show_floats_of_another_shape_in_a_quantized_checkpoint_too(tmp_path):
+    model = make_checkpoint(tmp_path)
+    with_a_tensor_transposed(model)
+    with pytest.raises(CheckpointError, match="1 of the wrong shape"):
+        Audit.of_target(small_config(), quantized=True).check(Checkpoint(model))
+
+
+# ---- what is missing, and why ------------------------------------------------------------------------------------
+
+
+def without_expert(tensors, expert):
+    return {name: tensor for name, tensor in tensors.items() if f".experts.{expert}." not in name}
+
+
+def test_a_whole_expert_is_missing_unless_another_rank_may_hold_it(tensors):
+    with pytest.raises(CheckpointError, match="6 missing"):
+        audited(small_config(), without_expert(tensors, 3))
+    audited(small_config(), without_expert(tensors, 3), may_lack_experts=True)
+
+
+def test_expert_biases_are_missed_only_where_the_router_has_them(tensors):
+    biases = {name for name in tensors if name.endswith("expert_bias")}
+    plain = {name: tensor for name, tensor in tensors.items() if name not in biases}
+    audited(small_config(moe_router_enable_expert_bias=False), plain)
+    with pytest.raises(CheckpointError, match=r"2 missing .*expert_bias"):
+        audited(small_config(), plain)
+    plain.pop(GATE)
+    with pytest.raises(CheckpointError, match="1 missing"):
+        audited(small_config(moe_router_enable_expert_bias=False), plain)
+
+
+def refusal_of(tensors, audit):
+    list(audit.passed(tensors.items()))
+    with pytest.raises(CheckpointError) as refusal:
+        audit.finish()
+    return str(refusal.value)
+
+
+def test_the_message_lists_four_of_each_kind(tensors):
+    for name in [name for name in tensors if name.startswith("model.layers.0.mlp.")]:
+        tensors.pop(name)
+    tensors |= {f"stranger.{number}": torch.empty(1) for number in range(4)}
+    tensors["model.norm.weight"] = torch.empty(3)
+    assert refusal_of(tensors, Audit.of_target(small_config())) == (
+        "the checkpoint does not fit its config.json: "
+        "3 missing (model.layers.0.mlp.gate_proj.weight, model.layers.0.mlp.up_proj.weight, "
+        "model.layers.0.mlp.down_proj.weight); "
+        "4 unexpected (stranger.0, stranger.1, stranger.2, stranger.3); "
+        "1 of the wrong shape (model.norm.weight is [3], config.json asks for [64]). "
+        "Likely cause: config.json belongs to another model size; take it from the same place as the weights"
+    )
+
+
+def test_more_than_four_are_cut_short(tensors):
+    tensors |= {f"stranger.{number}": torch.empty(1) for number in range(5)}
+    assert refusal_of(tensors, Audit.of_target(small_config())) == (
+        "the checkpoint does not fit its config.json: "
+        "5 unexpected (stranger.0, stranger.1, stranger.2, stranger.3, ...). "
+        "Likely cause: weights of another architecture or adapter tensors; remove them from the checkpoint"
+    )
+
+
+INCOMPLETE = "Likely cause: an incomplete download or export; fetch or export the checkpoint again"
+
+
+def test_a_damaged_file_is_the_cause_before_any_other(tensors, tmp_path):
+    model = make_checkpoint(tmp_path)
+    tensors.pop(GATE)
+    assert refusal_of(tensors, Audit.of_target(small_config(), folder=str(model))).endswith(f". {INCOMPLETE}")
+    without_its_end(model)
+    message = refusal_of(tensors, Audit.of_target(small_config(), folder=str(model)))
+    assert "Likely cause: " in message and "model.safetensors" in message.partition("Likely cause: ")[2]
+
+
+def test_only_a_draft_without_any_of_its_tensors_has_no_mtp_layer():
+    config = small_config(num_nextn_predict_layers=1)
+    assert "has no MTP layer, though num_nextn_predict_layers=1" in refusal_of({}, Audit.of_draft(config))
+    some = {"model.layers.3.enorm.weight": torch.empty(64)}
+    assert refusal_of(some, Audit.of_draft(config)).endswith(INCOMPLETE)
+    assert refusal_of({}, Audit.of_target(config)).endswith(INCOMPLETE)
+
+
+def test_layers_past_the_last_are_counted(tensors):
+    tensors |= {
+        f"model.layers.{layer}.{norm}.weight": torch.empty(64) for layer in (3, 4) for norm in ("enorm", "hnorm")
+    }
+    message = refusal_of(tensors, Audit.of_target(small_config()))
+    assert "the checkpoint has 2 layer(s) past num_hidden_layers=3" in message
+    assert "set num_nextn_predict_layers to 2 in config.json" in message
