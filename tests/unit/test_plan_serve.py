@@ -10,7 +10,7 @@ import serve_configs
 import yaml
 from serve_configs import zoo_config
 
-from tests.support.engine import run
+from tests.support.engine import run_in_turn
 from tests.support.planning import YARN, plan
 from vllm_bailing.planning.serve import config_file, serve_line
 
@@ -107,7 +107,7 @@ def test_vllm_reads_command_and_file_as_planned(case, tmp_path):
     file.write_text(found.yaml())
     command = shlex.split(found.serve_line().replace("\\\n", ""))
     command = command[command.index("serve") :]
-    by_command, by_file = (run(_parsed, arguments) for arguments in (command, ["serve", "--config", str(file)]))
+    by_command, by_file = (run_in_turn(_parsed, arguments) for arguments in (command, ["serve", "--config", str(file)]))
     assert by_command.pop("model_tag") == by_file.pop("model") == "some one's/model"
     by_command.pop("model"), by_file.pop("model_tag")
     assert by_command == by_file
