@@ -6,7 +6,7 @@ import torch
 
 from tests.support.checkpoints import make_checkpoint, small_config, write_tensors
 from vllm_bailing.checkpoint import Checkpoint, damaged_files
-from vllm_bailing.weights import main_tensors, mtp_tensors
+from vllm_bailing.tensor_names import main_tensors, mtp_tensors
 
 
 def test_shards_are_checked_by_index_and_size(tmp_path):

@@ -20,9 +20,9 @@ from vllm_bailing import DEMO
 from vllm_bailing.config import BailingMoeV2Config, read_config
 from vllm_bailing.errors import CheckpointError
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
+from vllm_bailing.tensor_names import main_tensors
 from vllm_bailing.tools import verify
 from vllm_bailing.tools.verify import TOLERANCES, Served
-from vllm_bailing.weights import main_tensors
 
 
 def asked(sequences, vocab):

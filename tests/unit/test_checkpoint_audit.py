@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.support.checkpoints import GATE, make_checkpoint, small_config, with_a_tensor_transposed, without_its_end
-from vllm_bailing.audit import Audit
 from vllm_bailing.checkpoint import Checkpoint
+from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.errors import CheckpointError
-from vllm_bailing.weights import layer_tensors, main_tensors, mtp_tensors
+from vllm_bailing.tensor_names import layer_tensors, main_tensors, mtp_tensors
 
 
 def audited(config, tensors, **options):
