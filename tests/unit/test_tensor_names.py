@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.support.cases import SWITCHES, switched
 from tests.support.checkpoints import small_config
+from tests.support.config_switches import SWITCHES, switched
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 from vllm_bailing.tensor_names import layer_of, layer_tensors, main_tensors
 
