@@ -1,4 +1,4 @@
-"""The engine on an NVIDIA GPU: fidelity in fp32 and bf16, drafts, YaRN, quantised experts, adapters, ranks and runners.
+"""The engine on an NVIDIA GPU: fidelity in fp32 and bf16, drafts, YaRN, quantized experts, adapters, ranks and runners.
 
 scripts/gpu/smoke.sh runs this file in steps.
 """

@@ -52,6 +52,6 @@ def test_one_pattern_finds_the_files_of_a_layer(tmp_path):
     assert checkpoint.files_with(lambda name: False) is None
 
 
-def test_a_scale_beside_the_projection_makes_it_quantised(tmp_path):
+def test_a_scale_beside_the_projection_makes_it_quantized(tmp_path):
     write_tensors(tmp_path, {"model.layers.3.eh_proj.weight_scale_inv": torch.ones(1)})
     assert Checkpoint(tmp_path).has_scales("model.layers.3.eh_proj")

@@ -69,7 +69,7 @@ def test_an_unknown_scheme_is_refused():
         Dequantizer({"quant_method": "mxfp4"}, torch.bfloat16)
 
 
-def test_the_configuration_hides_what_is_dequantised():
+def test_the_configuration_hides_what_is_dequantized():
     stored = {"quant_method": "fp8"}
     given = BailingMoeV2Config(dequantize=True, quantization_config=stored)
     assigned = BailingMoeV2Config(quantization_config=stored)
