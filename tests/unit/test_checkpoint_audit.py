@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tensors, change, fragments):
         assert fragment in message
 
 
-def test_quantised_linear_layers_may_store_other_leaves(tensors):
+def test_quantized_linear_layers_may_store_other_leaves(tensors):
     for name in [name for name in tensors if ".experts." in name or ".attention.dense." in name]:
         module = tensors.pop(name) is None or name.removesuffix(".weight")
         tensors[f"{module}.weight_packed"] = torch.empty(1, dtype=torch.int32)

@@ -14,7 +14,7 @@ from vllm_bailing.errors import CheckpointError
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "gptq-v2"])
-def test_dequantised_weights_are_what_the_stored_ones_mean(scheme, tmp_path):
+def test_dequantized_weights_are_what_the_stored_ones_mean(scheme, tmp_path):
     model = make_checkpoint(tmp_path, hidden_size=160, intermediate_size=288, num_nextn_predict_layers=1)
     meaning = quantize(model, scheme)
     stored = read_tensors(model)

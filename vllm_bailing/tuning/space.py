@@ -83,8 +83,8 @@ def experts_of(config: BailingMoeV2Config, tp_size: int, dtype: str | None = Non
     ):
         if dtype == "fp8" and size % BLOCK:
             raise ValueError(
-                f"{name} = {size} is not a multiple of {BLOCK}, the blocks of fp8 weights, and vLLM's releases differ in "
-                "the blocks that they make of it; choose another --tensor-parallel-size"
+                f"{name} = {size} is not a multiple of {BLOCK}, the blocks of fp8 weights, and vLLM's releases differ "
+                "in the blocks that they make of it; choose another --tensor-parallel-size"
             )
     return Experts(
         config.num_experts,
