@@ -21,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
@@ -156,10 +157,18 @@ def _turns(connection: Any, log: str, env: dict[str, str]) -> None:
             stream.flush()
             connection.send_bytes(pickle.dumps(answer))
             del answer
-            for llm in _engines:
-                llm.llm_engine.engine_core.shutdown()
-            _engines.clear()
-            gc.collect()
+            _forget_engines()
+
+
+def _forget_engines() -> None:
+    """Free what the job's engines hold, above all their caches."""
+    # Each collection of garbage walks through all of vLLM, so one has to do, and what is left is set aside again.
+    with mock.patch.object(gc, "collect"):
+        for llm in _engines:
+            llm.llm_engine.engine_core.shutdown()
+    _engines.clear()
+    gc.collect()
+    gc.freeze()
 
 
 def _redirect(stream: Any) -> None:

@@ -23,6 +23,8 @@ MODULES = """
     vllm.compilation.backends
     vllm.distributed.elastic_ep.elastic_execute
     vllm.entrypoints.anthropic.protocol
+    vllm.entrypoints.cli.main
+    vllm.entrypoints.cli.serve
     vllm.entrypoints.launchers.cli_args
     vllm.entrypoints.llm
     vllm.lora.resolver

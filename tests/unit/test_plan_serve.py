@@ -10,7 +10,7 @@ import serve_configs
 import yaml
 from serve_configs import zoo_config
 
-from tests.support.engine import run
+from tests.support.engine import run_in_turn
 from tests.support.planning import YARN, plan
 from vllm_bailing.planning.serve import config_file, serve_line
 
@@ -46,7 +46,7 @@ COMMANDS = {
         "memory_utilization": 0.9,
         "pp": 2,
     },
-    "dequantised, draft of another": {
+    "dequantized, draft of another": {
         "name": "Ling-1T-FP8",
         "gpu": "B200",
         "gpus": 32,
@@ -87,7 +87,7 @@ EXPECTED = {
         "speculative_config": {"method": "mtp", "num_speculative_tokens": 2},
         **PARSERS,
     },
-    "dequantised, draft of another": {
+    "dequantized, draft of another": {
         "tensor_parallel_size": 8,
         "pipeline_parallel_size": 4,
         "max_num_batched_tokens": 8192,  # vLLM would take more on a big GPU
@@ -107,7 +107,7 @@ def test_vllm_reads_command_and_file_as_planned(case, tmp_path):
     file.write_text(found.yaml())
     command = shlex.split(found.serve_line().replace("\\\n", ""))
     command = command[command.index("serve") :]
-    by_command, by_file = (run(_parsed, arguments) for arguments in (command, ["serve", "--config", str(file)]))
+    by_command, by_file = (run_in_turn(_parsed, arguments) for arguments in (command, ["serve", "--config", str(file)]))
     assert by_command.pop("model_tag") == by_file.pop("model") == "some one's/model"
     by_command.pop("model"), by_file.pop("model_tag")
     assert by_command == by_file
@@ -136,7 +136,7 @@ FLAGS = {
         "hf-overrides": '{"rope_scaling":{"type":"yarn","factor":4.0,"original_max_position_embeddings":32768}}',
         "speculative-config": '{"method":"mtp","num_speculative_tokens":2}',
     },
-    "dequantised, draft of another": {
+    "dequantized, draft of another": {
         "model": "a model",
         "tensor-parallel-size": 8,
         "pipeline-parallel-size": 4,
