@@ -14,7 +14,7 @@ from vllm_bailing.errors import CheckpointError
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "gptq-v2"])
-def test_dequantised_weights_are_what_the_stored_ones_mean(scheme, tmp_path):
+def test_dequantized_weights_are_what_the_stored_ones_mean(scheme, tmp_path):
     model = make_checkpoint(tmp_path, hidden_size=160, intermediate_size=288, num_nextn_predict_layers=1)
     meaning = quantize(model, scheme)
     stored = read_tensors(model)
@@ -69,7 +69,7 @@ def test_an_unknown_scheme_is_refused():
         Dequantizer({"quant_method": "mxfp4"}, torch.bfloat16)
 
 
-def test_the_configuration_hides_what_is_dequantised():
+def test_the_configuration_hides_what_is_dequantized():
     stored = {"quant_method": "fp8"}
     given = BailingMoeV2Config(dequantize=True, quantization_config=stored)
     assigned = BailingMoeV2Config(quantization_config=stored)

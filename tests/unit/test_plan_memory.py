@@ -81,7 +81,7 @@ def test_a_tokens_cache_is_a_key_and_a_value_of_every_layer_and_of_the_drafts(dr
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "w8a8"])
-def test_quantised_weights_are_what_the_files_hold(scheme, tmp_path):
+def test_quantized_weights_are_what_the_files_hold(scheme, tmp_path):
     model = make_checkpoint(
         tmp_path, **{**MIDDLE, "vocab_size": 1024, "moe_intermediate_size": 160}
     )  # half-empty blocks

@@ -11,8 +11,8 @@ from functools import cache, cached_property
 from typing import NamedTuple
 
 from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.tensor_names import Shape, layer_tensors
 from vllm_bailing.units import GIB, PLAIN_DTYPES, dtype_name
-from vllm_bailing.weights import Shape, layer_tensors
 
 # Plain data types, then those that linear layers can be quantized to; int4 is for the routed experts alone.
 DTYPES = (*PLAIN_DTYPES, "fp8", "int8", "int4")

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.support.checkpoints import GATE, make_checkpoint, small_config, with_a_tensor_transposed, without_its_end
-from vllm_bailing.audit import Audit
 from vllm_bailing.checkpoint import Checkpoint
+from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.errors import CheckpointError
-from vllm_bailing.weights import layer_tensors, main_tensors, mtp_tensors
+from vllm_bailing.tensor_names import layer_tensors, main_tensors, mtp_tensors
 
 
 def audited(config, tensors, **options):
@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tensors, change, fragments):
         assert fragment in message
 
 
-def test_quantised_linear_layers_may_store_other_leaves(tensors):
+def test_quantized_linear_layers_may_store_other_leaves(tensors):
     for name in [name for name in tensors if ".experts." in name or ".attention.dense." in name]:
         module = tensors.pop(name) is None or name.removesuffix(".weight")
         tensors[f"{module}.weight_packed"] = torch.empty(1, dtype=torch.int32)

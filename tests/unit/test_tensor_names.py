@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.support.cases import SWITCHES, switched
 from tests.support.checkpoints import small_config
+from tests.support.config_switches import SWITCHES, switched
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
-from vllm_bailing.weights import layer_of, layer_tensors, main_tensors
+from vllm_bailing.tensor_names import layer_of, layer_tensors, main_tensors
 
 TOGETHER = [
     ("only_dense_bias", "only_qkv_bias"),
