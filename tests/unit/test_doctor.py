@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from tests.support.checkpoints import read_tensors, without_mtp_in_config, write_tensors
-from tests.support.commands import run_command
+from tests.support.commands import invoke, run_command
 from tests.support.configs import change_config
 from vllm_bailing import DEMO
 from vllm_bailing.plugin import support
