@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.weights import Shape, layer_of
+from vllm_bailing.tensor_names import Shape, layer_of
 
 _SCALES = ("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "scales")
 _INDEX = "model.safetensors.index.json"

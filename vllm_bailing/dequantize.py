@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import CheckpointError
-from vllm_bailing.weights import ACTIVATION_LEAVES, KV_SCALES
+from vllm_bailing.tensor_names import ACTIVATION_LEAVES, KV_SCALES
 
 if TYPE_CHECKING:  # registering must not import it
     import torch

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable
 from functools import cached_property
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from vllm.distributed.parallel_state import get_ep_group, get_pp_group, get_tens
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear, MoERunner
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory, MoERunner
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -52,22 +51,20 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
     sequence_parallel_chunk,
 )
-from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from vllm_bailing.audit import Audit
+from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.dequantize import dequantized
-from vllm_bailing.errors import CheckpointError
 from vllm_bailing.plugin.checks import adding_the_remedy
 from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
 from vllm_bailing.plugin.kernels.qk_norm_rope import fused_qk_norm_rope_for
 from vllm_bailing.plugin.lora import RejectsPartialAdapters
-from vllm_bailing.plugin.options import FP32_ROUTER, keeps_fp32_router
 from vllm_bailing.plugin.patches import experts_without_lora_on_cpu, patch_for_model, repack_experts_on_reload
 from vllm_bailing.plugin.shims import rope_parameters
+from vllm_bailing.router import BailingMoeV2Gate, routing_rule
+from vllm_bailing.tensor_names import EMBEDDING, HEAD, layer_of
 from vllm_bailing.units import GIB
-from vllm_bailing.weights import EMBEDDING, HEAD, layer_of
 
 # A child of vLLM's logger, whose level and format its users have set up.
 logger = init_logger("vllm.plugins.bailing.model")
@@ -204,69 +201,10 @@ class BailingMoeV2MLP(nn.Module):
         return output
 
 
-class BailingMoeV2Gate(GateLinear):
-    """Router projection with fp32 logits, and the bias that only the choice of experts sees.
-
-    The official code multiplies in fp32. A bf16 weight gives the same products (a product of two bf16 numbers is exact
-    in fp32, where they are summed) at half the bytes, so a bf16 model keeps the gate in bf16 where vLLM has a bf16
-    product with fp32 result. Elsewhere, and for weights that bf16 cannot hold, the gate is fp32. The first weights
-    decide: later, CUDA graphs hold on to the parameter as it is.
-
-    Raises:
-        CheckpointError: From the weight loader, if later weights need fp32 and the first did not.
-    """
-
-    weight: Any  # torch declares every attribute of a module as "Tensor | Module"
-
-    def __init__(self, config: BailingMoeV2Config, vllm_config: VllmConfig, prefix: str) -> None:
-        model_dtype = torch.get_default_dtype()
-        wants_fp32 = keeps_fp32_router(vllm_config)
-        try_bf16 = model_dtype == torch.bfloat16 and current_platform.is_cuda_alike() and not wants_fp32
-        super().__init__(
-            config.hidden_size,
-            config.num_experts,
-            out_dtype=torch.float32,
-            params_dtype=model_dtype if try_bf16 else torch.float32,
-            prefix=prefix,
-        )
-        # This path takes any number of tokens; without it GateLinear would round the logits to bf16.
-        if try_bf16 and not self.allow_cublas_router_gemm:
-            self._keep_fp32()
-        # Dummy weights are never loaded, and the model runs before real ones replace them.
-        self._is_settled = vllm_config.load_config.load_format == "dummy"
-        self.weight.weight_loader = self._load_weight
-        self.expert_bias = nn.Parameter(torch.zeros(config.num_experts, dtype=torch.float32), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Logits [T, E] fp32 of hidden states [T, H], in the form of a vLLM linear layer."""
-        if not current_platform.is_cpu():
-            return super().forward(x)
-        # GateLinear casts to its weight's dtype, but on CPUs vLLM packs the weight and may leave an empty one in bf16.
-        return super(GateLinear, self).forward(x.float())
-
-    def _keep_fp32(self) -> None:
-        self.weight.data = self.weight.data.float()
-        # Both take bf16 weights only; without them GateLinear multiplies in the weight's dtype.
-        self.allow_ll_bf16_gemm = self.allow_cublas_router_gemm = False
-
-    def _load_weight(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
-        if param.dtype == torch.bfloat16 and not torch.equal(loaded_weight.bfloat16().float(), loaded_weight.float()):
-            if self._is_settled:
-                raise CheckpointError(
-                    "the new router weights need fp32, and the running model keeps them in bf16, as the first ones "
-                    f"allowed; start it with --additional-config '{{\"{FP32_ROUTER}\": true}}'"
-                )
-            logger.info_once("The router weights of this checkpoint need fp32 and are kept so.")
-            self._keep_fp32()
-        param.data.copy_(loaded_weight)
-        self._is_settled = True
-
-
 class BailingMoeV2MoE(nn.Module):
     """Routed experts chosen by group-limited top-k of sigmoid scores, plus shared experts that see every token.
 
-    vLLM's runner applies the rule from the arguments below; the rule itself is written out in `reference.py`,
-    `BailingMoeV2Gate.forward`.
+    How they are chosen: `router.py`.
     """
 
     def __init__(
@@ -297,18 +235,11 @@ class BailingMoeV2MoE(nn.Module):
         with experts_without_lora_on_cpu():
             self.experts: MoERunner = FusedMoEFactory(
                 num_experts=config.num_experts,
-                top_k=config.num_experts_per_tok,
                 hidden_size=config.hidden_size,
                 intermediate_size=config.moe_intermediate_size,
-                # The official code normalizes only where there is more than one weight.
-                renormalize=config.num_experts_per_tok > 1,
-                use_grouped_topk=True,
-                num_expert_group=config.n_group,
-                topk_group=config.topk_group,
                 quant_config=quant_config,
                 prefix=f"{prefix}.experts",
-                scoring_func="sigmoid",
-                routed_scaling_factor=config.routed_scaling_factor,
+                **routing_rule(config),
                 e_score_correction_bias=self.gate.expert_bias,
                 enable_eplb=parallel_config.enable_eplb,
                 num_redundant_experts=self.num_redundant_experts,

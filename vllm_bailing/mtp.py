@@ -32,8 +32,8 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from vllm_bailing.audit import Audit
 from vllm_bailing.checkpoint import Checkpoint
+from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.dequantize import dequantized
 from vllm_bailing.errors import CheckpointError
@@ -47,7 +47,7 @@ from vllm_bailing.model import (
 from vllm_bailing.plugin.checks import adding_the_remedy
 from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
 from vllm_bailing.plugin.options import draft_vocabulary
-from vllm_bailing.weights import EMBEDDING, HEAD, layer_of
+from vllm_bailing.tensor_names import EMBEDDING, HEAD, layer_of
 
 
 class DraftHead(nn.Module):

@@ -74,7 +74,7 @@ CONFIG: dict[str, Any] = {
     "partial_rotary_factor": 0.5,
     "rms_norm_eps": 1e-06,
     "rope_scaling": None,
-    "rope_theta": 100,  # 16 turning channels have to tell neighbours apart as well as the ends of a conversation
+    "rope_theta": 100,  # 16 turning channels have to tell neighbors apart as well as the ends of a conversation
     "rotary_dim": 16,
     "routed_scaling_factor": 2.5,
     "router_dtype": "fp32",

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared by smoke.sh and bench.sh, which source it: the check for a GPU, the environment, and steps.
 #
 #   require_gpu      ends the script where there is no NVIDIA GPU: "skipped" and 0, or an error and 1 with REQUIRE_GPU=1

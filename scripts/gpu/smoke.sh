@@ -24,7 +24,7 @@ tests reference-fp32 "test_reference and float32"
 tests reference-bf16 "test_reference and bfloat16" # YaRN is one of the recorded cases
 tests runners test_runner
 tests mtp test_mtp
-tests quantised test_quantised
+tests quantized test_quantized
 tests adapters test_adapter
 if ((gpus > 1)); then tests tp2 test_tp2; fi
 step serve bash scripts/demo.sh --adapter --port "${PORT:-8123}"

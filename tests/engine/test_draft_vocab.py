@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.support.cases import SWITCHES
 from tests.support.checkpoints import PROMPT, make_checkpoint
+from tests.support.config_switches import SWITCHES
 from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, make_llm, run, run_in_turn
 from tests.support.speculation import answers, draft_logits, mtp
 from vllm_bailing import DEMO

@@ -1,4 +1,4 @@
-"""The engine on an NVIDIA GPU: fidelity in fp32 and bf16, drafts, YaRN, quantised experts, adapters, ranks and runners.
+"""The engine on an NVIDIA GPU: fidelity in fp32 and bf16, drafts, YaRN, quantized experts, adapters, ranks and runners.
 
 scripts/gpu/smoke.sh runs this file in steps.
 """
@@ -75,7 +75,7 @@ def demo_answers():
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "w8a8", "w4a16"])
-def test_quantised_experts_answer_like_plain_ones(scheme, tmp_path, demo_answers):
+def test_quantized_experts_answer_like_plain_ones(scheme, tmp_path, demo_answers):
     model = quantized_demo(f"script-{scheme}", tmp_path / "demo")
     try:
         found, _ = run(answers, model, 200, 1, dtype="bfloat16", **SHARE)

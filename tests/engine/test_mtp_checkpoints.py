@@ -107,8 +107,8 @@ def test_a_draft_of_another_model_is_refused(tmp_path):
         run(make_llm, model, speculative_config=mtp(1, model=str(draft)))
 
 
-def test_a_quantised_target_has_a_quantised_draft(tmp_path):
-    """Everything that vLLM's CPU build can quantise is int8; `eh_proj` has no scale and stays as it is."""
+def test_a_quantized_target_has_a_quantized_draft(tmp_path):
+    """Everything that vLLM's CPU build can quantize is int8; `eh_proj` has no scale and stays as it is."""
     model = Path(shutil.copytree(DEMO, tmp_path / "demo"))
     quantize(model, "w8a8", no_expert)
     wanted, _ = run_in_turn(answers, model, 25, 0)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tests.support.cases import load_case, switched
+from tests.support.cases import load_case
 from tests.support.checkpoints import PROMPT, make_checkpoint
+from tests.support.config_switches import switched
 from tests.support.engine import TOLERANCE, TWO_RANKS, run_in_turn
 from tests.support.speculation import draft_logits
 from vllm_bailing.reference import BailingMoeV2ForCausalLM

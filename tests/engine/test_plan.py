@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.cases import SWITCHES, switched
 from tests.support.checkpoints import make_checkpoint
+from tests.support.config_switches import SWITCHES, switched
 from tests.support.engine import TWO_RANKS, loaded_rank, make_llm, run_in_turn, run_ranks
 from tests.support.planning import MIDDLE, plan
 from vllm_bailing import DEMO

@@ -11,7 +11,7 @@ from tests.support.speculation import mtp
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_engine_serves_what_a_dequantised_checkpoint_means(scheme, tmp_path):
+def test_engine_serves_what_a_dequantized_checkpoint_means(scheme, tmp_path):
     model = make_checkpoint(tmp_path / "model", num_nextn_predict_layers=1)
     meaning = quantize(model, scheme)
     wanted, wanted_ids = plain_answer(plain_copy(model, meaning, tmp_path / "plain"), PROMPT)
@@ -38,7 +38,7 @@ def test_a_swapped_scale_shows(tmp_path):
     [("w8a8", 0.3), ("script-fp8", 0.5), ("script-w4a16", 0.1), ("gptq", 0.1), ("awq", 0.1)],
     ids=lambda value: value,
 )
-def test_linear_layers_in_vllms_quantised_kernels(scheme, mean_error, tmp_path):
+def test_linear_layers_in_vllms_quantized_kernels(scheme, mean_error, tmp_path):
     """Experts stay plain. W8A8 and FP8 round what goes into a layer too, so they cannot agree as well."""
     model = make_checkpoint(tmp_path / "plain", hidden_size=128, moe_intermediate_size=128)
     if scheme.startswith("script-"):

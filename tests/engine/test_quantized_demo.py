@@ -20,7 +20,7 @@ def demo_answers():
 
 
 @pytest.mark.parametrize("scheme", [*(f"script-{one}" for one in ("fp8", "fp8-block", "w8a8", "w4a16")), *SCHEMES])
-def test_the_quantised_demo_answers_like_the_plain_one(scheme, tmp_path, demo_answers):
+def test_the_quantized_demo_answers_like_the_plain_one(scheme, tmp_path, demo_answers):
     """Experts, MTP layer and all; what the plain checkpoint answers in bf16 is right in 97 of 100 cases."""
     model = quantized_demo(scheme, tmp_path / "demo")
     ids, counted = run_in_turn(answers, model, 200, 1, dtype="bfloat16", **DEQUANTIZE)
@@ -29,7 +29,7 @@ def test_the_quantised_demo_answers_like_the_plain_one(scheme, tmp_path, demo_an
     assert counted["accepted_tokens"] >= 0.9 * counted["drafts"]
 
 
-def test_a_quantised_draft_of_a_plain_target_is_dequantised_too(tmp_path, plain_answers):
+def test_a_quantized_draft_of_a_plain_target_is_dequantized_too(tmp_path, plain_answers):
     draft = quantized_demo("fp8", tmp_path / "draft")
     target = Path(shutil.copytree(DEMO, tmp_path / "target"))
     speculation = mtp(2, model=str(draft))

@@ -45,7 +45,7 @@ def _loaded_experts(rank, ranks, init, model):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("scheme", ["fp8", "fp8-tensor", "w8a8", "script-fp8", "script-w4a16", "gptq"])
-def test_every_quantised_expert_lands_in_its_slice(scheme, ranks, tmp_path):
+def test_every_quantized_expert_lands_in_its_slice(scheme, ranks, tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 128, "moe_intermediate_size": 256}
     model = make_checkpoint(tmp_path / "model", num_experts=8, n_group=2, **sizes)
     if scheme.startswith("script-"):

@@ -2,8 +2,9 @@
 
 import pytest
 
-from tests.support.cases import CASES, SWITCHES, VARIANTS, load_case
+from tests.support.cases import CASES, load_case
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer
+from tests.support.config_switches import SWITCHES, VARIANTS
 from tests.support.engine import TOLERANCE, TWO_RANKS, TWO_SPAWNED_RANKS, generate, run_in_turn
 
 

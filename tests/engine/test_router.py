@@ -74,7 +74,7 @@ def _gate_as_on_a_gpu(model, updates, **options):
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
     from vllm.engine.arg_utils import EngineArgs
 
-    import vllm_bailing.model as ours
+    import vllm_bailing.router as ours
 
     class GpuPlatform:
         is_cuda_alike = staticmethod(lambda: True)

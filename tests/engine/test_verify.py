@@ -30,7 +30,7 @@ def without_bias(tensors):
 
 
 def round_router_logits():
-    from vllm_bailing.model import BailingMoeV2Gate
+    from vllm_bailing.router import BailingMoeV2Gate
 
     forward = BailingMoeV2Gate.forward
 

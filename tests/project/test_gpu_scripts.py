@@ -78,7 +78,7 @@ def test_a_gpu_that_is_required_and_absent_is_an_error(script, run_script):
 
 def test_smoke_on_one_gpu(run_script, tmp_path):
     found = steps(run_script("smoke", 1, DRY_RUN="1"))
-    wanted = "setup versions reference-fp32 reference-bf16 runners mtp quantised adapters serve"
+    wanted = "setup versions reference-fp32 reference-bf16 runners mtp quantized adapters serve"
     assert list(found) == wanted.split()
     assert found["setup"].endswith("/scripts/setup.sh")
     assert "scripts/demo.sh --adapter" in found["serve"]

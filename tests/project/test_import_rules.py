@@ -23,9 +23,9 @@ WITHOUT = {
     "vllm_bailing.reasoning": ["vllm", "torch", "transformers"],
     "vllm_bailing.tool_calls": ["vllm", "torch", "transformers"],
     "vllm_bailing.config": ["vllm"],
-    "vllm_bailing.weights": ["vllm"],
+    "vllm_bailing.tensor_names": ["vllm"],
     "vllm_bailing.checkpoint": ["vllm"],
-    "vllm_bailing.audit": ["vllm"],
+    "vllm_bailing.checkpoint_audit": ["vllm"],
     "vllm_bailing.dequantize": ["vllm"],
     "vllm_bailing.reference": ["vllm"],
     "vllm_bailing.plugin.support": ["vllm", "torch", "transformers"],
@@ -35,9 +35,8 @@ WITHOUT = {
 }
 # Modules that registration imports, or that must answer at once: torch comes when it computes. (transformers imports
 # it by itself, so this looks at our own imports.)
-WITHOUT_TORCH = (
-    "config rope weights checkpoint audit dequantize plugin/patches plugin/checks plugin/speculation plugin/lora"
-)
+WITHOUT_TORCH = "config rope tensor_names checkpoint checkpoint_audit dequantize"
+WITHOUT_TORCH += " plugin/patches plugin/checks plugin/speculation plugin/lora"
 WITHOUT_TORCH += " planning/gpus planning/memory planning/plan tools/doctor tools/verify tools/chat tools/demo"
 WITHOUT_TORCH += " tools/quantize tools/draft_vocab tools/info cli/__init__"
 
@@ -139,7 +138,7 @@ def test_a_change_of_vllm_elsewhere_would_be_seen():
     [
         ("plugin/checks.py", "from vllm_bailing.cli import output", "Imports point one way"),
         ("model.py", "from vllm_bailing.bench import runner", "Imports point one way"),
-        ("weights.py", "from vllm import ModelRegistry", "knows nothing of vLLM"),
+        ("tensor_names.py", "from vllm import ModelRegistry", "knows nothing of vLLM"),
         ("model.py", "from vllm_bailing import reference", "do not know each other"),
         ("planning/memory.py", "import torch", "needs neither vLLM nor torch"),
     ],

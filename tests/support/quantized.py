@@ -20,12 +20,12 @@ from vllm_bailing import DEMO
 
 
 def is_linear(name: str) -> bool:
-    """Whether quantised checkpoints of the family hold this tensor quantised; the vendor leaves `eh_proj` alone."""
+    """Whether quantized checkpoints of the family hold this tensor quantized; the vendor leaves `eh_proj` alone."""
     return name.endswith(("query_key_value.weight", "attention.dense.weight", "_proj.weight")) and "eh_proj" not in name
 
 
 def no_expert(name: str) -> bool:
-    """As `is_linear`, without the experts, for which vLLM's CPU build has no quantised kernel."""
+    """As `is_linear`, without the experts, for which vLLM's CPU build has no quantized kernel."""
     return is_linear(name) and ".mlp.experts." not in name
 
 
@@ -52,6 +52,12 @@ def quantize(folder: Path, scheme: str, chosen: Callable[[str], bool] = is_linea
     (folder / "config.json").write_text(json.dumps(config))
     write_tensors(folder, tensors)
     return meaning
+
+
+def quantize_one(module: str, weight: torch.Tensor, scheme: str, group: int = 32) -> tuple[dict, dict, torch.Tensor]:
+    """As `quantize` for one linear layer [out, in]: `quantization_config`, stored tensors by name, their meaning."""
+    parts, meaning = _LAYOUTS[scheme.partition("-")[0]](module, weight, group, scheme)
+    return _quantization_config(scheme, group, []), {f"{module}.{leaf}": part for leaf, part in parts.items()}, meaning
 
 
 def _quantization_config(scheme: str, group: int, kept: list[str]) -> dict[str, Any]:
@@ -170,7 +176,7 @@ DEQUANTIZE = {"hf_overrides": {"dequantize": True}}
 
 
 def plain_copy(folder, meaning, out):
-    """A checkpoint in fp32 of what the tensors of a quantised one mean."""
+    """A checkpoint in fp32 of what the tensors of a quantized one mean."""
     out.mkdir()
     config = {key: value for key, value in raw_config_of(folder).items() if key != "quantization_config"}
     (out / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))

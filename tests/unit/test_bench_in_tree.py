@@ -20,7 +20,7 @@ from vllm_bailing.cli.bench import show_comparison
 from vllm_bailing.config import BailingMoeV2Config, adopt
 from vllm_bailing.errors import BenchError
 from vllm_bailing.planning import roofline
-from vllm_bailing.weights import main_tensors
+from vllm_bailing.tensor_names import main_tensors
 
 TASK = CompareTask("model", {"dtype": "float32"}, [1], [64])
 FACTS = {

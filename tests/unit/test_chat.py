@@ -69,8 +69,8 @@ def test_commands_of_the_conversation():
 
 def test_thinking_is_dim_on_a_terminal_only():
     for terminal in (True, False):
-        colours = "standard" if terminal else None
-        console = Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=colours)
+        colors = "standard" if terminal else None
+        console = Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=colors)
         show(iter([("reasoning", "[b]x"), ("content", "y")]), console)
         told = console.file.getvalue()
         assert ("\033[2m" in told) == terminal and "[b]x" in told

@@ -6,7 +6,7 @@ import torch
 
 from tests.support.checkpoints import make_checkpoint, small_config, write_tensors
 from vllm_bailing.checkpoint import Checkpoint, damaged_files
-from vllm_bailing.weights import main_tensors, mtp_tensors
+from vllm_bailing.tensor_names import main_tensors, mtp_tensors
 
 
 def test_shards_are_checked_by_index_and_size(tmp_path):
@@ -52,6 +52,6 @@ def test_one_pattern_finds_the_files_of_a_layer(tmp_path):
     assert checkpoint.files_with(lambda name: False) is None
 
 
-def test_a_scale_beside_the_projection_makes_it_quantised(tmp_path):
+def test_a_scale_beside_the_projection_makes_it_quantized(tmp_path):
     write_tensors(tmp_path, {"model.layers.3.eh_proj.weight_scale_inv": torch.ones(1)})
     assert Checkpoint(tmp_path).has_scales("model.layers.3.eh_proj")

@@ -1,6 +1,7 @@
 """The configuration: published files, derived values, round trips, and one clear line for each mistake.
 
-`data/configs` holds config.json files with the keys and sizes of the published checkpoints.
+A switch that changes what the model computes gets a row in tests/support/config_switches.py, a refused value one in
+`MISTAKES`. `data/configs` holds config.json files with the keys and sizes of the published checkpoints.
 """
 
 import copy

@@ -7,14 +7,14 @@ import torch
 
 from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.configs import raw_config_of
-from tests.support.quantized import SCHEMES, is_linear, quantize
+from tests.support.quantized import SCHEMES, is_linear, quantize, quantize_one
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.dequantize import Dequantizer
+from vllm_bailing.dequantize import Dequantizer, dequantized
 from vllm_bailing.errors import CheckpointError
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "gptq-v2"])
-def test_dequantised_weights_are_what_the_stored_ones_mean(scheme, tmp_path):
+def test_dequantized_weights_are_what_the_stored_ones_mean(scheme, tmp_path):
     model = make_checkpoint(tmp_path, hidden_size=160, intermediate_size=288, num_nextn_predict_layers=1)
     meaning = quantize(model, scheme)
     stored = read_tensors(model)
@@ -69,7 +69,7 @@ def test_an_unknown_scheme_is_refused():
         Dequantizer({"quant_method": "mxfp4"}, torch.bfloat16)
 
 
-def test_the_configuration_hides_what_is_dequantised():
+def test_the_configuration_hides_what_is_dequantized():
     stored = {"quant_method": "fp8"}
     given = BailingMoeV2Config(dequantize=True, quantization_config=stored)
     assigned = BailingMoeV2Config(quantization_config=stored)
@@ -82,3 +82,141 @@ def test_the_configuration_hides_what_is_dequantised():
     assert BailingMoeV2Config(quantization_config=stored).quantization_config == stored
     with pytest.raises(ValueError, match="dequantize='yes' must be true or false"):
         BailingMoeV2Config(dequantize="yes")
+
+
+# ---- one linear layer ----------------------------------------------------------------------------------------------
+
+MODULE = "model.layers.0.attention.dense"
+
+
+def one_layer(scheme, rows=160, columns=288):
+    """`quantization_config`, stored tensors and their meaning."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    return quantize_one(MODULE, weight, scheme)
+
+
+def plain_weight(quantization, stored, dtype=torch.float32):
+    ((name, weight),) = Dequantizer(quantization, dtype).plain(stored.items())
+    assert name == f"{MODULE}.weight"
+    return weight
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, "gptq-v2"])
+def test_the_last_part_completes_a_layer_whichever_it_is(scheme):
+    quantization, stored, meaning = one_layer(scheme)
+    for name in stored:
+        others = {other: part for other, part in stored.items() if other != name}
+        weight = plain_weight(quantization, {**others, name: stored[name]})
+        torch.testing.assert_close(weight, meaning, atol=1e-6, rtol=1e-6)
+        assert weight.is_contiguous()
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, "gptq-v2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_plain_weights_are_rounded_once_to_the_dtype_of_the_model(scheme, dtype):
+    quantization, stored, meaning = one_layer(scheme)
+    weight = plain_weight(quantization, stored, dtype)
+    assert weight.dtype == dtype
+    torch.testing.assert_close(weight, meaning.to(dtype), atol=0, rtol=torch.finfo(dtype).eps)
+
+
+def test_layers_are_given_as_they_are_completed_and_what_is_plain_at_once():
+    quantization, stored, _ = one_layer("fp8")
+    plain = {"model.norm.weight": torch.ones(8), "model.layers.1.mlp.gate.expert_bias": torch.zeros(4)}
+    (weight, scale) = stored
+    order = {weight: stored[weight], **plain, scale: stored[scale]}
+    assert [name for name, _ in Dequantizer(quantization, torch.float32).plain(order.items())] == [*plain, weight]
+
+
+def test_a_scale_in_bf16_is_widened_before_it_multiplies():
+    for scheme, leaf in (("fp8-tensor", "weight_scale"), ("w8a8", "weight_scale"), ("fp8", "weight_scale_inv")):
+        quantization, stored, _ = one_layer(scheme, 128, 128)
+        stored[f"{MODULE}.{leaf}"] = stored[f"{MODULE}.{leaf}"].bfloat16()
+        scale = stored[f"{MODULE}.{leaf}"].float()
+        expected = stored[f"{MODULE}.weight"].float() * scale
+        torch.testing.assert_close(plain_weight(quantization, stored), expected, atol=0, rtol=1e-6)
+
+
+def test_blocks_may_be_of_any_size():
+    weight = torch.randn(70, 48, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    scale = torch.rand(3, 3, generator=torch.Generator().manual_seed(1)) + 0.5
+    stored = {f"{MODULE}.weight": weight, f"{MODULE}.weight_scale_inv": scale}
+    spread = scale.repeat_interleave(32, 0).repeat_interleave(16, 1)[:70]
+    quantization = {"quant_method": "fp8", "weight_block_size": [32, 16]}
+    torch.testing.assert_close(plain_weight(quantization, stored), weight.float() * spread)
+    stored[f"{MODULE}.weight_scale_inv"] = scale[:2]
+    with pytest.raises(CheckpointError, match=r"\(blocks of 32 x 16 need \[3, 3\] scales\); fetch or export"):
+        plain_weight(quantization, stored)
+
+
+def test_awq_may_do_without_zero_points():
+    quantization, stored, _ = one_layer("awq")
+    levels, zeros, scales = (stored.pop(f"{MODULE}.{leaf}") for leaf in ("qweight", "qzeros", "scales"))
+    with_zeros = {f"{MODULE}.qweight": levels, f"{MODULE}.scales": scales, f"{MODULE}.qzeros": zeros}
+    eights = torch.full_like(zeros, 0x88888888 - 2**32)
+    expected = plain_weight(quantization, {**with_zeros, f"{MODULE}.qzeros": eights})
+    without = {name: part for name, part in with_zeros.items() if not name.endswith("qzeros")}
+    torch.testing.assert_close(plain_weight({**quantization, "zero_point": False}, without), expected)
+    with pytest.raises(CheckpointError, match="has qweight, scales but no qzeros; fetch or export it again"):
+        plain_weight(quantization, without)
+
+
+def test_awq_converts_whatever_is_stored_packed():
+    """A list of modules that were left plain is no reason to refuse those that are there."""
+    quantization, stored, meaning = one_layer("awq")
+    weight = plain_weight({**quantization, "modules_to_not_convert": ["attention"]}, stored)
+    torch.testing.assert_close(weight, meaning, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "awq", "bits": 8}, "quantization_config of config.json: .*4-bit"),
+        ({"quant_method": "awq", "version": "gemv"}, "quantization_config of config.json: .*gemv"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": 3}}},
+            "quantization_config of config.json is not understood: .*targets",
+        ),
+    ],
+)
+def test_a_configuration_that_the_library_refuses_is_refused_with_its_reason(quantization, message):
+    with pytest.raises(CheckpointError, match=f"(?s)^{message}"):
+        Dequantizer(quantization, torch.float32)
+
+
+def test_gptq_has_four_bits_unless_it_says_otherwise():
+    quantization, stored, meaning = one_layer("gptq")
+    del quantization["bits"]
+    torch.testing.assert_close(plain_weight(quantization, stored), meaning, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("index", [-1, 9])
+def test_a_group_outside_the_scales_is_refused(index):
+    quantization, stored, _ = one_layer("gptq")
+    stored[f"{MODULE}.g_idx"][5] = index
+    with pytest.raises(CheckpointError, match=r"\(g_idx points outside the 9 groups\)"):
+        plain_weight(quantization, stored)
+
+
+def test_groups_of_compressed_tensors_are_told_apart_by_their_targets():
+    quantization, stored, meaning = one_layer("w8a8")
+    group = quantization["config_groups"].pop("group_0")
+    packed = {"weights": {**group["weights"], "num_bits": 4, "strategy": "group", "group_size": 32}}
+    quantization["config_groups"] = {
+        "others": {**packed, "targets": ["re:.*experts.*"], "format": "pack-quantized"},
+        "attention": {**group, "targets": ["re:.*attention.*"], "format": "int-quantized"},
+    }
+    torch.testing.assert_close(plain_weight(quantization, stored), meaning, atol=1e-6, rtol=1e-6)
+    del quantization["config_groups"]["attention"]
+    with pytest.raises(CheckpointError, match=f"^{MODULE} is quantized, but no group of quantization_config"):
+        plain_weight(quantization, stored)
+
+
+def test_only_what_the_configuration_asks_for_is_dequantized():
+    quantization, stored, meaning = one_layer("fp8")
+    kept, asked = BailingMoeV2Config(), BailingMoeV2Config(dequantize=True, quantization_config=quantization)
+    tensors = list(stored.items())
+    assert dequantized(tensors, kept, torch.float32) is tensors
+    ((name, weight),) = dequantized(tensors, asked, torch.float32)
+    assert name == f"{MODULE}.weight" and weight.dtype == torch.float32
+    torch.testing.assert_close(weight, meaning, atol=1e-6, rtol=1e-6)

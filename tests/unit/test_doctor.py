@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from tests.support.checkpoints import read_tensors, without_mtp_in_config, write_tensors
-from tests.support.commands import run_command
+from tests.support.commands import invoke, run_command
 from tests.support.configs import change_config
 from vllm_bailing import DEMO
 from vllm_bailing.plugin import support
@@ -113,3 +113,13 @@ def test_a_model_that_is_not_here_is_told_how_to_get(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (check,) = doctor.checkpoint("no-such/model")
     assert check.ok is False and check.fix == "hf download no-such/model"
+
+
+@pytest.mark.parametrize(("wrong", "line"), [(0, "all is well"), (1, "1 problem"), (2, "2 problems")])
+def test_problems_are_counted_in_the_last_line(wrong, line, monkeypatch):
+    checks = [doctor.Check("good", True, ""), doctor.Check("unknown", None, "")]
+    checks += [doctor.Check(f"bad {number}", False, "", "change it") for number in range(wrong)]
+    monkeypatch.setattr(doctor, "environment", lambda: iter(checks))
+    done = invoke("doctor")
+    assert (done.exit_code, done.stdout.splitlines()[-1]) == (int(wrong > 0), line)
+    assert done.stdout.count("to do: change it") == wrong

@@ -13,10 +13,25 @@ from vllm_bailing.planning.gpus import GPUS, Gpu, find_gpu
 from vllm_bailing.planning.memory import Layout, Stage, other_memory, vllm_partition
 from vllm_bailing.planning.plan import longest_window, tp_obstacle
 
+PARTITIONS = [
+    (80, (40, 40)),
+    (32, (11, 11, 10)),
+    (20, (7, 7, 6)),
+    (21, (5, 5, 6, 5)),
+    (22, (5, 6, 6, 5)),
+    (7, (1, 1, 2, 2, 1)),
+    (6, (6,)),
+]
 
-@pytest.mark.parametrize(("layers", "pp"), [(80, 2), (32, 3), (20, 3), (21, 4), (22, 4), (7, 5)])
-def test_stages_have_the_layers_that_vllm_gives_them(layers, pp):
-    assert vllm_partition(layers, pp) == run_in_turn(_partition, layers, pp)
+
+@pytest.mark.parametrize(("layers", "partition"), PARTITIONS)
+def test_layers_that_stages_do_not_share_evenly_go_to_the_middle(layers, partition):
+    assert vllm_partition(layers, len(partition)) == partition
+
+
+@pytest.mark.parametrize(("layers", "partition"), PARTITIONS)
+def test_stages_have_the_layers_that_vllm_gives_them(layers, partition):
+    assert run_in_turn(_partition, layers, len(partition)) == partition
 
 
 def _partition(layers, pp):
@@ -92,8 +107,10 @@ REFUSED = [
     ({"kv_dtype": "int8"}, ("kv_dtype='int8'", "auto, fp8")),
     ({"context": 131073}, ("context=131073", "131072 with YaRN", "at most 131072")),
     ({"tp": 3, "gpus": 3}, ("tp=3", "num_attention_heads=16")),
-    ({"tp": 8}, ("tp=8", "gpus=4")),
-    ({"pp": 3}, ("pp=3", "gpus=4")),
+    ({"tp": 8}, ("tp=8 times pp=1 is 8, not gpus=4",)),
+    ({"pp": 8}, ("tp=1 times pp=8 is 8, not gpus=4",)),
+    ({"pp": 3}, ("tp=1 times pp=3 is 3, not gpus=4",)),
+    ({"tp": 4, "pp": 2}, ("tp=4 times pp=2 is 8, not gpus=4",)),
     ({"pp": 24, "gpus": 24}, ("pp=24", "num_hidden_layers=20", "fewer GPUs")),
 ]
 
@@ -170,6 +187,12 @@ IN_BLOCKS = {"quantization_config": {"quant_method": "fp8", "weight_block_size":
 def test_what_a_tensor_parallel_size_does_not_divide(overrides, obstacle):
     config = zoo_config("Ling-mini-2.0", **{**BY_THREE, **overrides})
     assert tp_obstacle(config, 3) == obstacle
+    assert tp_obstacle(config, 1) == ""
+
+
+def test_two_ranks_keep_whole_blocks_as_well():
+    config = zoo_config("Ling-mini-2.0", **{**IN_BLOCKS, "intermediate_size": 640})
+    assert tp_obstacle(config, 2) == "intermediate_size=640 into whole blocks of 128"
     assert tp_obstacle(config, 1) == ""
 
 

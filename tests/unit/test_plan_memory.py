@@ -11,7 +11,17 @@ from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.planning import GB, MIDDLE, MTP, plan
 from tests.support.quantized import quantize
 from vllm_bailing.config import read_config
-from vllm_bailing.planning.memory import DTYPES, Layout, OtherMemory, Stage, WeightBytes, other_memory, stored_dtype
+from vllm_bailing.planning.memory import (
+    DTYPES,
+    Layout,
+    OtherMemory,
+    Part,
+    Stage,
+    WeightBytes,
+    layer_parts,
+    other_memory,
+    stored_dtype,
+)
 
 # Calculated apart from this package, with every weight divided by all GPUs: checkpoint, dtype, GPUs; then GB of weights
 # per GPU, tokens of KV cache, verdict for four requests of 32768 tokens. An MTP layer drafts.
@@ -71,7 +81,7 @@ def test_a_tokens_cache_is_a_key_and_a_value_of_every_layer_and_of_the_drafts(dr
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "w8a8"])
-def test_quantised_weights_are_what_the_files_hold(scheme, tmp_path):
+def test_quantized_weights_are_what_the_files_hold(scheme, tmp_path):
     model = make_checkpoint(
         tmp_path, **{**MIDDLE, "vocab_size": 1024, "moe_intermediate_size": 160}
     )  # half-empty blocks
@@ -147,6 +157,12 @@ def test_half_empty_blocks_have_a_scale_as_well(dtype, gate, down):
     assert Layout(config, dtype).weights(Stage(1, 5, 6)).routed_experts == 32 * (2 * gate + down)
 
 
+def test_the_projection_of_an_mtp_layer_is_whole_and_plain():
+    parts = layer_parts(zoo_config("Ling-mini-2.0", **MIDDLE), 6, "fp8", 2)
+    assert parts["eh_proj"] == Part(512 * 1024 * 2, 512 * 1024)
+    assert parts["norms"] == Part((5 * 512 + 2 * 64) * 2, 0)
+
+
 def test_more_ranks_than_key_value_heads_keep_one_each():
     layout = Layout(zoo_config("Ling-mini-2.0", **MIDDLE), "bf16", tp=8)
     assert layout.weights(Stage(0, 0, 1)).attention == 2 * ((1 + 2) * 64 * 512 + 512 * 64)
@@ -195,8 +211,8 @@ def test_a_tied_head_is_stored_once_unless_another_stage_has_it():
     assert (first.embedding, first.head, last.embedding, last.head) == (1024 * 512 * 2, 0, 0, 1024 * 512 * 2)
 
 
-@pytest.mark.parametrize("dense_layers", [0, 6])
-def test_all_layers_may_be_of_one_kind(dense_layers):
+@pytest.mark.parametrize("dense_layers", [0, 5, 6])
+def test_all_layers_but_one_or_all_may_be_of_one_kind(dense_layers):
     config = zoo_config("Ling-mini-2.0", **{**MIDDLE, "first_k_dense_replace": dense_layers})
     weights = Layout(config, "bf16").weights(Stage(0, 0, 6))
     assert weights.dense_mlp == dense_layers * 3 * 512 * 1024 * 2

@@ -46,7 +46,7 @@ COMMANDS = {
         "memory_utilization": 0.9,
         "pp": 2,
     },
-    "dequantised, draft of another": {
+    "dequantized, draft of another": {
         "name": "Ling-1T-FP8",
         "gpu": "B200",
         "gpus": 32,
@@ -87,7 +87,7 @@ EXPECTED = {
         "speculative_config": {"method": "mtp", "num_speculative_tokens": 2},
         **PARSERS,
     },
-    "dequantised, draft of another": {
+    "dequantized, draft of another": {
         "tensor_parallel_size": 8,
         "pipeline_parallel_size": 4,
         "max_num_batched_tokens": 8192,  # vLLM would take more on a big GPU
@@ -136,7 +136,7 @@ FLAGS = {
         "hf-overrides": '{"rope_scaling":{"type":"yarn","factor":4.0,"original_max_position_embeddings":32768}}',
         "speculative-config": '{"method":"mtp","num_speculative_tokens":2}',
     },
-    "dequantised, draft of another": {
+    "dequantized, draft of another": {
         "model": "a model",
         "tensor-parallel-size": 8,
         "pipeline-parallel-size": 4,

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from tests.support.configs import write_config
 from tests.support.zoo import CHECKPOINTS, OTHERS, raw_config
 from vllm_bailing.config import BailingMoeV2Config, adopt, register_with_transformers
-from vllm_bailing.weights import main_tensors, mtp_tensors
+from vllm_bailing.tensor_names import main_tensors, mtp_tensors
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

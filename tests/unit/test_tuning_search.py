@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.tuning import DEFAULT, H20, MINI, ONE, SLOW, TEN, TINY, FakeTimer
 from vllm_bailing.errors import TuneError
-from vllm_bailing.tuning import search, table
+from vllm_bailing.tuning import search
 from vllm_bailing.tuning.search import CandidateFailed, Notes
 
 
@@ -109,15 +109,15 @@ def test_a_last_line_that_was_cut_off_is_dropped(tmp_path):
 def test_results_of_anything_else_do_not_count(tmp_path):
     here = {"gpu": H20, "driver": "1", "vllm": "0.32.0"}
     space = {1: [ONE, TEN]}
-    key = table.partial_key(MINI, space, here)
+    key = search.notes_key(MINI, space, here)
     others = [
-        table.partial_key(MINI, space, here | {"driver": "2"}),
-        table.partial_key(MINI, space, here | {"vllm": "0.33.0"}),
-        table.partial_key(TINY, space, here),
-        table.partial_key(MINI, {1: [ONE]}, here),
-        table.partial_key(MINI, {2: [ONE, TEN]}, here),
+        search.notes_key(MINI, space, here | {"driver": "2"}),
+        search.notes_key(MINI, space, here | {"vllm": "0.33.0"}),
+        search.notes_key(TINY, space, here),
+        search.notes_key(MINI, {1: [ONE]}, here),
+        search.notes_key(MINI, {2: [ONE, TEN]}, here),
     ]
-    assert key == table.partial_key(MINI, {1: [dict(ONE), dict(TEN)]}, dict(here))
+    assert key == search.notes_key(MINI, {1: [dict(ONE), dict(TEN)]}, dict(here))
     for number, other in enumerate(others):
         file = tmp_path / str(number)
         Notes.resume(file, key).add_time(1, ONE, 0.5)

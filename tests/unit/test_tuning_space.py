@@ -45,7 +45,7 @@ def test_the_checkpoints_own_dtype_is_taken(quantization, wanted):
     [
         ({}, 3, None, "--tensor-parallel-size 3 must divide moe_intermediate_size=512"),
         ({}, 0, None, "--tensor-parallel-size 0 must divide"),
-        ({}, 8, "fp8", "tensor-parallel size = 64 is no multiple of 128"),
+        ({}, 8, "fp8", "tensor-parallel size = 64 is not a multiple of 128"),
         ({}, 1, "int8", "--dtype int8 has no tables of vLLM's Triton experts; use one of bf16, fp8"),
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},

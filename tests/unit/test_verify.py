@@ -20,9 +20,9 @@ from vllm_bailing import DEMO
 from vllm_bailing.config import BailingMoeV2Config, read_config
 from vllm_bailing.errors import CheckpointError
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
+from vllm_bailing.tensor_names import main_tensors
 from vllm_bailing.tools import verify
 from vllm_bailing.tools.verify import TOLERANCES, Served
-from vllm_bailing.weights import main_tensors
 
 
 def asked(sequences, vocab):
@@ -54,7 +54,7 @@ def test_reading_layer_by_layer_gives_what_the_whole_model_gives(case, tmp_path)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "fp8", "gptq", "awq"])
-def test_a_quantised_checkpoint_is_read_as_what_it_stands_for(scheme, tmp_path):
+def test_a_quantized_checkpoint_is_read_as_what_it_stands_for(scheme, tmp_path):
     folder = make_checkpoint(tmp_path / "model")
     meaning = quantize(folder, scheme)
     config = read_config(folder)

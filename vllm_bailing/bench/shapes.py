@@ -12,7 +12,7 @@ from vllm_bailing import DEMO
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.config import ARCHITECTURE, MODEL_TYPE, BailingMoeV2Config, read_config
 from vllm_bailing.errors import BenchError
-from vllm_bailing.weights import layer_of, main_tensors
+from vllm_bailing.tensor_names import layer_of, main_tensors
 
 # What Ling-mini-2.0 and Ling-flash-2.0 have in common; a test compares these with tests/data/zoo.json.
 _PUBLISHED: dict[str, Any] = {

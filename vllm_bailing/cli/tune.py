@@ -40,7 +40,7 @@ def tune(
     """
     from vllm_bailing.config import read_config
     from vllm_bailing.errors import TuneError
-    from vllm_bailing.tuning import gpu_timer, space, table
+    from vllm_bailing.tuning import gpu_timer, search, space
     from vllm_bailing.tuning.plan import make_tuning_plan
     from vllm_bailing.units import short_dtype
 
@@ -64,7 +64,7 @@ def tune(
     try:
         rows, written = _run(plan, model, tensor_parallel_size)
     except KeyboardInterrupt:
-        left = table.partial_file(out, plan.file.name)
+        left = search.notes_file(plan.file)
         reason = f"stopped; what was measured is in {left}, and the same command goes on from there"
         raise output.fail("tune", reason, 130) from None
     except TuneError as error:

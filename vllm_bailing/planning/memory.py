@@ -11,8 +11,8 @@ from functools import cache, cached_property
 from typing import NamedTuple
 
 from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.tensor_names import Shape, layer_tensors
 from vllm_bailing.units import GIB, PLAIN_DTYPES, dtype_name
-from vllm_bailing.weights import Shape, layer_tensors
 
 # Plain data types, then those that linear layers can be quantized to; int4 is for the routed experts alone.
 DTYPES = (*PLAIN_DTYPES, "fp8", "int8", "int4")
@@ -46,15 +46,15 @@ class WeightBytes(_Bytes):
         mtp: The MTP layers, and their own copy of the embedding if the target has pipeline stages.
     """
 
-    embedding: int = 0
-    head: int = 0
-    attention: int = 0
-    dense_mlp: int = 0
-    routed_experts: int = 0
-    shared_experts: int = 0
-    router: int = 0
-    norms: int = 0
-    mtp: int = 0
+    embedding: int
+    head: int
+    attention: int
+    dense_mlp: int
+    routed_experts: int
+    shared_experts: int
+    router: int
+    norms: int
+    mtp: int
 
 
 @dataclass(frozen=True)

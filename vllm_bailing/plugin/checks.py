@@ -7,14 +7,14 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from vllm_bailing.audit import Audit
 from vllm_bailing.checkpoint import Checkpoint
+from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.dequantize import Dequantizer
 from vllm_bailing.errors import DEQUANTIZE, SettingsError
 from vllm_bailing.plugin.lora import settle_lora_targets
 from vllm_bailing.plugin.options import DRAFT_VOCABULARY, check_switches, draft_vocabulary
 from vllm_bailing.plugin.speculation import has_mtp_draft
-from vllm_bailing.weights import main_tensors
+from vllm_bailing.tensor_names import main_tensors
 
 _SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 

@@ -132,7 +132,7 @@ def fix_draft_sampling_on_cpu() -> None:
     Differs:  vLLM's stand-in for a Triton kernel writes float results, such as the temperature of every draft token,
               into a copy that is dropped. Logits are then divided by whatever was in memory, with any kind of draft.
     Upstream: `_expand_kernel_impl` in `vllm/utils/cpu_triton_utils.py`, in 0.32.
-    Remove:   when that returns floats; tests/engine/test_speculation.py compares the distributions.
+    Remove:   when that returns floats; tests/engine/test_mtp_sampling.py compares the distributions.
     """
     from vllm.platforms import current_platform
     from vllm.v1.sample import rejection_sampler

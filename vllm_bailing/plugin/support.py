@@ -1,4 +1,7 @@
-"""Which versions of vLLM the architecture is served on, and what is looked for in one that was never checked."""
+"""Which versions of vLLM the architecture is served on, and what is looked for in one that was never checked.
+
+How to support a new one, step by step: CONTRIBUTING.md, "A new vLLM release".
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ REQUIRED = (
     ("model_executor/layers", "ParallelLMHead", "quant_config prefix"),
 )
 # The files that vLLM's processes import for this architecture, below this package.
-_MODEL_FILES = ("model.py", "mtp.py", "plugin/kernels/cpu.py", "plugin/kernels/qk_norm_rope.py")
+_MODEL_FILES = ("model.py", "mtp.py", "router.py", "plugin/kernels/cpu.py", "plugin/kernels/qk_norm_rope.py")
 
 
 @dataclass

@@ -151,8 +151,8 @@ def _disk() -> Check:
 
 def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[Check]:
     """Checks of a checkpoint on this machine; reads configuration and headers, no weights."""
-    from vllm_bailing.audit import Audit
     from vllm_bailing.checkpoint import Checkpoint, local_folder
+    from vllm_bailing.checkpoint_audit import Audit
     from vllm_bailing.config import read_config
 
     try:

@@ -56,7 +56,7 @@ class Quantizer:
         from compressed_tensors.quantization import preset_name_to_scheme
         from compressed_tensors.utils.match import match_name
 
-        from vllm_bailing.weights import main_tensors, mtp_tensors
+        from vllm_bailing.tensor_names import main_tensors, mtp_tensors
 
         self.scheme = preset_name_to_scheme(PRESETS[scheme], ["Linear"])
         assert self.scheme.weights is not None

@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_bailing.audit import Audit
 from vllm_bailing.checkpoint import Checkpoint, local_folder
+from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.config import BailingMoeV2Config, read_config
 from vllm_bailing.errors import CheckpointError, VerifyError
+from vllm_bailing.tensor_names import EMBEDDING, HEAD
 from vllm_bailing.units import dtype_name
-from vllm_bailing.weights import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     import torch

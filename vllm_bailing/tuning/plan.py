@@ -21,12 +21,20 @@ from vllm_bailing.errors import TuneError
 from vllm_bailing.planning.gpus import GPUS, gpu_called, shared_memory_of
 from vllm_bailing.tuning.device import device_info, shared_memory
 from vllm_bailing.tuning.gpu_timer import GpuTimer
-from vllm_bailing.tuning.search import CALLS, FINALISTS, FIRST_ROUNDS, SECOND_ROUNDS, Notes, Row, search
+from vllm_bailing.tuning.search import (
+    CALLS,
+    FINALISTS,
+    FIRST_ROUNDS,
+    SECOND_ROUNDS,
+    Notes,
+    Row,
+    notes_file,
+    notes_key,
+    search,
+)
 from vllm_bailing.tuning.space import LADDER, Experts, TileConfig, candidates, tile_key
 from vllm_bailing.tuning.table import (
     baseline,
-    partial_file,
-    partial_key,
     provenance,
     table,
     table_name,
@@ -103,7 +111,7 @@ def run(
     if plan.experts.block_shape and not current_platform.supports_fp8():
         raise TuneError(f"the {plan.device_name} has no fp8 arithmetic; add --dtype bf16")
     here = device_info()
-    notes = Notes.resume(partial_file(plan.file.parent, plan.file.name), partial_key(plan.experts, plan.space, here))
+    notes = Notes.resume(notes_file(plan.file), notes_key(plan.experts, plan.space, here))
     with without_table_folder():
         rows = search(GpuTimer(plan.experts), plan.space, lambda tokens: baseline(plan.experts, tokens), notes, advance)
     origin = provenance(rows, plan.experts, here, model, tp_size, plan.replaced)

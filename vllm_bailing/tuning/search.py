@@ -8,6 +8,7 @@ so needs no GPU.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vllm_bailing.errors import TuneError
-from vllm_bailing.tuning.space import TileConfig, tile_key
+from vllm_bailing.tuning.space import Experts, TileConfig, tile_key
 
 GAIN = 1.02  # how many times as fast as the baseline an entry has to be
 FINALISTS = 3  # candidates of a second pass
@@ -266,6 +267,23 @@ class Notes:
     def _add(self, line: dict[str, Any]) -> None:
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def notes_file(table: Path) -> Path:
+    """Where the notes of an unfinished run are kept: beside the table that it is going to write."""
+    return table.with_name(f"{table.name.removesuffix('.json')}.partial.jsonl")
+
+
+def notes_key(experts: Experts, space: dict[int, list[TileConfig]], machine: dict[str, Any]) -> dict[str, Any]:
+    """All that results depend on.
+
+    Args:
+        machine: See `device_info`.
+    """
+    searched = json.dumps({tokens: [tile_key(config) for config in configs] for tokens, configs in space.items()})
+    method = [GAIN, FINALISTS, FIRST_ROUNDS, SECOND_ROUNDS, CALLS]
+    digest = hashlib.sha256(searched.encode()).hexdigest()
+    return {"experts": asdict(experts), "machine": machine, "candidates": digest, "method": method}
 
 
 def _json_lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -83,8 +83,8 @@ def experts_of(config: BailingMoeV2Config, tp_size: int, dtype: str | None = Non
     ):
         if dtype == "fp8" and size % BLOCK:
             raise ValueError(
-                f"{name} = {size} is no multiple of {BLOCK}, the blocks of fp8 weights, and vLLM's releases differ in "
-                "the blocks that they make of it; choose another --tensor-parallel-size"
+                f"{name} = {size} is not a multiple of {BLOCK}, the blocks of fp8 weights, and vLLM's releases differ "
+                "in the blocks that they make of it; choose another --tensor-parallel-size"
             )
     return Experts(
         config.num_experts,
@@ -106,8 +106,8 @@ def _stored_dtype(config: BailingMoeV2Config) -> str:
     if [BLOCK, BLOCK] in blocks:
         return "fp8"
     raise ValueError(
-        f"the checkpoint's weights are quantised by {quantization.get('quant_method')!r} and not in blocks of "
-        f"{BLOCK} x {BLOCK}, for which alone this makes tables of quantised experts; name another by --dtype "
+        f"the checkpoint's weights are quantized by {quantization.get('quant_method')!r} and not in blocks of "
+        f"{BLOCK} x {BLOCK}, for which alone this makes tables of quantized experts; name another by --dtype "
         f"{' or '.join(DTYPES)}"
     )
 

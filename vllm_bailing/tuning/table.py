@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_bailing.plugin.patches import TABLE_FOLDER
-from vllm_bailing.tuning.search import CALLS, FINALISTS, FIRST_ROUNDS, GAIN, SECOND_ROUNDS, Row
-from vllm_bailing.tuning.space import FIELDS, Experts, TileConfig, tile_key
+from vllm_bailing.tuning.search import CALLS, GAIN, SECOND_ROUNDS, Row
+from vllm_bailing.tuning.space import FIELDS, Experts, TileConfig
 
 
 def table_name(experts: Experts, device_name: str | None = None) -> str:
@@ -99,16 +98,3 @@ def write_table(file: Path, contents: dict[str, Any], origin: dict[str, Any]) ->
     unfinished.write_text(json.dumps(contents, indent=4) + "\n", encoding="utf-8")
     unfinished.replace(file)  # a server that starts meanwhile finds all of it or nothing
     return [file, beside]
-
-
-def partial_file(folder: Path, name: str) -> Path:
-    """Where the results of an unfinished run are kept."""
-    return folder / f"{name.removesuffix('.json')}.partial.jsonl"
-
-
-def partial_key(experts: Experts, space: dict[int, list[TileConfig]], machine: dict[str, Any]) -> dict[str, Any]:
-    """All that results depend on."""
-    searched = json.dumps({tokens: [tile_key(config) for config in configs] for tokens, configs in space.items()})
-    method = [GAIN, FINALISTS, FIRST_ROUNDS, SECOND_ROUNDS, CALLS]
-    digest = hashlib.sha256(searched.encode()).hexdigest()
-    return {"experts": asdict(experts), "machine": machine, "candidates": digest, "method": method}

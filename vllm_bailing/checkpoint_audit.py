@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_bailing.checkpoint import Checkpoint, damaged_files
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import NAME_ANOTHER_DRAFT, CheckpointError
-from vllm_bailing.weights import EMBEDDING, KV_SCALES, Shape, layer_of, main_tensors, mtp_tensors
+from vllm_bailing.tensor_names import EMBEDDING, KV_SCALES, Shape, layer_of, main_tensors, mtp_tensors
 
 if TYPE_CHECKING:  # registering must not import it
     import torch

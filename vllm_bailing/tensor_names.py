@@ -1,6 +1,6 @@
 """Which tensors a BailingMoeV2 checkpoint holds: names and shapes, which follow from the configuration.
 
-No nn.Module and no vLLM in here.
+What becomes of each while loading, and why one is refused: `checkpoint_audit.py`. No nn.Module and no vLLM in here.
 """
 
 from __future__ import annotations

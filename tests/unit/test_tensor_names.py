@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.support.cases import SWITCHES, switched
 from tests.support.checkpoints import small_config
+from tests.support.config_switches import SWITCHES, switched
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
-from vllm_bailing.weights import layer_tensors, main_tensors
+from vllm_bailing.tensor_names import layer_of, layer_tensors, main_tensors
 
 TOGETHER = [
     ("only_dense_bias", "only_qkv_bias"),
@@ -24,3 +24,18 @@ def test_names_and_shapes_are_those_of_the_plain_model(switches):
     if config.tie_word_embeddings:
         del actual["lm_head.weight"]
     assert expected == actual
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.layers.12.mlp.gate.weight", 12),
+        ("model.layers.3.enorm", 3),
+        ("model.layers.x.enorm", None),
+        ("model.norm.weight", None),
+        ("other.layers.3.enorm.weight", None),
+        ("lm_head.weight", None),
+    ],
+)
+def test_a_name_tells_its_layer(name, layer):
+    assert layer_of(name) == layer
