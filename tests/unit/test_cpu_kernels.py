@@ -7,6 +7,11 @@ import torch
 
 from tests.support.engine import run, run_in_turn
 
+pytestmark = pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+    reason="needs a CPU with AVX-512 bf16 and without AMX",
+)
+
 
 def _product(n, k, tokens, bias=False):
     """Relative error of a PackedLinear's product, and the memory that its plain weight still takes."""
