@@ -22,6 +22,7 @@ def _cache_scales(model):
     return found
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's fp8 KV cache needs a CPU with AVX-512")
 def test_scales_of_the_kv_cache_reach_every_attention_layer(tmp_path):
     model = make_checkpoint(tmp_path)
     quantize(model, "w8a8", no_expert)
