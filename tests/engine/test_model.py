@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, write_tensors
