@@ -7,7 +7,7 @@ import torch
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, write_tensors
 from tests.support.conversations import evenly
-from tests.support.engine import TOLERANCE, run_in_turn
+from tests.support.engine import TOLERANCE, run, run_in_turn
 from tests.support.speculation import answers, draft_logits
 from vllm_bailing import DEMO
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
@@ -115,7 +115,7 @@ def test_an_eagle3_draft_gets_the_hidden_states_it_was_trained_on(tmp_path):
     target = make_checkpoint(tmp_path / "target", num_hidden_layers=4)
     draft = make_eagle3(tmp_path / "draft")
     eagle3 = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 2}
-    logits = run_in_turn(draft_logits, target, PROMPT, eagle3)
+    logits = run(draft_logits, target, PROMPT, eagle3)
     wanted = plain_eagle3_logits(target, draft, PROMPT)
     assert torch.isneginf(logits[:, 1::2]).all()
     assert (logits[:, ::2].log_softmax(-1) - wanted.log_softmax(-1)).abs().max() <= TOLERANCE
