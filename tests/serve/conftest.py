@@ -1,4 +1,5 @@
-"""Servers that the tests of this room share: each is started when a test first asks for it, and serves all the others.
+"""Servers that the tests of this room share: each is started when a test first asks for it, serves all the others,
+and ends with the last of them.
 
 They stay on one process of pytest-xdist, see tests/conftest.py.
 """
@@ -17,7 +18,7 @@ MTP = json.dumps({"method": "mtp", "num_speculative_tokens": 2})
 IN_REASONING = json.dumps({"enable_in_reasoning": True})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def plain_server(tmp_path_factory):
     """In fp32, with nothing else."""
     with serving(tmp_path_factory.mktemp("plain") / "log") as server:
@@ -25,7 +26,7 @@ def plain_server(tmp_path_factory):
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def mtp_server(tmp_path_factory):
     """With two draft tokens."""
     with serving(tmp_path_factory.mktemp("mtp") / "log", "--speculative-config", MTP) as server:
@@ -39,7 +40,7 @@ def server(request):
     return request.getfixturevalue(f"{request.param}_server")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def assistant_server(tmp_path_factory):
     """With both parsers, and the demo's adapter as `sailor`."""
     adapters = ("--enable-lora", "--max-loras", "2", "--lora-modules", f"sailor={DEMO_ADAPTER}")
@@ -48,7 +49,7 @@ def assistant_server(tmp_path_factory):
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def bf16_server(tmp_path_factory):
     """In bf16, with both parsers and grammars that hold in the reasoning too."""
     log = tmp_path_factory.mktemp("bf16") / "log"
