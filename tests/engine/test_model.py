@@ -2,10 +2,10 @@
 
 import json
 
-import pytest
 import torch
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, write_tensors
+from tests.support.cpu import NEEDS_AVX512
 from tests.support.engine import ask, make_llm, run_in_turn
 from tests.support.quantized import no_expert, quantize
 
@@ -23,7 +23,7 @@ def _cache_scales(model):
     return found
 
 
-@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's fp8 KV cache needs a CPU with AVX-512")
+@NEEDS_AVX512
 def test_scales_of_the_kv_cache_reach_every_attention_layer(tmp_path):
     model = make_checkpoint(tmp_path)
     quantize(model, "w8a8", no_expert)

@@ -9,6 +9,7 @@ import pytest
 from tests.support.cases import load_case
 from tests.support.checkpoints import make_checkpoint, read_tensors, without_mtp_in_config, write_tensors
 from tests.support.conversations import evenly
+from tests.support.cpu import NEEDS_AVX512
 from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, make_llm, run, run_in_turn
 from tests.support.quantized import no_expert, quantize
 from tests.support.speculation import answers, draft_logits, mtp
@@ -107,6 +108,7 @@ def test_a_draft_of_another_model_is_refused(tmp_path):
         run(make_llm, model, speculative_config=mtp(1, model=str(draft)))
 
 
+@NEEDS_AVX512
 def test_a_quantized_target_has_a_quantized_draft(tmp_path):
     """Everything that vLLM's CPU build can quantize is int8; `eh_proj` has no scale and stays as it is."""
     model = Path(shutil.copytree(DEMO, tmp_path / "demo"))

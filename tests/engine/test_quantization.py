@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer, read_tensors, write_tensors
+from tests.support.cpu import NEEDS_AVX512
 from tests.support.engine import TOLERANCE, EngineError, generate, make_llm, run, run_in_turn
 from tests.support.quantized import DEQUANTIZE, SCHEMES, no_expert, plain_copy, quantize, quantize_by_command
 from tests.support.speculation import mtp
@@ -35,7 +36,11 @@ def test_a_swapped_scale_shows(tmp_path):
 
 @pytest.mark.parametrize(
     ("scheme", "mean_error"),
-    [("w8a8", 0.3), ("script-fp8", 0.5), ("script-w4a16", 0.1), ("gptq", 0.1), ("awq", 0.1)],
+    [
+        pytest.param("w8a8", 0.3, marks=NEEDS_AVX512),
+        ("script-fp8", 0.5),
+        *(pytest.param(scheme, 0.1, marks=NEEDS_AVX512) for scheme in ("script-w4a16", "gptq", "awq")),
+    ],
     ids=lambda value: value,
 )
 def test_linear_layers_in_vllms_quantized_kernels(scheme, mean_error, tmp_path):
