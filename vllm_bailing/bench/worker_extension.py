@@ -12,6 +12,7 @@ import torch
 
 from vllm_bailing.bench.runner import PACKAGE_PREFIX
 from vllm_bailing.plugin.patches import time_model_loading
+from vllm_bailing.units import dtype_name
 
 EXTENSION = "vllm_bailing.bench.worker_extension.FactsExtension"
 _load_seconds = time_model_loading()
@@ -34,7 +35,7 @@ class FactsExtension:
             "model": f"{type(model).__module__}.{type(model).__qualname__}",
             "experts": _words(_expert_kernels(model)),
             "attention": _words(layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")),
-            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "dtype": dtype_name(config.model_config.dtype),
             "quantization": config.model_config.quantization,
             "compilation": compilation.mode.name,
             "graphs": compilation.cudagraph_mode.name,

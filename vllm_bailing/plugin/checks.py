@@ -15,6 +15,7 @@ from vllm_bailing.plugin.lora import settle_lora_targets
 from vllm_bailing.plugin.options import DRAFT_VOCABULARY, check_switches, draft_vocabulary
 from vllm_bailing.plugin.speculation import has_mtp_draft
 from vllm_bailing.tensor_names import main_tensors
+from vllm_bailing.units import GIB, dtype_name
 
 _SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 
@@ -72,9 +73,9 @@ def check_quantization(vllm_config: Any) -> None:
             "dequantize: the checkpoint's %s weights become %s while they load: %.1f GiB over all ranks instead of "
             "%.1f, a slower load, and no quantized kernels",
             stored.get("quant_method"),
-            str(model_config.dtype).removeprefix("torch."),
-            elements * model_config.dtype.itemsize / 2**30,
-            checkpoint.size / 2**30,
+            dtype_name(model_config.dtype),
+            elements * model_config.dtype.itemsize / GIB,
+            checkpoint.size / GIB,
         )
     elif model_config.quantization is not None and current_platform.is_cpu() and not _has_amx():
         if getattr(config, "quantization_config", None) is None:
