@@ -15,7 +15,9 @@ from vllm_bailing.reference import BailingMoeV2ForCausalLM
 
 def test_ngram_drafts_change_no_answer(plain_answers):
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    ids, counted = run_in_turn(answers, DEMO, 25, ngram)
+    # n-grams import numba, and no second engine starts in a process with it: vLLM 0.32 looks through all modules for
+    # kernels, and llvmlite's library answers to every name.
+    ids, counted = run(answers, DEMO, 25, ngram)
     assert ids == evenly(plain_answers, 25)
     assert counted["accepted_tokens"] > 0
 

@@ -247,9 +247,9 @@ def test_demo_interrupted_while_the_server_starts(started_demo, port, number):
     session = os.getsid(server.pid)
     assert session == server.pid
     if number == signal.SIGINT:  # at a moment when the server has started an engine process of its own
-        while not has_engine(session) and time.monotonic() < deadline + 120:
+        while not has_engine(session) and started_demo.poll() is None and time.monotonic() < deadline + 400:
             time.sleep(0.2)
-        assert has_engine(session), started_demo.communicate(timeout=60)
+        assert has_engine(session)
     else:
         time.sleep(3)
     os.killpg(started_demo.pid, number)  # as a terminal does: to every process in the foreground
