@@ -389,3 +389,18 @@ def read_config(model: str | Path, overrides: dict[str, Any] | None = None) -> B
         setattr(config, key, value)
     config.validate_rope()
     return config
+
+
+# Of one configuration and not of its model: who wrote it, what a generation starts and ends with.
+_NOT_OF_THE_MODEL = ("architectures", "dtype", "model_type", "transformers_version", "initializer_range", "use_cache")
+_NOT_OF_THE_MODEL += ("eos_token_id", "pad_token_id", "bos_token_id", "_name_or_path")
+
+
+def differing_keys(model: str | Path, other: str | Path) -> list[str]:
+    """Keys of two folders' config.json that describe different models; none where one of them cannot be read."""
+    try:
+        one, two = (read_config(where).to_dict() for where in (model, other))
+    except ValueError:
+        return []
+    keys = sorted(one.keys() | two.keys())
+    return [key for key in keys if key not in _NOT_OF_THE_MODEL and one.get(key) != two.get(key)]

@@ -10,6 +10,8 @@ plain ValueError, which is what transformers and vLLM expect of a configuration 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 NAME_ANOTHER_DRAFT = (
     "name a checkpoint that has it, such as the base model of the same size, by --speculative-config "
     '\'{"method": "mtp", "model": "...", "num_speculative_tokens": 1}\', or leave --speculative-config out'
@@ -19,11 +21,24 @@ DEQUANTIZE = (
 )
 
 
+_SHOWN = 4
+
+
+def named(names: Collection[str]) -> str:
+    """How many `names` there are, and the first few: "6 tensors (a, b, c, d, ...)"."""
+    shown = f"{', '.join(sorted(names)[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
+    return f"{len(names)} tensor{'s' if len(names) != 1 else ''} ({shown})"
+
+
 class CheckpointError(RuntimeError):
     """The checkpoint does not fit its configuration.
 
     Deliberately not a ValueError: pydantic would bury the message of one that is raised while vLLM checks its settings.
     """
+
+
+class UpdateError(CheckpointError):
+    """A trainer's update of a running engine cannot be carried out."""
 
 
 class SettingsError(RuntimeError):

@@ -10,7 +10,6 @@ Source: inclusionAI/Ling-V2, `modeling_bailing_moe_v2.py`; the interfaces are th
 """
 
 # No postponed annotations in this file: vLLM's compile decorator reads them as types.
-import time
 from collections.abc import Iterable
 from functools import cached_property
 from itertools import islice
@@ -22,7 +21,6 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
 from vllm.distributed.communication_op import tensor_model_parallel_all_gather
 from vllm.distributed.parallel_state import get_ep_group, get_pp_group, get_tensor_model_parallel_world_size
-from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, MoERunner
@@ -55,19 +53,15 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.dequantize import dequantized
 from vllm_bailing.plugin.checks import adding_the_remedy
 from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
 from vllm_bailing.plugin.kernels.qk_norm_rope import fused_qk_norm_rope_for
 from vllm_bailing.plugin.lora import RejectsPartialAdapters
 from vllm_bailing.plugin.patches import experts_without_lora_on_cpu, patch_for_model, repack_experts_on_reload
 from vllm_bailing.plugin.shims import rope_parameters
+from vllm_bailing.plugin.weight_loading import WeightLoading
 from vllm_bailing.router import BailingMoeV2Gate, routing_rule
 from vllm_bailing.tensor_names import EMBEDDING, HEAD, layer_of
-from vllm_bailing.units import GIB
-
-# A child of vLLM's logger, whose level and format its users have set up.
-logger = init_logger("vllm.plugins.bailing.model")
 
 
 class BailingMoeV2Attention(nn.Module):
@@ -445,8 +439,7 @@ class BailingMoeV2ForCausalLM(
         # An adapter trained on a checkpoint with MTP layers may change them too; drafts need no adapter to be right.
         skipped = [f"model.layers.{layer}." for layer in config.mtp_layer_ids]
         self.lora_skip_prefixes = skipped  # pyright: ignore[reportAttributeAccessIssue]
-        # Dummy weights are filled by trainers that send the real ones in portions, so none of them is complete.
-        self._expect_complete = vllm_config.load_config.load_format != "dummy"
+        self.weight_loading = WeightLoading(self, vllm_config, self._audit, self._load)
         use_cpu_kernels(self, self.lm_head, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -463,6 +456,7 @@ class BailingMoeV2ForCausalLM(
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits [T, V] of hidden states [T, H] after the final norm, on the rank that gathers them."""
+        self.weight_loading.check_complete()
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -470,18 +464,10 @@ class BailingMoeV2ForCausalLM(
 
         The first call must bring everything; later ones (a trainer updating the model) may bring a part.
         """
-        audit = self._audit.restarted()
-        start = time.perf_counter()
-        loader = AutoWeightsLoader(self)
-        weights = dequantized(audit.needed(weights), self.config, self.vllm_config.model_config.dtype)
-        loaded = loader.load_weights(self._with_head(audit.passed(weights)), mapper=self.hf_to_vllm_mapper)
-        audit.finish(complete=self._expect_complete)
-        self._expect_complete = False
-        seconds, size = time.perf_counter() - start, sum(parameter.nbytes for parameter in self.parameters())
-        logger.info(
-            "This rank's %.2f GiB of weights took %.1f s (%.2f GB/s)", size / GIB, seconds, size / seconds / 1e9
-        )
-        return loaded
+        return self.weight_loading.load(weights)
+
+    def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(self._with_head(weights), mapper=self.hf_to_vllm_mapper)
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """Files with nothing but such tensors are not even read, by vLLM 0.32 and newer."""

@@ -35,7 +35,6 @@ from vllm.sequence import IntermediateTensors
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.dequantize import dequantized
 from vllm_bailing.errors import CheckpointError
 from vllm_bailing.model import (
     BailingMoeV2DecoderLayer,
@@ -47,6 +46,7 @@ from vllm_bailing.model import (
 from vllm_bailing.plugin.checks import adding_the_remedy
 from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
 from vllm_bailing.plugin.options import draft_vocabulary
+from vllm_bailing.plugin.weight_loading import WeightLoading
 from vllm_bailing.tensor_names import EMBEDDING, HEAD, layer_of
 
 
@@ -215,7 +215,7 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
         has_embedding = get_pp_group().world_size > 1  # the target's is on another stage then
         if has_embedding:
             self.has_own_embed_tokens = True  # vLLM asks whether the attribute is there
-        self._audit = Audit.of_draft(
+        audit = Audit.of_draft(
             config,
             has_embedding=has_embedding,
             quantized=self.quant_config is not None,
@@ -224,10 +224,10 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
         )
         # The other files of a large target would be read from disk a second time.
         files = Checkpoint.of(vllm_config.model_config).files_with(
-            lambda name: name in self._audit.expected or layer_of(name) in config.mtp_layer_ids
+            lambda name: name in audit.expected or layer_of(name) in config.mtp_layer_ids
         )
         self.allow_patterns_overrides = [files] if files else None
-        self._expect_complete = vllm_config.load_config.load_format != "dummy"
+        self.weight_loading = WeightLoading(self, vllm_config, audit, self._load)
         use_cpu_kernels(self, self.draft_head.head if self.draft_head else self.lm_head, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -263,13 +263,13 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
         return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the MTP layers of a checkpoint; what belongs to the target is passed over."""
-        audit = self._audit.restarted()
-        weights = dequantized(audit.needed(weights), self.config, self.vllm_config.model_config.dtype)
-        loaded = AutoWeightsLoader(self).load_weights(audit.passed(weights), mapper=self.hf_to_vllm_mapper)
-        audit.finish(complete=self._expect_complete)
-        if self.draft_head is not None and self._expect_complete:
+        """Load the MTP layers of a checkpoint; what belongs to the target is passed over. As that of the target."""
+        is_start = not self.weight_loading.is_running
+        loaded = self.weight_loading.load(weights)
+        if self.draft_head is not None and is_start:
             self.draft_head.load_from_target()
             loaded.add("draft_head.head.weight")
-        self._expect_complete = False
         return loaded
+
+    def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)

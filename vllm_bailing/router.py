@@ -15,6 +15,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import GateLinear
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
 from vllm_bailing.config import BailingMoeV2Config
@@ -80,6 +81,10 @@ class BailingMoeV2Gate(GateLinear):
 
     def _keep_fp32(self) -> None:
         self.weight.data = self.weight.data.float()
+        # vLLM remembers the parameter as it was built, for updates of the running model to begin with.
+        remembered = get_layerwise_info(self).restore_metadata[0].get("weight")
+        if remembered is not None:
+            remembered.data = remembered.data.float()
         # Both take bf16 weights only; without them GateLinear multiplies in the weight's dtype.
         self.allow_ll_bf16_gemm = self.allow_cublas_router_gemm = False
 

@@ -76,3 +76,15 @@ def layer_of(name: str) -> int | None:
     """The decoder layer that a tensor belongs to, or None."""
     parts = name.split(".", 3)
     return int(parts[2]) if name.startswith("model.layers.") and parts[2].isdigit() else None
+
+
+def fused_module(name: str) -> str:
+    """The module of the model on vLLM's layers in which a tensor is kept, some of them several together.
+
+    All of a layer's experts are one module, and the projections `gate_proj` and `up_proj`; see `model.py`.
+    """
+    module = name.rpartition(".")[0].replace(".word_embeddings", ".embed_tokens")
+    if ".mlp.experts." in module:
+        return f"{module.partition('.mlp.experts.')[0]}.mlp.experts"
+    head, _, last = module.rpartition(".")
+    return f"{head}.gate_up_proj" if last in ("gate_proj", "up_proj") else module

@@ -8,7 +8,8 @@ In a process that builds the model, by `patch_for_model`:
 
 - `use_shipped_tables`: the environment variable `VLLM_TUNED_CONFIG_FOLDER`, on GPUs;
 - `fix_draft_sampling_on_cpu`: `rejection_sampler.expand_batch_to_tokens`, in CPU engines that speculate;
-- `fix_lora_base_rows_on_cpu`: `bgmv_shrink` and its two siblings, in CPU engines with adapters.
+- `fix_lora_base_rows_on_cpu`: `bgmv_shrink` and its two siblings, in CPU engines with adapters;
+- `settle_partial_layers`: `reload.layerwise.finalize_layerwise_processing`, for models that ask for it.
 
 Objects of this model alone:
 
@@ -178,6 +179,29 @@ def _masking_base_rows(operation: Any) -> Any:
 
     masked.masks_base_rows = True  # pyright: ignore[reportFunctionMemberAccess]
     return masked
+
+
+def settle_partial_layers() -> None:
+    """Have `model.weight_loading.end_update()` called before vLLM's reload ends, for models that have it.
+
+    Differs:  a layer of which an update brought a part, or all but a buffer, is filled up with uninitialised memory.
+    Upstream: `finalize_layerwise_processing`, in 0.27 to 0.33.
+    Remove:   when it keeps what was not sent.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    finalize = layerwise.finalize_layerwise_processing
+    if getattr(finalize, "settles_partial_layers", False):
+        return
+
+    @functools.wraps(finalize)
+    def settled(model: Any, model_config: Any) -> None:
+        if (weight_loading := getattr(model, "weight_loading", None)) is not None:
+            weight_loading.end_update()
+        finalize(model, model_config)
+
+    settled.settles_partial_layers = True  # pyright: ignore[reportAttributeAccessIssue]
+    layerwise.finalize_layerwise_processing = settled
 
 
 # ---- objects of this model alone ----------------------------------------------------------------------------------

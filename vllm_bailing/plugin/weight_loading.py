@@ -1,0 +1,252 @@
+"""Weights on their way into a model: the checkpoint's at the start, a trainer's into the running engine.
+
+A running engine keeps weights in the layouts of its kernels. vLLM's layerwise reload (`model_loader/reload`) gives each
+layer fresh parameters in the checkpoint's layout, keeps what comes until a layer is complete, and turns the layer into
+the tensors that its kernels use. What it leaves open is settled here: a part of a layer is joined with what the layer
+holds, and an update that cannot be carried out is refused while the old weights are in place.
+
+What trainers do and what they get: docs/weight-updates.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
+from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
+
+from vllm_bailing.checkpoint_audit import Audit
+from vllm_bailing.config import differing_keys
+from vllm_bailing.dequantize import dequantized
+from vllm_bailing.errors import UpdateError, named
+from vllm_bailing.plugin.kernels.layouts import has_checkpoint_layout, in_checkpoint_layout
+from vllm_bailing.plugin.patches import settle_partial_layers
+from vllm_bailing.tensor_names import fused_module
+from vllm_bailing.units import GIB
+
+logger = init_logger("vllm.plugins.bailing.weights")
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+# Bytes of an update that are looked at before the first is loaded. A GPU's memory belongs to its KV cache.
+_LOOK_AHEAD = {"cpu": GIB, "cuda": GIB // 8}
+
+
+class WeightLoading:
+    """Loads weights into one model, target or draft, and remembers what it has.
+
+    Args:
+        audit: Says which tensors belong to the model.
+        load: Hands tensors, under their published names, to the model's parameters; returns the parameters' names.
+    """
+
+    def __init__(
+        self, model: nn.Module, vllm_config: VllmConfig, audit: Audit, load: Callable[[Weights], set[str]]
+    ) -> None:
+        self.model, self.vllm_config, self.audit, self._load = model, vllm_config, audit, load
+        # Dummy weights are replaced by trainers, and what they never send would be answered with.
+        is_dummy = vllm_config.load_config.load_format == "dummy"
+        self.is_running = is_dummy
+        self.never_came: set[str] = set(audit.missing()) if is_dummy else set()
+        self.has_update = False
+        self._folder = vllm_config.model_config.model
+        self._sent: dict[str, None] = {}  # by the update under way, in order
+        settle_partial_layers()
+
+    def load(self, weights: Weights) -> set[str]:
+        """Load a checkpoint's tensors under their published names; returns the parameters that got something.
+
+        The first call must bring everything, later ones (a trainer updates the model) may bring a part.
+
+        Raises:
+            CheckpointError: At the start, if the checkpoint does not fit the configuration.
+            UpdateError: If an update does not fit. The old weights are in place then, unless the message denies it.
+        """
+        audit = self.audit = self.audit.restarted()
+        plain = dequantized(audit.needed(weights), audit.config, self.vllm_config.model_config.dtype)
+        if self.is_running:
+            return self._update(audit.passed(plain))
+        start = time.perf_counter()
+        loaded = self._load(audit.passed(plain))
+        audit.finish()
+        self.is_running = True
+        seconds, size = time.perf_counter() - start, sum(parameter.nbytes for parameter in self.model.parameters())
+        logger.info(
+            "This rank's %.2f GiB of weights took %.1f s (%.2f GB/s)", size / GIB, seconds, size / seconds / 1e9
+        )
+        return loaded
+
+    def check_complete(self) -> None:
+        """Refuse to answer with a model that has real weights only in part; called before every answer.
+
+        Raises:
+            UpdateError: If it started with dummy weights, and an update left some of them.
+        """
+        if self.never_came and self.has_update:
+            raise UpdateError(
+                f"the model started with dummy weights, and {named(self.never_came)} never came; send them too "
+                "(expert_bias is a buffer, which named_parameters() leaves out)"
+            )
+
+    # ---- updates of the running model ---------------------------------------------------------------------------
+
+    def _update(self, weights: Weights) -> set[str]:
+        has_session = get_layerwise_info(self.model).can_load()  # of `reload_weights`, or a weight update session
+        if not has_session:
+            self._sent.clear()
+        with set_current_vllm_config(self.vllm_config), torch.no_grad():
+            in_place = not has_session and all(map(has_checkpoint_layout, self.model.modules()))
+            if not has_session and not in_place:
+                initialize_layerwise_reload(self.model)
+            try:
+                self._refuse_another_configuration()
+                loaded = self._load(self._looked_at(weights))
+                if not has_session and not in_place:
+                    finalize_layerwise_reload(self.model, self.vllm_config.model_config)
+            except Exception as error:
+                raise self._taken_back(error, in_place) from error
+        self.has_update = True
+        self.never_came -= self.audit.seen
+        return loaded
+
+    def _looked_at(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield `weights`, the first of them when all, or as many as may be held, were looked at."""
+        held: deque[tuple[str, torch.Tensor]] = deque()
+        names, size = set(self._sent), 0
+        for name, tensor in weights:
+            if name in names:
+                raise UpdateError(f"{name} came twice in one update; send every tensor once")
+            names.add(name)
+            held.append((name, tensor))
+            size += tensor.nbytes
+            while size > _LOOK_AHEAD.get(tensor.device.type, 0):
+                self.audit.finish(complete=False)
+                size -= held[0][1].nbytes
+                yield self._sending(held)
+        self.audit.finish(complete=False)
+        while held:
+            yield self._sending(held)
+
+    def _sending(self, held: deque[tuple[str, torch.Tensor]]) -> tuple[str, torch.Tensor]:
+        name, tensor = held.popleft()
+        self._sent[name] = None
+        return name, tensor
+
+    def end_update(self) -> None:
+        """Settle the layers that did not come whole; vLLM's reload calls this before it processes them.
+
+        Raises:
+            UpdateError: If a layer's other parts cannot be had, or never came.
+        """
+        if not self._open_layers():
+            return
+        try:
+            self._refuse_passed_by()
+            partial = self._partial_modules()
+            settled = [(_ancestor(path, partial), layer) for path, layer in self._open_layers() if _is_begun(layer)]
+            stuck = {module for module, layer in settled if module and not _filled(layer)}
+            if stuck:
+                raise UpdateError(
+                    f"{named(stuck)} came in part, and their weights are in a layout that nothing can be joined with; "
+                    "send all tensors of such a module in one update"
+                )
+        except UpdateError as error:
+            raise self._taken_back(error, in_place=False) from error
+        for _, layer in self._open_layers():
+            if not _is_begun(layer) and not isinstance(layer, Attention):
+                _put_back(layer)  # vLLM would warn of every layer that an update leaves out
+        self._sent.clear()
+
+    def _open_layers(self) -> list[tuple[str, nn.Module]]:
+        """Layers that wait for weights, with their paths."""
+        return [(path, layer) for path, layer in self.model.named_modules() if get_layerwise_info(layer).can_load()]
+
+    def _partial_modules(self) -> set[str]:
+        """Modules of the model of which the update brought some tensors, but not all."""
+        members: dict[str, set[str]] = {}
+        for name in self.audit.expected:
+            members.setdefault(fused_module(name), set()).add(name)
+        sent = self._sent.keys()
+        return {module for name in sent if not members.get(module := fused_module(name), set()) <= sent}
+
+    def _refuse_passed_by(self) -> None:
+        """Refuse an update that brought the first real weights of a module but one, and went on to other modules."""
+        if not self.never_came or not self._sent:
+            return
+        begun = {fused_module(name) for name in self._sent} - {fused_module(next(reversed(self._sent)))}
+        lacking = [name for name in self.never_came - self._sent.keys() if fused_module(name) in begun]
+        if lacking:
+            raise UpdateError(
+                f"{named(sorted(lacking))} never had a value: the model started with dummy weights, and the update has "
+                "only other tensors of the same module; send them too (expert_bias is a buffer, which "
+                "named_parameters() leaves out)"
+            )
+
+    def _refuse_another_configuration(self) -> None:
+        """vLLM's `reload_weights(weights_path=...)` reads the tensors of another folder, not its config.json."""
+        model_config = self.vllm_config.model_config
+        folder = str(model_config.model)
+        if folder == self._folder:
+            return
+        different = differing_keys(self._folder, folder)
+        if different:
+            model_config.model = self._folder
+            raise UpdateError(
+                f"the config.json of {folder} has other values of {', '.join(different)} than the running model's; "
+                "start another engine with it"
+            )
+        self._folder = self.audit.folder = folder
+
+    def _taken_back(self, error: Exception, in_place: bool) -> Exception:
+        """Give the layers that the update has not replaced their tensors back; returns what to raise for `error`."""
+        infos = [get_layerwise_info(layer) for layer in self.model.modules()]
+        is_mixed = bool(self._sent) if in_place else not all(info.can_load() for info in infos)
+        for layer in self.model.modules():
+            _put_back(layer)
+        self._sent.clear()
+        finalize_layerwise_reload(self.model, self.vllm_config.model_config)
+        if not is_mixed:
+            return error
+        return UpdateError(
+            f"{str(error).rstrip('.')}. A part of the update was in place before this was seen: send the whole model "
+            "again before you ask it anything"
+        )
+
+
+def _is_begun(layer: nn.Module) -> bool:
+    return get_layerwise_info(layer).load_numel > 0
+
+
+def _put_back(layer: nn.Module) -> None:
+    info = get_layerwise_info(layer)
+    if info.can_load():
+        if info.kernel_tensors is not None:
+            _place_kernel_tensors(layer, info)
+        info.reset()
+
+
+def _filled(layer: nn.Module) -> bool:
+    """Give the parameters of `layer`, of which an update brings a part, their present values; False if unknown."""
+    info = get_layerwise_info(layer)
+    assert info.kernel_tensors is not None
+    values = in_checkpoint_layout(layer, info.restore_metadata[0], info.kernel_tensors[0])
+    if values is None:
+        return False
+    for name, value in values.items():
+        tensor = materialize_meta_tensor(getattr(layer, name))
+        tensor.data.copy_(value)
+        setattr(layer, name, tensor)
+    return True
+
+
+def _ancestor(path: str, modules: set[str]) -> str:
+    """The one of `modules` that the module at `path` is or belongs to; empty if there is none."""
+    path = path.replace(".base_layer", "")  # adapters wrap the layers that they change
+    return next((module for module in modules if path == module or path.startswith(f"{module}.")), "")
