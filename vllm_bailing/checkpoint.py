@@ -5,26 +5,50 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
 from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.layouts import common_prefix, pieces, published_name
 from vllm_bailing.tensor_names import Shape, layer_of
+
+if TYPE_CHECKING:  # registering must not import it
+    import torch
 
 _SCALES = ("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "scales")
 _INDEX = "model.safetensors.index.json"
+Kind = Literal["plain", "float8", "integer"]
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as the header of its file describes it."""
+    """A tensor as the header of its file describes it.
+
+    Attributes:
+        kind: Of its numbers; plain ones are floats of 16 bits or more.
+        name: In the file, of which `take` gets what is meant; the other parts of its rows are in `rest`.
+    """
 
     file: Path
     shape: Shape
-    is_float: bool
+    kind: Kind
+    name: str = ""
+    take: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    rest: tuple[StoredTensor, ...] = ()
+
+    def read(self, file: Any) -> torch.Tensor:
+        """The tensor from its open file.
+
+        Args:
+            file: Opens a path as `safetensors.safe_open` does.
+        """
+        import torch
+
+        parts = [part.take(file(part.file).get_tensor(part.name)) for part in (self, *self.rest)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Checkpoint:
@@ -61,8 +85,8 @@ class Checkpoint:
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118 (not a mapping)
                         stored = opened.get_slice(name)
-                        is_float = stored.get_dtype().startswith(("F", "BF"))
-                        self.tensors[name] = StoredTensor(file, tuple(stored.get_shape()), is_float)
+                        kind = _kind(stored.get_dtype())
+                        self.tensors[name] = StoredTensor(file, tuple(stored.get_shape()), kind, name)
             except (SafetensorError, OSError) as error:
                 size = file.stat().st_size
                 self.damage = f"{file} is cut off or damaged ({size} bytes; {error}); fetch it again"
@@ -91,6 +115,32 @@ class Checkpoint:
             pass
         return Checkpoint(None)
 
+    @functools.cached_property
+    def prefix(self) -> str:
+        """What all names begin with that is not of the model."""
+        return common_prefix(self.tensors)
+
+    def published(self, config: BailingMoeV2Config) -> Checkpoint:
+        """The same files with their tensors in the published layout, as far as they are in one that is known."""
+        whole = Checkpoint(None)
+        whole.folder, whole.damage = self.folder, self.damage
+        parts: dict[str, dict[int, StoredTensor]] = {}
+        for name, stored in self.tensors.items():
+            for piece in pieces(published_name(name, self.prefix), stored.shape, config):
+                one = replace(stored, shape=piece.shape, take=piece.take)
+                if piece.of == 1:
+                    whole.tensors[piece.name] = one
+                    continue
+                found = parts.setdefault(piece.name, {})
+                found[piece.number] = one
+                if len(found) == piece.of:
+                    rows = sum(part.shape[0] for part in found.values())
+                    first, *rest = (found[number] for number in range(piece.of))
+                    whole.tensors[piece.name] = replace(first, shape=(rows, *piece.shape[1:]), rest=tuple(rest))
+                    del parts[piece.name]
+        whole.tensors |= {part.name: part for found in parts.values() for part in found.values()}
+        return whole
+
     def has_scales(self, module: str) -> bool:
         """Whether `module` is a linear layer that is stored quantized."""
         return any(f"{module}.{leaf}" in self.tensors for leaf in _SCALES)
@@ -115,11 +165,24 @@ class Checkpoint:
 
         One pattern, since vLLM stops at the first that matches anything.
         """
-        names = sorted({stored.file.name for name, stored in self.tensors.items() if is_needed(name)})
+        names = sorted(
+            {
+                part.file.name
+                for name, stored in self.tensors.items()
+                if is_needed(name)
+                for part in (stored, *stored.rest)
+            }
+        )
         if len({len(name) for name in names}) != 1:
             return None
         columns = [sorted(set(column)) for column in zip(*names, strict=True)]
         return "".join(column[0] if len(column) == 1 else f"[{''.join(column)}]" for column in columns)
+
+
+def _kind(dtype: str) -> Kind:
+    if dtype in ("F16", "BF16", "F32", "F64"):
+        return "plain"
+    return "float8" if dtype.startswith("F8") else "integer"
 
 
 def local_folder(model: str) -> Path:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from vllm_bailing.checkpoint import Checkpoint, damaged_files
+from vllm_bailing.checkpoint import Checkpoint, Kind, damaged_files
+from vllm_bailing.checkpoint_diagnosis import likely_cause
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.errors import NAME_ANOTHER_DRAFT, CheckpointError
-from vllm_bailing.tensor_names import EMBEDDING, KV_SCALES, Shape, layer_of, main_tensors, mtp_tensors
+from vllm_bailing.errors import SHOWN, CheckpointError
+from vllm_bailing.tensor_names import EMBEDDING, HEAD, KV_SCALES, Shape, layer_of, main_tensors, mtp_tensors
 
 if TYPE_CHECKING:  # registering must not import it
     import torch
 
 # Buffers that some exporters write; they are computed from the configuration.
 _COMPUTED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
-_SHOWN = 4
 
 
 class Audit:
     """Passes a checkpoint's tensors on to a loader, and accounts for every one of them.
 
-    A tensor is loaded, or skipped by a rule named in `skip_rule`, or held back and reported. Only names and shapes are
-    looked at: no byte of a tensor is read here. `check` does the same with the headers of the files alone.
+    A tensor is loaded, or skipped by a rule named in `skip_rule`, or held back and reported. Only names, shapes and
+    kinds of numbers are looked at: no byte of a tensor is read here. `check` does the same with the headers of the
+    files alone. Why something does not fit is guessed in `checkpoint_diagnosis.py`.
 
     Args:
         config: The model's configuration.
@@ -49,22 +50,36 @@ class Audit:
         self.elsewhere, self.is_draft = elsewhere, is_draft
         self.config, self.expected, self.quantized = config, expected, quantized
         self.folder, self.may_lack_experts = folder, may_lack_experts
+        self._start()
+
+    def _start(self) -> None:
         self.seen: set[str] = set()
-        self.unexpected: list[str] = []
-        self.misshapen: list[str] = []
-        self.stray_layers: set[int] = set()
+        self.unexpected: dict[str, Shape] = {}
+        self.misshapen: dict[str, Shape] = {}
+        self.not_float: list[str] = []
+
+    def restarted(self) -> Audit:
+        """The same audit with nothing seen yet."""
+        again = copy.copy(self)
+        again._start()
+        return again
 
     @classmethod
     def of_target(
-        cls, config: BailingMoeV2Config, is_here: Callable[[str], bool] = lambda _name: True, **options: Any
+        cls,
+        config: BailingMoeV2Config,
+        is_here: Callable[[str], bool] = lambda _name: True,
+        head: str = HEAD,
+        **options: Any,
     ) -> Audit:
         """The audit of the main layers, embedding and head.
 
         Args:
             is_here: Whether this rank loads the tensor of that name; another one does otherwise.
+            head: As for `main_tensors`.
             options: As for the class: `quantized`, `folder`, `may_lack_experts`.
         """
-        tensors = main_tensors(config)
+        tensors = main_tensors(config, head)
         here = {name: shape for name, shape in tensors.items() if is_here(name)}
         return cls(config, here, elsewhere=tensors.keys() - here.keys(), **options)
 
@@ -81,18 +96,6 @@ class Audit:
             own[EMBEDDING] = main[EMBEDDING]
         return cls(config, own, elsewhere=main.keys() - own.keys(), is_draft=True, **options)
 
-    def restarted(self) -> Audit:
-        """The same audit with nothing seen yet."""
-        return Audit(
-            self.config,
-            self.expected,
-            self.quantized,
-            self.folder,
-            self.may_lack_experts,
-            self.elsewhere,
-            self.is_draft,
-        )
-
     def skip_rule(self, name: str) -> str | None:
         """Why `name` is not loaded although nothing is wrong with it, or None."""
         if name in self.expected:
@@ -105,8 +108,8 @@ class Audit:
             return "MTP layers are the draft model's"
         if name.endswith(_COMPUTED_SUFFIXES):
             return "rotary tables are computed"
-        if name.startswith("lm_head.") and self.config.tie_word_embeddings:
-            return "the head is the embedding"
+        if name == HEAD and HEAD not in self.expected:
+            return "the head is the embedding" if self.config.tie_word_embeddings else "no head of this kind is used"
         return None
 
     def needed(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -128,10 +131,10 @@ class Audit:
                 if cause := damaged_files(self.folder):
                     raise CheckpointError(f"the checkpoint cannot be read: {cause}") from error
                 raise
-            if tensor.shape == self.expected.get(name):
+            if tensor.shape == self.expected.get(name) and _kind(tensor) == "plain":
                 self.seen.add(name)
                 yield name, tensor
-            elif self.skip_rule(name) is None and self._accepts(name, tuple(tensor.shape), tensor.is_floating_point()):
+            elif self.skip_rule(name) is None and self._accepts(name, tuple(tensor.shape), _kind(tensor)):
                 yield name, tensor
 
     def check(self, checkpoint: Checkpoint) -> None:
@@ -144,17 +147,19 @@ class Audit:
             raise CheckpointError(f"the checkpoint cannot be read: {checkpoint.damage}")
         for name, stored in checkpoint.tensors.items():
             if self.skip_rule(name) is None:
-                self._accepts(name, stored.shape, stored.is_float)
+                self._accepts(name, stored.shape, stored.kind)
         self.finish()
 
-    def _accepts(self, name: str, shape: Shape, is_float: bool) -> bool:
+    def _accepts(self, name: str, shape: Shape, kind: Kind) -> bool:
         expected = self.expected.get(name)
         if expected is not None:
             self.seen.add(name)
-            packed = self.quantized and not is_float
-            if shape == expected or packed:
+            if kind != "plain" and not self.quantized:
+                self.not_float.append(name)
+            elif shape == expected or (self.quantized and kind == "integer"):
                 return True
-            self.misshapen.append(f"{name} is {list(shape)}, config.json asks for {list(expected)}")
+            else:
+                self.misshapen[name] = shape
             return False
         module, _, leaf = name.rpartition(".")
         if self.quantized and leaf in KV_SCALES and module.endswith((".attention", ".attention.attn")):
@@ -163,10 +168,7 @@ class Audit:
             if leaf in ("qweight", "weight_packed"):
                 self.seen.add(f"{module}.weight")
             return True
-        layer = layer_of(name)
-        if layer is not None and layer >= self.config.num_hidden_layers:
-            self.stray_layers.add(layer)
-        self.unexpected.append(name)
+        self.unexpected[name] = shape
         return False
 
     def missing(self) -> list[str]:
@@ -179,53 +181,35 @@ class Audit:
             absent = [name for name in absent if ".mlp.experts." not in name or name.split(".")[5] in here]
         return absent
 
-    def finish(self, complete: bool = True) -> None:
+    def finish(self, complete: bool = True, what: str = "the checkpoint does not fit its config.json") -> None:
         """Report every tensor that does not fit.
 
         Args:
             complete: Whether all tensors were to come; False where a trainer sends them in portions.
+            what: How the message begins.
         Raises:
             CheckpointError: One message naming the first few missing, unexpected and misshapen tensors, and the cause.
         """
         missing = self.missing() if complete else []
-        if not (missing or self.unexpected or self.misshapen):
-            return
+        misshapen = [
+            f"{name} is {list(shape)}, config.json asks for {list(self.expected[name])}"
+            for name, shape in self.misshapen.items()
+        ]
+        found = (
+            ("missing", missing),
+            ("unexpected", list(self.unexpected)),
+            ("of the wrong shape", misshapen),
+            ("of integers or 8 bits", self.not_float),
+        )
         parts = [
-            f"{len(names)} {title} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
-            for title, names in (
-                ("missing", missing),
-                ("unexpected", self.unexpected),
-                ("of the wrong shape", self.misshapen),
-            )
+            f"{len(names)} {title} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
+            for title, names in found
             if names
         ]
-        raise CheckpointError(
-            f"the checkpoint does not fit its config.json: {'; '.join(parts)}. {self._cause(missing)}"
-        )
+        if parts:
+            cause = likely_cause(self, missing)
+            raise CheckpointError(f"{what}: {'; '.join(parts)}. {f'Likely cause: {cause}' if cause else ''}".rstrip())
 
-    def _cause(self, missing: list[str]) -> str:
-        if damage := damaged_files(self.folder):
-            return f"Likely cause: {damage}"
-        if self.is_draft and len(missing) == len(self.expected):
-            return (
-                f"Likely cause: {self.folder} has no MTP layer, though num_nextn_predict_layers="
-                f"{self.config.num_nextn_predict_layers}; {NAME_ANOTHER_DRAFT}"
-            )
-        if self.stray_layers:
-            layers = len(self.stray_layers)
-            return (
-                f"Likely cause: the checkpoint has {layers} layer(s) past num_hidden_layers="
-                f"{self.config.num_hidden_layers}, "
-                f"but num_nextn_predict_layers={self.config.num_nextn_predict_layers}; if they are MTP layers, set "
-                f"num_nextn_predict_layers to {layers} in config.json or by --hf-overrides"
-            )
-        if missing and self.unexpected:
-            # Names close to a missing one were most likely meant to be it.
-            close = difflib.get_close_matches(self.unexpected[0], missing[:2000], n=1, cutoff=0.6)
-            if close:
-                return f"Likely cause: {self.unexpected[0]} should be called {close[0]}"
-        if self.misshapen:
-            return "Likely cause: config.json belongs to another model size; take it from the same place as the weights"
-        if missing:
-            return "Likely cause: an incomplete download or export; fetch or export the checkpoint again"
-        return "Likely cause: weights of another architecture or adapter tensors; remove them from the checkpoint"
+
+def _kind(tensor: torch.Tensor) -> Kind:
+    return ("plain" if tensor.itemsize > 1 else "float8") if tensor.is_floating_point() else "integer"

@@ -42,7 +42,7 @@ class Dequantizer:
     def __init__(self, quantization: dict[str, Any], dtype: torch.dtype) -> None:
         self.dtype = dtype
         method = quantization.get("quant_method")
-        makers: dict[Any, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
+        makers: dict[Any, Callable[[dict[str, Any]], tuple[Any, ...]]] = {
             "compressed-tensors": _compressed_tensors,
             "fp8": _fp8,
             "gptq": _gptq,
@@ -53,8 +53,9 @@ class Dequantizer:
                 f"dequantize=true cannot turn quant_method={method!r} of config.json into plain weights, only "
                 f"{', '.join(makers)}; leave it out, or use a checkpoint of another scheme"
             )
-        # What a module's weight is made of, and how.
-        self.parts_of, self.weight_of = makers[method](quantization)
+        # What a module's weight is made of, and how; and what to do with a part that it does not need.
+        self.parts_of, self.weight_of, *spare = makers[method](quantization)
+        self.check_spare: Callable[[str, str, torch.Tensor], None] | None = spare[0] if spare else None
 
     def plain(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield `tensors` with plain weights; holds parts of a module until all of them have come.
@@ -71,6 +72,9 @@ class Dequantizer:
                 continue
             if leaf not in _PARTS or (leaf == "weight" and tensor.is_floating_point() and tensor.itemsize > 1):
                 yield name, tensor
+                continue
+            if self.check_spare is not None and leaf not in self.parts_of(module):
+                self.check_spare(module, leaf, tensor)
                 continue
             parts = waiting.setdefault(module, {})
             parts[leaf] = tensor
@@ -182,27 +186,46 @@ def _awq(quantization: dict[str, Any]) -> tuple[Any, Any]:
     return lambda module: parts, weight_of
 
 
-def _gptq(quantization: dict[str, Any]) -> tuple[Any, Any]:
+def _gptq(quantization: dict[str, Any]) -> tuple[Any, Any, Any]:
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
     from compressed_tensors.quantization.lifecycle.forward import dequantize
 
-    bits = quantization.get("bits", 4)
+    bits, group_size = quantization.get("bits", 4), quantization.get("group_size", -1)
+    # Symmetric weights have their zero in the middle, whatever an exporter stored; kernels do not read it either.
+    is_symmetric = bool(quantization.get("sym", True))
     # The first format stores every zero point less one.
     shift = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
+    # Without desc_act input i is of group i // group_size, and not every exporter stores that.
+    is_in_order = not quantization.get("desc_act")
+    needed = ("qweight", "scales", *(() if is_symmetric else ("qzeros",)), *(() if is_in_order else ("g_idx",)))
+
+    def in_order(inputs: int) -> torch.Tensor:
+        import torch
+
+        return torch.arange(inputs) // (group_size if group_size > 0 else inputs)
+
+    def check_spare(module: str, leaf: str, tensor: torch.Tensor) -> None:
+        if leaf == "g_idx" and tensor.long().tolist() != in_order(tensor.numel()).tolist():
+            raise CheckpointError(
+                f"{module}.g_idx is out of order, but quantization_config has desc_act=false and "
+                f"group_size={group_size}; take the config.json that was exported with the weights"
+            )
 
     def weight_of(module: str, stored: Tensors) -> torch.Tensor:
         import torch
 
         scales = stored["scales"].float()  # [groups, out]
         groups, width = scales.shape
-        inputs = stored["g_idx"].numel()
-        weight = unpack_from_int32(stored["qweight"], bits, torch.Size((inputs, width)), packed_dim=0)
-        zeros = unpack_from_int32(stored["qzeros"], bits, torch.Size((groups, width)))
-        index = stored["g_idx"].long()
+        inputs = stored["qweight"].shape[0] * 32 // bits
+        index = in_order(inputs) if is_in_order else stored["g_idx"].long()
         if int(index.min()) < 0 or int(index.max()) >= groups:
-            raise ValueError(f"g_idx points outside the {groups} groups")
-        # As floats: a zero point of 2^bits leaves the range of the stored integers.
-        centered = weight.float() - (zeros.float() + shift)[index]
-        return dequantize(centered.T, scales.T, g_idx=index)
+            raise ValueError(f"{'group_size' if is_in_order else 'g_idx'} points outside the {groups} groups")
+        # The library takes half of the range off, so that the middle is 0.
+        weight = unpack_from_int32(stored["qweight"], bits, torch.Size((inputs, width)), packed_dim=0).float()
+        if not is_symmetric:
+            # As floats: a zero point of 2^bits leaves the range of the stored integers.
+            zeros = unpack_from_int32(stored["qzeros"], bits, torch.Size((groups, width))).float() + shift
+            weight = weight - zeros[index]
+        return dequantize(weight.T, scales.T, g_idx=index)
 
-    return lambda module: ("qweight", "qzeros", "scales", "g_idx"), weight_of
+    return lambda module: needed, weight_of, check_spare

@@ -21,12 +21,12 @@ DEQUANTIZE = (
 )
 
 
-_SHOWN = 4
+SHOWN = 4  # names in a message
 
 
 def named(names: Collection[str]) -> str:
     """How many `names` there are, and the first few: "6 tensors (a, b, c, d, ...)"."""
-    shown = f"{', '.join(sorted(names)[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
+    shown = f"{', '.join(sorted(names)[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
     return f"{len(names)} tensor{'s' if len(names) != 1 else ''} ({shown})"
 
 

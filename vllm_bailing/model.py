@@ -11,7 +11,6 @@ Source: inclusionAI/Ling-V2, `modeling_bailing_moe_v2.py`; the interfaces are th
 
 # No postponed annotations in this file: vLLM's compile decorator reads them as types.
 from collections.abc import Iterable
-from functools import cached_property
 from itertools import islice
 
 import torch
@@ -61,7 +60,7 @@ from vllm_bailing.plugin.patches import experts_without_lora_on_cpu, patch_for_m
 from vllm_bailing.plugin.shims import rope_parameters
 from vllm_bailing.plugin.weight_loading import WeightLoading
 from vllm_bailing.router import BailingMoeV2Gate, routing_rule
-from vllm_bailing.tensor_names import EMBEDDING, HEAD, layer_of
+from vllm_bailing.tensor_names import EMBEDDING, HEAD, SCORE, layer_of
 
 
 class BailingMoeV2Attention(nn.Module):
@@ -429,7 +428,7 @@ class BailingMoeV2ForCausalLM(
                 quant_config=self.quant_config,
                 prefix=maybe_prefix(prefix, "lm_head"),
             )
-            if config.tie_word_embeddings:
+            if config.tie_word_embeddings and isinstance(self.lm_head, ParallelLMHead):  # pooling models have none
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         else:
             self.lm_head = PPMissingLayer()
@@ -439,7 +438,7 @@ class BailingMoeV2ForCausalLM(
         # An adapter trained on a checkpoint with MTP layers may change them too; drafts need no adapter to be right.
         skipped = [f"model.layers.{layer}." for layer in config.mtp_layer_ids]
         self.lora_skip_prefixes = skipped  # pyright: ignore[reportAttributeAccessIssue]
-        self.weight_loading = WeightLoading(self, vllm_config, self._audit, self._load)
+        self.weight_loading = WeightLoading(self, vllm_config, self._audit_of, self._load)
         use_cpu_kernels(self, self.lm_head, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -471,21 +470,23 @@ class BailingMoeV2ForCausalLM(
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """Files with nothing but such tensors are not even read, by vLLM 0.32 and newer."""
-        return self._audit.skip_rule(name) is not None
+        # A head beside a tied embedding is compared with it.
+        return name != HEAD and self.weight_loading.audit.skip_rule(name) is not None
 
     def _is_of_this_rank(self, name: str) -> bool:
         layer = layer_of(name)
         if layer is not None:
             return self.model.start_layer <= layer < self.model.end_layer
-        module = self.model.embed_tokens if name == EMBEDDING else self.lm_head  # the final norm is where the head is
+        module = self.model.embed_tokens if name == EMBEDDING else self.model.norm  # the head is where the norm is
         return not isinstance(module, PPMissingLayer)
 
-    @cached_property
-    def _audit(self) -> Audit:
-        """Made once: its rules are asked for every name of a checkpoint."""
+    def _audit_of(self) -> Audit:
+        # vLLM makes a pooling model of this class without the head, and may give it one of its own.
+        is_generating = isinstance(self.lm_head, ParallelLMHead) or not get_pp_group().is_last_rank
         return Audit.of_target(
             self.config,
             is_here=self._is_of_this_rank,
+            head=HEAD if is_generating else SCORE if hasattr(self, "score") else "",
             quantized=self.quant_config is not None,
             folder=self.vllm_config.model_config.model,
             may_lack_experts=self.vllm_config.parallel_config.enable_expert_parallel,

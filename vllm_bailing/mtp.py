@@ -8,6 +8,7 @@ Source: inclusionAI/Ling-V2, `modeling_bailing_moe_v2.py`, class `BailingMoeV2MT
 """
 
 # No postponed annotations in this file: vLLM's compile decorator reads them as types.
+import contextlib
 import copy
 from collections.abc import Iterable
 
@@ -83,14 +84,15 @@ class DraftHead(nn.Module):
     def load_from_target(self) -> None:
         """Read the rows from the target's files, which are there: it was loaded before."""
         name = EMBEDDING if self.config.tie_word_embeddings else HEAD
-        stored = Checkpoint.of(self.target).tensors.get(name)
+        stored = Checkpoint.of(self.target).published(self.config).tensors.get(name)
         if stored is None:
             raise CheckpointError(
                 f"a draft vocabulary needs {name} in safetensors files on this machine, and {self.target.model} has "
                 "none; leave bailing_draft_vocab out of --additional-config"
             )
-        with safe_open(stored.file, framework="pt") as file:
-            weight = normalized_head(self.config, file.get_tensor(name), self.target.dtype)
+        with contextlib.ExitStack() as files:
+            stored_weight = stored.read(lambda path: files.enter_context(safe_open(path, framework="pt")))
+        weight = normalized_head(self.config, stored_weight, self.target.dtype)
         self.head.weight_loader(self.head.weight, weight[self.rows])
 
 
@@ -104,7 +106,7 @@ class BailingMoeV2MTPLayer(BailingMoeV2DecoderLayer):
         self.hnorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         # The vendor's exporter quantizes everything around this projection and says so nowhere.
         name = f"{prefix}.eh_proj"
-        is_quantized = Checkpoint.of(vllm_config.model_config).has_scales(name)
+        is_quantized = Checkpoint.of(vllm_config.model_config).published(config).has_scales(name)
         self.eh_proj = ReplicatedLinear(
             2 * config.hidden_size,
             config.hidden_size,
@@ -223,11 +225,13 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
             may_lack_experts=vllm_config.parallel_config.enable_expert_parallel,
         )
         # The other files of a large target would be read from disk a second time.
-        files = Checkpoint.of(vllm_config.model_config).files_with(
-            lambda name: name in audit.expected or layer_of(name) in config.mtp_layer_ids
+        files = (
+            Checkpoint.of(vllm_config.model_config)
+            .published(config)
+            .files_with(lambda name: name in audit.expected or layer_of(name) in config.mtp_layer_ids)
         )
         self.allow_patterns_overrides = [files] if files else None
-        self.weight_loading = WeightLoading(self, vllm_config, audit, self._load)
+        self.weight_loading = WeightLoading(self, vllm_config, lambda: audit, self._load)
         use_cpu_kernels(self, self.draft_head.head if self.draft_head else self.lm_head, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ KV_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale")
 # Fixed scales of activations, and what else belongs to a quantized layer's inputs and outputs.
 ACTIVATION_LEAVES = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 EMBEDDING, HEAD = "model.word_embeddings.weight", "lm_head.weight"
+SCORE = "score.weight"  # the head of classification and reward models, which transformers names
 
 
 def _mlp(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, Shape]]:
@@ -56,12 +57,18 @@ def layer_tensors(config: BailingMoeV2Config, layer: int) -> dict[str, Shape]:
     return tensors
 
 
-def main_tensors(config: BailingMoeV2Config) -> dict[str, Shape]:
-    """Names and shapes of everything but the MTP layers."""
+def main_tensors(config: BailingMoeV2Config, head: str = HEAD) -> dict[str, Shape]:
+    """Names and shapes of everything but the MTP layers.
+
+    Args:
+        head: `HEAD`, `SCORE`, or empty for a model that ends with its final norm.
+    """
     vocab = (config.vocab_size, config.hidden_size)
     tensors: dict[str, Shape] = {EMBEDDING: vocab, "model.norm.weight": (config.hidden_size,)}
-    if not config.tie_word_embeddings:
+    if head == HEAD and not config.tie_word_embeddings:
         tensors[HEAD] = vocab
+    if head == SCORE:
+        tensors[SCORE] = (config.num_labels, config.hidden_size)
     for layer in range(config.num_hidden_layers):
         tensors.update(layer_tensors(config, layer))
     return tensors

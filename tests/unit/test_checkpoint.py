@@ -27,7 +27,7 @@ def test_headers_tell_names_shapes_and_files(tmp_path):
     assert checkpoint.damage == ""
     expected = {**main_tensors(config), **mtp_tensors(config)}
     assert {name: stored.shape for name, stored in checkpoint.tensors.items()} == expected
-    assert all(stored.is_float for stored in checkpoint.tensors.values())
+    assert all(stored.kind == "plain" for stored in checkpoint.tensors.values())
     assert checkpoint.layers_past_main(config) == [3]
     assert checkpoint.layers_past_main(small_config(num_hidden_layers=4)) == []
     assert Checkpoint(tmp_path / "nowhere").tensors == Checkpoint.at("someone/nothing").tensors == {}

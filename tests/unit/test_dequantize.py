@@ -42,9 +42,9 @@ def test_scales_of_activations_and_cache_are_left_out_of_plain_weights(tmp_path)
     ("scheme", "change", "fragments"),
     [
         ("fp8", lambda parts: parts.pop("weight_scale_inv"), ("has weight but no weight_scale_inv",)),
-        ("gptq", lambda parts: parts.pop("qzeros"), ("but no qzeros",)),
+        ("gptq-act", lambda parts: parts.pop("qzeros"), ("but no qzeros",)),
         ("awq", lambda parts: parts.update(scales=parts["scales"][:1]), ("do not fit", "qweight [128, 8]")),
-        ("gptq", lambda parts: parts["g_idx"].fill_(9), ("do not fit", "g_idx points outside the 4 groups")),
+        ("gptq-act", lambda parts: parts["g_idx"].fill_(9), ("do not fit", "g_idx points outside the 4 groups")),
         ("fp8", lambda parts: parts.update(weight_scale_inv=torch.ones(7, 3)), ("do not fit", "[7, 3]")),
         ("w8a8", lambda parts: parts.update(weight_scale=torch.ones(5, 1)), ("do not fit", "[5, 1]")),
     ],
@@ -192,9 +192,34 @@ def test_gptq_has_four_bits_unless_it_says_otherwise():
 
 @pytest.mark.parametrize("index", [-1, 9])
 def test_a_group_outside_the_scales_is_refused(index):
-    quantization, stored, _ = one_layer("gptq")
+    quantization, stored, _ = one_layer("gptq-act")
     stored[f"{MODULE}.g_idx"][5] = index
     with pytest.raises(CheckpointError, match=r"\(g_idx points outside the 9 groups\)"):
+        plain_weight(quantization, stored)
+
+
+@pytest.mark.parametrize("zeros", [0x77777777, -0x77777778, 0, None])
+def test_symmetric_gptq_has_its_zero_in_the_middle_whatever_is_stored(zeros):
+    """Exporters write 7 (the first format stores every zero less one), 8, anything, or nothing."""
+    quantization, stored, meaning = one_layer("gptq")
+    if zeros is None:
+        del stored[f"{MODULE}.qzeros"]
+    else:
+        stored[f"{MODULE}.qzeros"].fill_(zeros)
+    torch.testing.assert_close(plain_weight(quantization, stored), meaning, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["gptq", "gptq-v2"])
+def test_gptq_groups_are_in_order_where_none_are_stored(scheme):
+    quantization, stored, meaning = one_layer(scheme)
+    del stored[f"{MODULE}.g_idx"]
+    torch.testing.assert_close(plain_weight(quantization, stored), meaning, atol=1e-6, rtol=1e-6)
+
+
+def test_gptq_groups_that_contradict_the_configuration_are_refused():
+    quantization, stored, _ = one_layer("gptq")
+    stored[f"{MODULE}.g_idx"] = stored[f"{MODULE}.g_idx"].flip(0)
+    with pytest.raises(CheckpointError, match="g_idx is out of order, but quantization_config has desc_act=false"):
         plain_weight(quantization, stored)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from vllm_bailing.errors import DEQUANTIZE, SettingsError
 from vllm_bailing.plugin.lora import settle_lora_targets
 from vllm_bailing.plugin.options import DRAFT_VOCABULARY, check_switches, draft_vocabulary
 from vllm_bailing.plugin.speculation import has_mtp_draft
-from vllm_bailing.tensor_names import main_tensors
+from vllm_bailing.tensor_names import HEAD, SCORE, main_tensors
 from vllm_bailing.units import GIB, dtype_name
 
 _SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
@@ -59,7 +60,8 @@ def check_quantization(vllm_config: Any) -> None:
     from vllm.platforms import current_platform
 
     model_config, speculation = vllm_config.model_config, vllm_config.speculative_config
-    config, checkpoint = model_config.hf_config, Checkpoint.of(model_config)
+    config = model_config.hf_config
+    checkpoint = Checkpoint.of(model_config).published(config)
     stored = config.stored_quantization_config
     draft = speculation.draft_model_config.hf_config if has_mtp_draft(speculation) else config
     if config.dequantize and stored is None and draft.stored_quantization_config is None:
@@ -114,10 +116,11 @@ def _check_draft_head(vllm_config: Any) -> None:
             f"{DRAFT_VOCABULARY} in --additional-config is for MTP drafts; add --speculative-config "
             '\'{"method": "mtp", "num_speculative_tokens": 1}\' or leave it out'
         )
-    if Checkpoint.of(vllm_config.model_config).has_scales("lm_head"):
+    model_config = vllm_config.model_config
+    if Checkpoint.of(model_config).published(model_config.hf_config).has_scales("lm_head"):
         raise SettingsError(
             f"{DRAFT_VOCABULARY} in --additional-config takes rows of the head, and that of "
-            f"{vllm_config.model_config.model} is quantized; leave it out"
+            f"{model_config.model} is quantized; leave it out"
         )
 
 
@@ -134,13 +137,25 @@ def check_files(vllm_config: Any) -> None:
         return
     target, speculation = vllm_config.model_config, vllm_config.speculative_config
     may_lack_experts = vllm_config.parallel_config.enable_expert_parallel
-    _check_files_of(target, Audit.of_target, may_lack_experts)
+    _check_files_of(target, functools.partial(Audit.of_target, head=_head_of(target)), may_lack_experts)
     if has_mtp_draft(speculation):
         _check_files_of(speculation.draft_model_config, Audit.of_draft, may_lack_experts)
 
 
+def _head_of(model_config: Any) -> str:
+    """The head that a vLLM `ModelConfig` asks for, as `tensor_names.main_tensors` takes it."""
+    if model_config.runner_type != "pooling":
+        return HEAD
+    if model_config.convert_type != "classify":
+        return ""
+    config = model_config.hf_config  # vLLM makes the classifier of some rerankers from the head, as these keys say
+    is_made = getattr(config, "classifier_from_token", None) or getattr(config, "method", None)
+    return HEAD if is_made else SCORE
+
+
 def _check_files_of(model_config: Any, audit_of: Callable[..., Audit], may_lack_experts: bool) -> None:
-    checkpoint, config = Checkpoint.of(model_config), model_config.hf_config
+    config = model_config.hf_config
+    checkpoint = Checkpoint.of(model_config).published(config)
     if not checkpoint.tensors and not checkpoint.damage:
         return  # not fetched yet: checked while it loads
     is_quantized = model_config.quantization is not None or config.stored_quantization_config is not None

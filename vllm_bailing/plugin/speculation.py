@@ -76,7 +76,7 @@ def _fit(draft: BailingMoeV2Config, target: BailingMoeV2Config, model: str) -> N
 def _no_mtp_layer(draft: BailingMoeV2Config, speculation: Any, shares_checkpoint: bool) -> str:
     model = speculation.model
     revision = speculation.target_model_config.revision if shares_checkpoint else speculation.revision
-    layers = Checkpoint.at(model, revision).layers_past_main(draft)
+    layers = Checkpoint.at(model, revision).published(draft).layers_past_main(draft)
     if layers:
         how = "pass --hf-overrides" if shares_checkpoint else "write into its config.json"
         return (

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -23,13 +24,15 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 
+from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.config import differing_keys
 from vllm_bailing.dequantize import dequantized
-from vllm_bailing.errors import UpdateError, named
+from vllm_bailing.errors import CheckpointError, UpdateError, named
+from vllm_bailing.layouts import as_published
 from vllm_bailing.plugin.kernels.layouts import has_checkpoint_layout, in_checkpoint_layout
 from vllm_bailing.plugin.patches import settle_partial_layers
-from vllm_bailing.tensor_names import fused_module
+from vllm_bailing.tensor_names import EMBEDDING, HEAD, fused_module
 from vllm_bailing.units import GIB
 
 logger = init_logger("vllm.plugins.bailing.weights")
@@ -43,22 +46,34 @@ class WeightLoading:
     """Loads weights into one model, target or draft, and remembers what it has.
 
     Args:
-        audit: Says which tensors belong to the model.
+        audit_of: Says which tensors belong to the model, once it is complete.
         load: Hands tensors, under their published names, to the model's parameters; returns the parameters' names.
     """
 
     def __init__(
-        self, model: nn.Module, vllm_config: VllmConfig, audit: Audit, load: Callable[[Weights], set[str]]
+        self,
+        model: nn.Module,
+        vllm_config: VllmConfig,
+        audit_of: Callable[[], Audit],
+        load: Callable[[Weights], set[str]],
     ) -> None:
-        self.model, self.vllm_config, self.audit, self._load = model, vllm_config, audit, load
+        self.model, self.vllm_config, self._audit_of, self._load = model, vllm_config, audit_of, load
         # Dummy weights are replaced by trainers, and what they never send would be answered with.
-        is_dummy = vllm_config.load_config.load_format == "dummy"
-        self.is_running = is_dummy
-        self.never_came: set[str] = set(audit.missing()) if is_dummy else set()
+        self.is_dummy = self.is_running = vllm_config.load_config.load_format == "dummy"
         self.has_update = False
         self._folder = vllm_config.model_config.model
         self._sent: dict[str, None] = {}  # by the update under way, in order
         settle_partial_layers()
+
+    @cached_property
+    def audit(self) -> Audit:
+        """Of the load that is under way, or the last one."""
+        return self._audit_of()
+
+    @cached_property
+    def never_came(self) -> set[str]:
+        """Tensors in whose place the model still has dummies."""
+        return set(self.audit.restarted().missing()) if self.is_dummy else set()
 
     def load(self, weights: Weights) -> set[str]:
         """Load a checkpoint's tensors under their published names; returns the parameters that got something.
@@ -70,6 +85,11 @@ class WeightLoading:
             UpdateError: If an update does not fit. The old weights are in place then, unless the message denies it.
         """
         audit = self.audit = self.audit.restarted()
+        # An update is read in portions, in which nothing tells what all of its names begin with.
+        prefix = "" if self.is_running else Checkpoint.of(self.vllm_config.model_config).prefix
+        weights = as_published(weights, audit.config, prefix)
+        if audit.config.tie_word_embeddings:
+            weights = _with_one_head(weights)
         plain = dequantized(audit.needed(weights), audit.config, self.vllm_config.model_config.dtype)
         if self.is_running:
             return self._update(audit.passed(plain))
@@ -89,7 +109,7 @@ class WeightLoading:
         Raises:
             UpdateError: If it started with dummy weights, and an update left some of them.
         """
-        if self.never_came and self.has_update:
+        if self.has_update and self.never_came:
             raise UpdateError(
                 f"the model started with dummy weights, and {named(self.never_came)} never came; send them too "
                 "(expert_bias is a buffer, which named_parameters() leaves out)"
@@ -127,10 +147,10 @@ class WeightLoading:
             held.append((name, tensor))
             size += tensor.nbytes
             while size > _LOOK_AHEAD.get(tensor.device.type, 0):
-                self.audit.finish(complete=False)
+                self.audit.finish(complete=False, what="the update does not fit the model")
                 size -= held[0][1].nbytes
                 yield self._sending(held)
-        self.audit.finish(complete=False)
+        self.audit.finish(complete=False, what="the update does not fit the model")
         while held:
             yield self._sending(held)
 
@@ -218,6 +238,20 @@ class WeightLoading:
             f"{str(error).rstrip('.')}. A part of the update was in place before this was seen: send the whole model "
             "again before you ask it anything"
         )
+
+
+def _with_one_head(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield `weights` of a model whose head is its embedding; refuse another head beside it."""
+    first: torch.Tensor | None = None
+    for name, tensor in weights:
+        if name in (EMBEDDING, HEAD):
+            if first is not None and not torch.equal(tensor, first):
+                raise CheckpointError(
+                    "tie_word_embeddings=true in config.json, but lm_head.weight is there and differs from the "
+                    "embedding; set it to false, or remove lm_head.weight"
+                )
+            first = tensor
+        yield name, tensor
 
 
 def _is_begun(layer: nn.Module) -> bool:

@@ -169,7 +169,7 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
     window = f"{config.max_position_embeddings} tokens" + (f" by {scaling}" if scaling != "default" else "")
     yield Check("config.json", True, f"{config.num_hidden_layers} layers, {config.num_experts} experts, {window}")
 
-    stored_files = Checkpoint(folder)
+    stored_files = Checkpoint(folder).published(config)
     if stored_files.damage:
         yield Check("files", False, stored_files.damage, f"hf download {model}")
         return

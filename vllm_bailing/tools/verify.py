@@ -181,7 +181,7 @@ class TensorReader:
 
         from vllm_bailing.dequantize import Dequantizer
 
-        self.config, self.checkpoint = config, Checkpoint(folder)
+        self.config, self.checkpoint = config, Checkpoint(folder).published(config)
         if not self.checkpoint.tensors and not self.checkpoint.damage:
             raise CheckpointError(f"{folder} has no safetensors files; give the folder that the server was started on")
         stored = config.stored_quantization_config or getattr(config, "quantization_config", None)
@@ -198,10 +198,9 @@ class TensorReader:
         self._open.close()
         self._files.clear()
 
-    def _file(self, name: str) -> Any:
+    def _file(self, path: Path) -> Any:
         from safetensors import safe_open
 
-        path = self.checkpoint.tensors[name].file
         if path not in self._files:
             self._files[path] = self._open.enter_context(safe_open(path, framework="pt"))
         return self._files[path]
@@ -209,16 +208,17 @@ class TensorReader:
     def tensor(self, name: str) -> torch.Tensor:
         """`name` as a whole."""
         if name in self.checkpoint.tensors and self._plain is None:
-            return self._file(name).get_tensor(name).float()
+            return self.checkpoint.tensors[name].read(self._file).float()
         parts = self._parts[name.rpartition(".")[0]]
-        stored = [(part, self._file(part).get_tensor(part)) for part in parts]
+        stored = [(part, self.checkpoint.tensors[part].read(self._file)) for part in parts]
         return dict(self._plain.plain(stored) if self._plain else stored)[name].float()
 
     def rows(self, name: str, start: int, end: int) -> torch.Tensor:
         """Rows `start` to `end` of the matrix `name`; embedding and head are never quantized row-wise."""
         if name not in self.checkpoint.tensors or self._is_quantized(name):
             return self.tensor(name)[start:end]
-        return self._file(name).get_slice(name)[start:end].float()
+        stored = self.checkpoint.tensors[name]
+        return self._file(stored.file).get_slice(stored.name)[start : min(end, stored.shape[0])].float()
 
     def _is_quantized(self, name: str) -> bool:
         return self.checkpoint.has_scales(name.rpartition(".")[0])
