@@ -208,7 +208,8 @@ class Audit:
         ]
         if parts:
             cause = likely_cause(self, missing)
-            raise CheckpointError(f"{what}: {'; '.join(parts)}. {f'Likely cause: {cause}' if cause else ''}".rstrip())
+            remedy = f"Likely cause: {cause}" if cause else "Take weights and config.json from the same place"
+            raise CheckpointError(f"{what}: {'; '.join(parts)}. {remedy}")
 
 
 def _kind(tensor: torch.Tensor) -> Kind:

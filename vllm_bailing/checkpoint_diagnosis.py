@@ -147,6 +147,9 @@ def _shapes(audit: Audit, missing: list[str]) -> str:
     if audit.misshapen and audit.misshapen.keys() <= vocabulary:
         rows = next(iter(audit.misshapen.values()))[:1]
         return f"vocab_size={audit.config.vocab_size}, where the checkpoint has {rows[0] if rows else 0} rows"
+    turned = [name for name, shape in audit.misshapen.items() if shape == audit.expected[name][::-1]]
+    if turned and len(turned) == len(audit.misshapen):
+        return "weights that were saved transposed; export the checkpoint again"
     if 2 * len(audit.misshapen) > len(audit.seen):
         return "config.json belongs to another model size; take it from the same place as the weights"
     return ""
