@@ -197,7 +197,9 @@ def test_what_a_rule_skips_is_dropped_before_anything_is_computed_from_it(tensor
 def test_integers_of_another_shape_are_a_quantized_checkpoints_own_affair(tensors):
     packed = {**tensors, GATE: torch.empty(4, 8, dtype=torch.int32)}
     assert audited(small_config(), packed, quantized=True) == set(tensors)
-    with pytest.raises(CheckpointError, match=r"1 of integers or 8 bits .*quantized weights without a quantization_config"):
+    with pytest.raises(
+        CheckpointError, match=r"1 of integers or 8 bits .*quantized weights without a quantization_config"
+    ):
         audited(small_config(), packed)
 
 
