@@ -10,18 +10,22 @@ import json
 
 import pytest
 
+from tests.support.paths import ROOT
 from tests.support.server import serving
 from vllm_bailing import DEMO_ADAPTER
 
 PARSERS = ("--enable-auto-tool-choice", "--tool-call-parser", "bailing", "--reasoning-parser", "bailing")
 MTP = json.dumps({"method": "mtp", "num_speculative_tokens": 2})
+UPDATES = ("--worker-extension-cls", "tests.support.weight_files.Extension")
+UPDATES += ("--weight-transfer-config", json.dumps({"backend": "files"}))
 IN_REASONING = json.dumps({"enable_in_reasoning": True})
 
 
 @pytest.fixture(scope="package")
 def plain_server(tmp_path_factory):
-    """In fp32, with nothing else."""
-    with serving(tmp_path_factory.mktemp("plain") / "log") as server:
+    """In fp32, with nothing else but vLLM's endpoints for trainers."""
+    log = tmp_path_factory.mktemp("plain") / "log"
+    with serving(log, *UPDATES, VLLM_SERVER_DEV_MODE="1", PYTHONPATH=str(ROOT)) as server:
         server.draft_tokens = 0
         yield server
 

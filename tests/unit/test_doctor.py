@@ -91,9 +91,14 @@ def with_the_base_models_template(folder):
     (folder / "chat_template.jinja").write_text("{% for m in messages %}<role>{{ m.content }}{% endfor %}")
 
 
+def with_pickled_files(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
 @pytest.mark.parametrize(
     "change, name, ok, detail, fix",
     [
+        (with_pickled_files, "files", None, ".bin files, which vLLM serves but nothing here reads", ""),
         (without_a_tensor, "tensors", False, "model.layers.2.mlp.experts.3.up_proj.weight", "incomplete download"),
         (without_a_shard, "files", False, "1 of 3 files of the index are not in", "hf download"),
         (without_mtp_in_config, "MTP layer", False, "1 in the files, num_nextn_predict_layers=0", "--hf-overrides"),

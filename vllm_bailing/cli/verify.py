@@ -100,3 +100,5 @@ def show_report(report: dict[str, Any]) -> None:
             f"[red]{report['deployment']} does not compute {report['checkpoint']}[/red]: {report['reason']}",
             soft_wrap=True,
         )
+    if report["not_checked"]:
+        console.print(f"[yellow]Not checked:[/yellow] {report['not_checked']}", soft_wrap=True)

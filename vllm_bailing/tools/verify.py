@@ -356,6 +356,10 @@ def _head(
 
 # ---- resuming -------------------------------------------------------------------------------------------------
 
+_SHARED_READER = (
+    "how the quantized weights are read: with dequantize the deployment reads them by the same code as the reference; "
+    "compare with the checkpoint that was quantized, or with a GPU, whose kernels read them by themselves"
+)
 _STATES = "hidden_states.safetensors"
 _SERVED = "served.json"
 
@@ -488,7 +492,8 @@ def run(
         progress: Called with "deployment" or "reference", the number of steps that are done, and of all if known.
     Returns:
         `checkpoint`, `deployment`, `dtype`, `tolerance`, `prompts` and `overall` (a `Comparison` each), `computes`
-        (whether the deployment computes the checkpoint) and `reason` (why not); it fits into JSON.
+        (whether the deployment computes the checkpoint), `reason` (why not) and `not_checked` (what both sides share);
+        it fits into JSON.
     Raises:
         VerifyError: If the deployment does not answer as it should.
         CheckpointError: If the files are damaged or do not fit the configuration.
@@ -531,4 +536,5 @@ def run(
         "overall": asdict(total),
         "computes": not reason,
         "reason": reason,
+        "not_checked": _SHARED_READER if config.stored_quantization_config else "",
     }
