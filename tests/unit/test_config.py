@@ -128,7 +128,6 @@ def test_defaults_alone_are_valid():
         {"architectures": ["BailingMoeV2_5ForCausalLM"], "model_type": "bailing_hybrid", "auto_map": {}},
         {"architectures": ["BailingMoeV3ForCausalLM"], "model_type": "bailing_hybrid_v3"},
         {"architectures": ["BailingMoeV2ForCausalLM"], "model_type": "something_else"},
-        {"architectures": "BailingMoeV2ForCausalLM", "model_type": "bailing_moe"},
         {"architectures": None, "model_type": "bailing_moe"},
         {"model_type": "bailing_moe"},
         {},
