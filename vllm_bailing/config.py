@@ -542,11 +542,16 @@ def read_config(model: str | Path, overrides: dict[str, Any] | None = None) -> B
 
     register_with_transformers()
     try:
+        raw, _ = PretrainedConfig.get_config_dict(str(model))
+        if raw.get("model_type") != MODEL_TYPE:  # which `adopt` gave to the family's
+            raise ValueError(
+                f"{model} is not a BailingMoeV2 model: its config.json has model_type={raw.get('model_type')!r} and "
+                f"architectures={raw.get('architectures')!r}, not {MODEL_TYPE!r} and ['{ARCHITECTURE}']"
+            )
         config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
     except (OSError, KeyError) as error:
         raise ValueError(f"{model} has no config.json that can be had: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(config, BailingMoeV2Config):
-        raise ValueError(f"{model} is a {type(config).__name__.removesuffix('Config')} model, not a BailingMoeV2 one")
+    assert isinstance(config, BailingMoeV2Config)
     config.update(overrides or {})
     config.validate_rope()
     return config

@@ -6,6 +6,7 @@ Imports neither torch nor vLLM.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 from vllm_bailing.validation import require_int, require_number, require_object
@@ -70,7 +71,7 @@ def settled_rope(
     factor = _agreed("partial_rotary_factor", partial_rotary_factor, given.get("partial_rotary_factor"), None)
     width = _rotary_width(head_dim, factor, rotary_dim)
     if "factor" in ROPE_TYPES[rope_type]:
-        require_number(f"factor of rope_type {rope_type!r}", scaling.get("factor"))
+        require_number(f"rope_type {rope_type!r}: factor", scaling.get("factor"), largest=sys.float_info.max)
         if scaling["factor"] < 1:
             raise ValueError(f"factor={scaling['factor']} of rope_type {rope_type!r} must be at least 1")
     if rope_type == "yarn":
@@ -159,7 +160,7 @@ def _stretched_window(scaling: dict[str, Any], window: int) -> int:
         )
     for key in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
         if key in scaling:  # a magnitude of 0 is the usual way to leave it out
-            require_number(f"{key} of rope_type 'yarn'", scaling[key], or_zero=key.startswith("mscale"))
+            require_number(f"rope_type 'yarn': {key}", scaling[key], or_zero=key.startswith("mscale"))
     fast, slow = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)
     if fast < slow:
         raise ValueError(f"beta_fast={fast} of rope_type 'yarn' is below beta_slow={slow}; correct one of the two")

@@ -14,9 +14,9 @@ def require_int(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"{name}={value!r} must be an integer from {minimum} to {LARGEST}; correct it in config.json")
 
 
-def require_number(name: str, value: Any, or_zero: bool = False) -> None:
+def require_number(name: str, value: Any, or_zero: bool = False, largest: float = LARGEST_NUMBER) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not (SMALLEST_NUMBER <= value <= LARGEST_NUMBER or (or_zero and value == 0)):
+    if not is_number or not (SMALLEST_NUMBER <= value <= largest or (or_zero and value == 0)):
         least = "of at least 0" if or_zero else "above 0"
         raise ValueError(f"{name}={value!r} must be a finite number {least} that fp32 holds; correct it in config.json")
 
