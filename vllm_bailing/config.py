@@ -474,8 +474,9 @@ def adopt(config_dict: dict[str, Any]) -> dict[str, Any]:
     if not _describes_this_family(config_dict):
         return config_dict
     adopted = {**with_original_window(config_dict), "model_type": MODEL_TYPE}
-    compression = adopted.pop("compression_config", None)  # the former name
+    compression = adopted.pop("compression_config", None) or None  # the former name
     stored = adopted.pop("quantization_config", None) or None
+    require_quantization(compression, "compression_config")
     if compression and stored and compression != stored:
         raise ValueError("compression_config contradicts quantization_config in config.json; keep the latter")
     if stored or compression:

@@ -37,18 +37,18 @@ def require_token_ids(name: str, value: Any, vocab_size: int) -> None:
         )
 
 
-def require_quantization(value: Any) -> None:
-    """`value` of `quantization_config`: null, an object of transformers, or a dict that names its scheme."""
+def require_quantization(value: Any, name: str = "quantization_config") -> None:
+    """`value` of `name`: null, an object of transformers, or a dict that names its scheme."""
     if isinstance(value, (str, bool, int, float, list)):
-        raise ValueError(f"quantization_config={value!r} must be an object or null")
+        raise ValueError(f"{name}={value!r} must be an object or null")
     if not isinstance(value, dict):
         return
     method = value.get("quant_method")
     is_modelopt = "quant_method" not in value and ("producer" in value or "quantization" in value)
     if not is_modelopt and (not isinstance(method, str) or not method):
         raise ValueError(
-            f"quantization_config has quant_method={method!r}, which must name the scheme, such as 'fp8'; write it, "
-            "or remove quantization_config if the weights are plain"
+            f"{name} has quant_method={method!r}, which must name the scheme, such as 'fp8'; write it, or remove "
+            f"{name} if the weights are plain"
         )
 
 

@@ -278,6 +278,8 @@ MISTAKES = [
     ({"routed_scaling_factor": 1e300}, ["routed_scaling_factor=1e+300"]),
     ({"quantization_config": "fp8"}, ["quantization_config='fp8'"]),
     ({"quantization_config": {"quant_method": None}}, ["quantization_config", "quant_method=None"]),
+    ({"compression_config": [1, 2]}, ["compression_config=[1, 2]"]),
+    ({"compression_config": {"bits": 8}}, ["compression_config", "quant_method=None"]),
     ({"quantization_config": {"quant_method": 8}}, ["quantization_config", "quant_method=8"]),
     ({"quantization_config": {"bits": 4}}, ["quantization_config", "quant_method=None"]),
     # keys of all models
