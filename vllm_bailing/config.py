@@ -5,19 +5,39 @@ Imports neither torch nor vLLM. Every default lives here, so no other file guess
 
 from __future__ import annotations
 
+import difflib
 import functools
+import inspect
+import json
+import logging
+import reprlib
 from pathlib import Path
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
 
-from vllm_bailing.rope import ROPE_KEYS, settled_rope
-from vllm_bailing.validation import require_int, require_number, require_object, require_one_of, require_token_ids
+from vllm_bailing.rope import ROPE_KEYS, settled_rope, with_original_window
+from vllm_bailing.validation import (
+    require_int,
+    require_number,
+    require_object,
+    require_one_of,
+    require_quantization,
+    require_token_ids,
+)
 
 ARCHITECTURE = "BailingMoeV2ForCausalLM"
+# The family: the causal language model, and the classes that trainers and embedding models name.
+_FAMILY = (
+    ARCHITECTURE,
+    *(f"BailingMoeV2{rest}" for rest in ("Model", "ForSequenceClassification", "ForTokenClassification")),
+    *(f"BailingMoeV2{rest}" for rest in ("ForRewardModel", "ForRewardModeling", "RewardModel", "EmbeddingModel")),
+)
 MODEL_TYPE = "bailing_moe_v2"
 # What the vendor's converter writes. First-generation Bailing models share it, so it never identifies this family.
 SHARED_MODEL_TYPE = "bailing_moe"
+# Keys that the official class of this family always writes and that of the first generation does not know.
+_SECOND_GENERATION = ("n_group", "topk_group", "routed_scaling_factor", "moe_router_enable_expert_bias")
 
 _SIZES = (  # positive integers
     "vocab_size",
@@ -46,8 +66,32 @@ _SWITCHES = (
     "moe_router_enable_expert_bias",
     "dequantize",
 )
-_NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "initializer_range")  # finite, above zero
+_NUMBERS = ("rms_norm_eps", "routed_scaling_factor")  # finite, above zero
+_NULL_IS_DEFAULT = (*_SWITCHES, "initializer_range", "score_function", "router_dtype", "num_nextn_predict_layers")
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
+# Keys beside those of the architecture: what the files are, and what the model is used for. None changes a layer.
+_COMMON = frozenset(
+    "model_type transformers_version dtype torch_dtype quantization_config stored_quantization_config bos_token_id "
+    "name_or_path _name_or_path return_dict output_hidden_states output_attentions chunk_size_feed_forward n_predict "
+    # classifiers, rerankers and embeddings
+    "id2label label2id num_labels problem_type head_dtype sentence_transformers matryoshka_dimensions is_matryoshka "
+    "use_sep_token use_pad_token classifier_from_token method "
+    # in the published files, for training alone
+    "max_window_layers norm_softmax output_router_logits mtp_loss_scaling_factor use_sliding_window".split()
+)
+# Keys that would make another model of this one, with the values (beside null) that leave it as it is.
+_ANOTHER_MODEL: dict[str, tuple[Any, ...]] = {
+    "use_sliding_window": (False,),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "router_type": ("topN",),
+    "mrope_section": (),
+    "per_layer_config": ({},),
+}
+# Keys whose official default no published checkpoint has, and whose loss the tensors do not show.
+_PUBLISHED = {"partial_rotary_factor": (1.0, 0.5), "routed_scaling_factor": (1.0, 2.5)}
+
+_log = logging.getLogger("vllm.plugins.bailing")
 
 
 class BailingMoeV2Config(PretrainedConfig):
@@ -55,7 +99,10 @@ class BailingMoeV2Config(PretrainedConfig):
 
     Keys that a config.json leaves out take the meaning of the official modeling code: weights of the chosen experts
     are normalized, scores are sigmoids, routing runs in fp32, norms are RMSNorm, and the rotary width follows
-    `partial_rotary_factor`, else `rotary_dim`, else the whole head.
+    `partial_rotary_factor`, else `rotary_dim`, else the whole head. A switch that is null counts as left out.
+
+    Keys of other architectures have no effect, as in the official code: `adopt` takes them out before anyone sees
+    them. Those that would make another model of this one are refused, and so is any key that `update` does not know.
 
     Derived on construction, and again whenever a rope key is assigned (vLLM's `--hf-overrides` assigns attributes):
 
@@ -164,10 +211,10 @@ class BailingMoeV2Config(PretrainedConfig):
         self.first_k_dense_replace = first_k_dense_replace
         self.routed_scaling_factor = routed_scaling_factor
         self.norm_topk_prob = norm_topk_prob
-        self.score_function = "sigmoid" if score_function is None else score_function
-        self.router_dtype = "fp32" if router_dtype is None else router_dtype
+        self.score_function = score_function
+        self.router_dtype = router_dtype
         self.moe_router_enable_expert_bias = moe_router_enable_expert_bias
-        self.num_nextn_predict_layers = 0 if num_nextn_predict_layers is None else num_nextn_predict_layers
+        self.num_nextn_predict_layers = num_nextn_predict_layers
         self.embedding_dropout = embedding_dropout
         self.attention_dropout = attention_dropout
         self.output_dropout = output_dropout
@@ -189,6 +236,12 @@ class BailingMoeV2Config(PretrainedConfig):
 
     def __setattr__(self, key: str, value: Any) -> None:
         """Assign `key`; a rope key assigned after construction settles the other rope keys anew."""
+        if value is None and key in _NULL_IS_DEFAULT:
+            value = _PARAMETERS[key].default
+        if key == "quantization_config":
+            require_quantization(value)
+        if isinstance(value, dict) and "rope_parameters" in self.__dict__ and not hasattr(type(self), key):
+            _require_known(key, value)  # vLLM assigns overrides that are objects one by one
         if key == "dequantize" and value:
             self.stored_quantization_config = self.__dict__.pop("quantization_config", self.stored_quantization_config)
         elif key == "quantization_config" and self.dequantize:
@@ -213,6 +266,16 @@ class BailingMoeV2Config(PretrainedConfig):
         factor = value if key == "partial_rotary_factor" else None
         width = value if key == "rotary_dim" else (None if factor is not None else self.rotary_dim)
         self._set_rope(current, None, theta, factor, width, window)
+
+    def update(self, config_dict: dict[str, Any]) -> None:
+        """Assign several keys, as `--hf-overrides` does; one that the architecture does not have is refused.
+
+        Raises:
+            ValueError: Naming the key, and the one that was probably meant.
+        """
+        for key, value in config_dict.items():
+            _require_known(key, value)
+        super().update({key: value for key, value in config_dict.items() if key in KEYS})
 
     # ---- rope -------------------------------------------------------------------------------------------------
 
@@ -246,10 +309,12 @@ class BailingMoeV2Config(PretrainedConfig):
             require_int(name, getattr(self, name), 0)
         shared = 1 if self.num_shared_experts else 0
         require_int("moe_shared_expert_intermediate_size", self.moe_shared_expert_intermediate_size, shared)
-        require_token_ids("eos_token_id", self.eos_token_id)
-        require_token_ids("pad_token_id", self.pad_token_id)
+        for name in ("eos_token_id", "bos_token_id"):
+            require_token_ids(name, getattr(self, name, None), self.vocab_size)
+        require_token_ids("pad_token_id", None if self.pad_token_id == -1 else self.pad_token_id, self.vocab_size)
         for name in _NUMBERS:
             require_number(name, getattr(self, name))
+        require_number("initializer_range", self.initializer_range, or_zero=True)
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false; correct it in config.json")
@@ -291,8 +356,7 @@ class BailingMoeV2Config(PretrainedConfig):
     def _check_common_fields(self, architectures: Any, common: dict[str, Any]) -> None:
         """Check the keys of all models, where transformers or vLLM would end in an error that names no key."""
         for name in common:
-            attribute = getattr(type(self), name, None)
-            if callable(attribute) or (isinstance(attribute, property) and attribute.fset is None):
+            if _is_attribute_of_class(name):
                 raise ValueError(f"{name}={common[name]!r} is not a key but a method or derived size; remove it")
         names = architectures or [ARCHITECTURE]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -300,11 +364,14 @@ class BailingMoeV2Config(PretrainedConfig):
         for name in ("dtype", "torch_dtype"):
             if isinstance(common.get(name), (str, bool, int, float, list, dict)):  # not yet a torch.dtype
                 require_one_of(name, common[name], _DTYPES)
-        if isinstance(common.get("quantization_config"), (str, bool, int, float, list)):
-            raise ValueError(f"quantization_config={common['quantization_config']!r} must be an object or null")
-        require_token_ids("bos_token_id", common.get("bos_token_id"))
-        if common.get("use_sliding_window"):
-            raise ValueError("use_sliding_window=True is not part of BailingMoeV2; set it to false in config.json")
+        given = {str(common[name]).removeprefix("torch.") for name in ("dtype", "torch_dtype") if common.get(name)}
+        if len(given) > 1:
+            raise ValueError(
+                f"dtype={common['dtype']!r} contradicts torch_dtype={common['torch_dtype']!r}; keep one of them"
+            )
+        require_quantization(common.get("quantization_config"))
+        require_token_ids("bos_token_id", common.get("bos_token_id"), self.vocab_size)
+        _refuse_another_model(common)
 
     # ---- derived sizes ----------------------------------------------------------------------------------------
 
@@ -328,24 +395,120 @@ class BailingMoeV2Config(PretrainedConfig):
         return list(range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers))
 
 
+_PARAMETERS = inspect.signature(BailingMoeV2Config).parameters
+KEYS = frozenset(_PARAMETERS) - {"kwargs"} | _COMMON
+
+
+def _is_neutral(value: Any) -> bool:
+    """Whether a key with this value says no more than if it were left out."""
+    return value is None or value in (False, 0, "", [], {})
+
+
+def _makes_another_model(key: str, value: Any) -> bool:
+    if key == "layer_types" and value is not None:
+        return not isinstance(value, list) or any(layer != "full_attention" for layer in value)
+    return key in _ANOTHER_MODEL and value is not None and value not in _ANOTHER_MODEL[key]
+
+
+def _refuse_another_model(keys: dict[str, Any]) -> None:
+    for key, value in keys.items():
+        if _makes_another_model(key, value):
+            neutral = [json.dumps(value) for value in _ANOTHER_MODEL.get(key, ())]
+            what = f"set it to {neutral[0]} or remove it" if neutral else "remove it"
+            raise ValueError(f"{key}={value!r} is not part of BailingMoeV2; {what} in config.json")
+
+
+def _require_known(key: str, value: Any) -> None:
+    """Refuse an assignment that the architecture has no use for; one that says nothing may stand."""
+    _refuse_another_model({key: value})
+    if key in KEYS or key in (*_ANOTHER_MODEL, "layer_types") or _is_neutral(value):
+        return
+    near = difflib.get_close_matches(key, sorted(KEYS), 1)
+    meant = f"write {near[0]} if that is meant, or leave it out" if near else "leave it out"
+    raise ValueError(f"{key}={value!r} is not a key of BailingMoeV2; {meant}")
+
+
+def _is_attribute_of_class(key: str) -> bool:
+    """Whether `key` is a method or derived size of the class, which no key can be assigned to."""
+    attribute = getattr(BailingMoeV2Config, key, None)
+    return callable(attribute) or (isinstance(attribute, property) and attribute.fset is None)
+
+
 def is_bailing_moe_v2(architectures: Any) -> bool:
     """Whether the `architectures` value of a config.json names this family."""
-    return isinstance(architectures, (list, tuple)) and ARCHITECTURE in architectures
+    names = [architectures] if isinstance(architectures, str) else architectures
+    return isinstance(names, (list, tuple)) and any(name in _FAMILY for name in names)
+
+
+def _describes_this_family(config_dict: dict[str, Any]) -> bool:
+    """Whether the contents of a config.json are of this family, by its architectures or, without them, its keys.
+
+    Raises:
+        ValueError: If there are no architectures, and the keys fit neither generation.
+    """
+    architectures, model_type = config_dict.get("architectures"), config_dict.get("model_type")
+    if architectures:
+        return is_bailing_moe_v2(architectures) and model_type in (SHARED_MODEL_TYPE, MODEL_TYPE, None)
+    if model_type != SHARED_MODEL_TYPE:
+        return model_type == MODEL_TYPE
+    missing = [key for key in _SECOND_GENERATION if config_dict.get(key) is None]
+    if missing and len(missing) < len(_SECOND_GENERATION):
+        raise ValueError(
+            f"model_type={model_type!r} means two architectures, and config.json has neither architectures nor "
+            f'{", ".join(missing)} to tell them apart; write "architectures": ["{ARCHITECTURE}"] into it'
+        )
+    return not missing
 
 
 def adopt(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """Point the raw contents of a config.json at this class, if it describes a BailingMoeV2 model.
+    """The raw contents of a config.json as this class takes them, if they describe a model of this family.
 
     `model_type` becomes the family's own, since "bailing_moe" is shared with first-generation models, and `auto_map`
-    goes, so that neither transformers nor vLLM ever fetches or runs the code it names. Others come back untouched.
+    goes, so that neither transformers nor vLLM ever fetches or runs the code it names. So do all keys that the
+    architecture does not have: vLLM would read some of them, such as `sliding_window`, where the official code does
+    not. Others come back untouched.
+
+    Raises:
+        ValueError: If no one can tell which architecture is meant, or two spellings of a key contradict each other.
     """
-    if not is_bailing_moe_v2(config_dict.get("architectures")):
+    if not _describes_this_family(config_dict):
         return config_dict
-    if config_dict.get("model_type") not in (SHARED_MODEL_TYPE, MODEL_TYPE):
-        return config_dict
-    adopted = {key: value for key, value in config_dict.items() if key != "auto_map"}
-    adopted["model_type"] = MODEL_TYPE
-    return adopted
+    adopted = {**with_original_window(config_dict), "model_type": MODEL_TYPE}
+    compression = adopted.pop("compression_config", None) or None  # the former name
+    stored = adopted.pop("quantization_config", None) or None
+    require_quantization(compression, "compression_config")
+    if compression and stored and compression != stored:
+        raise ValueError("compression_config contradicts quantization_config in config.json; keep the latter")
+    if stored or compression:
+        adopted["quantization_config"] = stored or compression
+    _warn_of_lost_keys(adopted)
+    known = {
+        key: value
+        for key, value in adopted.items()
+        if key in KEYS or _makes_another_model(key, value) or _is_attribute_of_class(key)  # the class says no to these
+    }
+    foreign = adopted.keys() - known.keys() - {"auto_map"}
+    without_effect = [key for key in sorted(foreign) if not key.startswith("_") and not _is_neutral(adopted[key])]
+    if without_effect:
+        named = ", ".join(f"{key}={reprlib.repr(adopted[key])}" for key in without_effect)
+        _warn(f"config.json: without effect, since BailingMoeV2 does not have such keys: {named}")
+    return known
+
+
+def _warn_of_lost_keys(raw: dict[str, Any]) -> None:
+    inner = raw.get("rope_parameters")
+    given = {**(inner if isinstance(inner, dict) else {}), **{key: raw[key] for key in raw if raw[key] is not None}}
+    for key, (default, published) in _PUBLISHED.items():
+        if given.get(key) is None and not (key == "partial_rotary_factor" and given.get("rotary_dim") is not None):
+            _warn(
+                f"config.json has no {key}: its official default is {default}, while the published checkpoints of "
+                f"this family have {published}; if it was lost, answers are wrong without an error: write it there"
+            )
+
+
+@functools.cache  # loaders read a file several times
+def _warn(message: str) -> None:
+    _log.warning(message)
 
 
 def register_with_transformers() -> None:
@@ -380,13 +543,17 @@ def read_config(model: str | Path, overrides: dict[str, Any] | None = None) -> B
 
     register_with_transformers()
     try:
+        raw, _ = PretrainedConfig.get_config_dict(str(model))
+        if raw.get("model_type") != MODEL_TYPE:  # which `adopt` gave to the family's
+            raise ValueError(
+                f"{model} is not a BailingMoeV2 model: its config.json has model_type={raw.get('model_type')!r} and "
+                f"architectures={raw.get('architectures')!r}, not {MODEL_TYPE!r} and ['{ARCHITECTURE}']"
+            )
         config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
     except (OSError, KeyError) as error:
         raise ValueError(f"{model} has no config.json that can be had: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(config, BailingMoeV2Config):
-        raise ValueError(f"{model} is a {type(config).__name__.removesuffix('Config')} model, not a BailingMoeV2 one")
-    for key, value in (overrides or {}).items():
-        setattr(config, key, value)
+    assert isinstance(config, BailingMoeV2Config)
+    config.update(overrides or {})
     config.validate_rope()
     return config
 

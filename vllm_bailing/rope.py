@@ -6,9 +6,10 @@ Imports neither torch nor vLLM.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
-from vllm_bailing.validation import LARGEST, require_int, require_number, require_object
+from vllm_bailing.validation import require_int, require_number, require_object
 
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_dim")
 ROPE_TYPES = {  # rope_type -> the parameters it takes beside the common ones
@@ -26,7 +27,16 @@ ROPE_TYPES = {  # rope_type -> the parameters it takes beside the common ones
     },
 }
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+# What other programs write into YaRN parameters, with the values that change nothing.
+_NEUTRAL = {
+    "attn_factor": (1,),
+    "extrapolation_factor": (1,),
+    "apply_yarn_scaling": (True,),
+    "finetuned": (True, False),
+}
 _DEFAULT_THETA = 600000.0
+LONGEST_WINDOW = 2**24  # positions are fp32 numbers, which count without gaps up to here
+LARGEST_FACTOR = 1024  # published models of any family stay below 100; more is a slip
 
 
 def settled_rope(
@@ -56,14 +66,22 @@ def settled_rope(
     scaling = _scaling(given, rope_type)
     theta = _agreed("rope_theta", rope_theta, given.get("rope_theta"), _DEFAULT_THETA)
     require_number("rope_theta", theta)
+    if theta <= 1:
+        raise ValueError(f"rope_theta={theta!r} must be above 1: it is the base of the wavelengths")
     factor = _agreed("partial_rotary_factor", partial_rotary_factor, given.get("partial_rotary_factor"), None)
     width = _rotary_width(head_dim, factor, rotary_dim)
     if "factor" in ROPE_TYPES[rope_type]:
-        require_number(f"factor of rope_type {rope_type!r}", scaling.get("factor"))
+        require_number(f"rope_type {rope_type!r}: factor", scaling.get("factor"), largest=sys.float_info.max)
         if scaling["factor"] < 1:
             raise ValueError(f"factor={scaling['factor']} of rope_type {rope_type!r} must be at least 1")
     if rope_type == "yarn":
         window = _stretched_window(scaling, window)
+    elif rope_type == "linear":
+        _require_window(window, scaling["factor"], "max_position_embeddings")
+    else:
+        _require_window(window, 1, "max_position_embeddings")
+    if scaling.get("factor", 1) > LARGEST_FACTOR:
+        raise ValueError(f"factor={scaling['factor']} of rope_type {rope_type!r} must be at most {LARGEST_FACTOR}")
 
     share = width / head_dim
     if int(head_dim * share) < width:  # everyone computes the width back from the share, this way
@@ -109,11 +127,18 @@ def _scaling(given: dict[str, Any], rope_type: str) -> dict[str, Any]:
     """The scaling parameters of `given`, all of which belong to `rope_type`."""
     allowed = ROPE_TYPES[rope_type]
     scaling = {key: value for key, value in given.items() if key not in _COMMON and value is not None}
+    if rope_type == "yarn":
+        scaling = {key: value for key, value in scaling.items() if value not in _NEUTRAL.get(key, ())}
     unknown = sorted(set(scaling) - allowed)
     if rope_type == "default":
         # vLLM and transformers write a leftover window or factor of 1 into plain ropes; anything else is a mistake.
         unknown = [key for key in unknown if key != "original_max_position_embeddings" and scaling[key] != 1]
         scaling = {}
+    if rope_type == "yarn" and "attn_factor" in unknown:
+        raise ValueError(
+            f"attn_factor={given['attn_factor']!r} of rope_type 'yarn' is not read by the official code, which takes "
+            "the whole factor of cosines and sines from attention_factor; remove it, or write attention_factor instead"
+        )
     if unknown:
         raise ValueError(
             f"{unknown[0]}={given[unknown[0]]!r} does not belong to rope_type={rope_type!r}; "
@@ -126,11 +151,7 @@ def _stretched_window(scaling: dict[str, Any], window: int) -> int:
     """Tokens that the YaRN parameters in `scaling` give; writes the original window into them."""
     original = scaling.setdefault("original_max_position_embeddings", window)
     require_int("original_max_position_embeddings", original, 1)
-    if not scaling["factor"] * original <= LARGEST:
-        raise ValueError(
-            f"factor={scaling['factor']} times original_max_position_embeddings={original} of the YaRN scaling "
-            f"exceeds {LARGEST}; correct one of the two"
-        )
+    _require_window(original, scaling["factor"], "original_max_position_embeddings")
     extended = round(scaling["factor"] * original)
     if window > extended:
         raise ValueError(
@@ -138,11 +159,43 @@ def _stretched_window(scaling: dict[str, Any], window: int) -> int:
             f"original_max_position_embeddings={original} of the YaRN scaling; correct one of the three"
         )
     for key in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-        if key in scaling:
-            require_number(f"{key} of rope_type 'yarn'", scaling[key])
+        if key in scaling:  # a magnitude of 0 is the usual way to leave it out
+            require_number(f"rope_type 'yarn': {key}", scaling[key], or_zero=key.startswith("mscale"))
+    fast, slow = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)
+    if fast < slow:
+        raise ValueError(f"beta_fast={fast} of rope_type 'yarn' is below beta_slow={slow}; correct one of the two")
     if not isinstance(scaling.get("truncate", True), bool):
         raise ValueError(f"truncate={scaling['truncate']!r} of rope_type 'yarn' must be true or false")
     return extended
+
+
+def _require_window(window: int, factor: float, key: str) -> None:
+    if not factor * window <= LONGEST_WINDOW:
+        stretched = "" if factor == 1 else f"factor={factor} times "
+        raise ValueError(
+            f"{stretched}{key}={window} exceeds {LONGEST_WINDOW} tokens, up to which positions are exact; correct it"
+        )
+
+
+def with_original_window(raw: dict[str, Any]) -> dict[str, Any]:
+    """`raw`, a config.json, with `original_max_position_embeddings` at its top moved into the YaRN scaling.
+
+    transformers reads it there too. Without YaRN it has no meaning and is left out.
+
+    Raises:
+        ValueError: If the scaling holds another value.
+    """
+    original = raw.get("original_max_position_embeddings")
+    settled = {key: value for key, value in raw.items() if key != "original_max_position_embeddings"}
+    for name in ("rope_parameters", "rope_scaling"):
+        scaling = raw.get(name)
+        if original is None or not isinstance(scaling, dict):
+            continue
+        if "yarn" in (scaling.get("rope_type"), scaling.get("type")):
+            inner = scaling.get("original_max_position_embeddings")
+            both = _agreed("original_max_position_embeddings", original, inner, None)
+            settled[name] = {**scaling, "original_max_position_embeddings": both}
+    return settled
 
 
 def _agreed(name: str, outer: Any, inner: Any, default: Any) -> Any:

@@ -20,6 +20,23 @@ SPELLINGS = {
 }
 
 
+# Keys of other architectures, each of which some version of vLLM or transformers reads from a configuration.
+FOREIGN_KEYS = """
+    sliding_window attention_chunk_size attn_logit_softcapping final_logit_softcapping logit_scale logits_scaling
+    alibi attn_config position_embedding_type position_encoding_type xdrope_section
+    rotary_pct rotary_emb_fraction rotary_emb_base rope_dim kv_lora_rank q_lora_rank qk_rope_head_dim qk_nope_head_dim
+    v_head_dim compress_ratios hidden_size_per_head n_head_kv num_kv_heads multi_query_group_num num_attention_groups
+    multi_query n_positions max_seq_len seq_length model_max_length max_target_positions max_sequence_length
+    max_seq_length seq_len moe_num_experts n_routed_experts num_local_experts num_experts_per_token top_k_experts
+    moe_topk moe_top_k block_configs layers_block_type attn_type_list mamba_chunk_size chunk_size index_topk
+    dual_chunk_attention_config text_config text_encoder decoder generator llm_config thinker_config vision_config
+    encoder_config speculators_config eagle_config dflash_config rswa_window is_mm_prefix_lm canvas_length
+    embedding_size projection_dim projection_size engram_layer_ids is_original_qwen3_reranker task_instructions
+    sub_configs eagle_aux_hidden_state_layer_ids mask_token_id num_lookahead_tokens temperature top_p max_length
+    do_sample tie_last_hidden_states my_own_note
+""".split()
+
+
 def raw_config_of(folder: Path) -> dict[str, Any]:
     """What config.json says."""
     return json.loads((folder / "config.json").read_text())

@@ -17,6 +17,7 @@ from vllm_bailing.plugin.options import DRAFT_VOCABULARY, check_switches, draft_
 from vllm_bailing.plugin.speculation import has_mtp_draft
 from vllm_bailing.tensor_names import HEAD, SCORE, main_tensors
 from vllm_bailing.units import GIB, dtype_name
+from vllm_bailing.validation import require_token_ids
 
 _SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 
@@ -25,7 +26,7 @@ def settle_engine_config(vllm_config: Any) -> None:
     """Fill in what the user left open, and refuse what cannot run; vLLM calls this when its settings are complete.
 
     Raises:
-        SettingsError: If a flag asks for what this machine or model cannot do.
+        SettingsError: If a flag asks for what this machine or model cannot do, or a stop token does not exist.
         AdapterError: If `--lora-target-modules` names what cannot be adapted.
         CheckpointError: If the files do not fit the configuration.
     """
@@ -44,6 +45,7 @@ def settle_engine_config(vllm_config: Any) -> None:
         )
     check_switches(vllm_config)
     check_quantization(vllm_config)
+    check_stop_tokens(vllm_config.model_config)
     if draft_vocabulary(vllm_config):
         _check_draft_head(vllm_config)
     check_files(vllm_config)
@@ -90,6 +92,19 @@ def check_quantization(vllm_config: Any) -> None:
                 f"vLLM's CPU build has no kernel for {model_config.quantization} experts on a processor without AMX; "
                 f"{DEQUANTIZE}"
             )
+
+
+def check_stop_tokens(model_config: Any) -> None:
+    """Refuse stop tokens outside the vocabulary: the first request with `min_tokens` would end the engine.
+
+    Raises:
+        SettingsError: Naming the file and the tokens.
+    """
+    try:
+        stops = (model_config.try_get_generation_config() or {}).get("eos_token_id")
+        require_token_ids("eos_token_id", stops, model_config.get_vocab_size())
+    except ValueError as error:
+        raise SettingsError(f"generation_config.json of {model_config.model}: {error}") from None
 
 
 def _has_amx() -> bool:
