@@ -28,7 +28,7 @@ from vllm_bailing.validation import (
 
 ARCHITECTURE = "BailingMoeV2ForCausalLM"
 # The family: the causal language model, and the classes that trainers and embedding models name.
-_FAMILY = (
+FAMILY = (
     ARCHITECTURE,
     *(f"BailingMoeV2{rest}" for rest in ("Model", "ForSequenceClassification", "ForTokenClassification")),
     *(f"BailingMoeV2{rest}" for rest in ("ForRewardModel", "ForRewardModeling", "RewardModel", "EmbeddingModel")),
@@ -437,7 +437,7 @@ def _is_attribute_of_class(key: str) -> bool:
 def is_bailing_moe_v2(architectures: Any) -> bool:
     """Whether the `architectures` value of a config.json names this family."""
     names = [architectures] if isinstance(architectures, str) else architectures
-    return isinstance(names, (list, tuple)) and any(name in _FAMILY for name in names)
+    return isinstance(names, (list, tuple)) and any(name in FAMILY for name in names)
 
 
 def _describes_this_family(config_dict: dict[str, Any]) -> bool:

@@ -41,7 +41,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_bailing import TABLES
-from vllm_bailing.plugin.support import ARCHITECTURES
 
 TABLE_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"  # vLLM looks for tables of the fused experts there, then among its own
 
@@ -63,6 +62,8 @@ def patch_configuration(settle_engine_config: Callable[[Any], None]) -> None:
     from vllm.config.speculative import SpeculativeConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
+    from vllm_bailing.config import FAMILY
+
     if _original:
         return
     _original.update(hf_config_override=SpeculativeConfig.hf_config_override, post_init=SpeculativeConfig.__post_init__)
@@ -74,7 +75,7 @@ def patch_configuration(settle_engine_config: Callable[[Any], None]) -> None:
         def verify_and_update_config(vllm_config: Any) -> None:
             settle_engine_config(vllm_config)
 
-    for architecture in ARCHITECTURES:
+    for architecture in FAMILY:  # vLLM makes pooling models of the one class that is registered
         MODELS_CONFIG_MAP[architecture] = BailingMoeV2Checks
 
 
