@@ -65,14 +65,16 @@ def test_routing_stays_in_fp32_whatever_the_model_computes_in(dtype, tmp_path):
     )
 
 
-def _gate_as_on_a_gpu(model, updates, **options):
+def _gate_as_on_a_gpu(model, updates, reloads=False, **options):
     """What a gate of a bf16 model holds after each of `updates`, on a machine with vLLM's bf16 product.
 
-    The product itself needs that machine; which weights the gate keeps does not.
+    The product itself needs that machine; which weights the gate keeps does not. With `reloads` all but the first
+    update go through vLLM's layerwise reload.
     """
     from vllm.config import set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import reload
 
     import vllm_bailing.router as ours
 
@@ -94,12 +96,19 @@ def _gate_as_on_a_gpu(model, updates, **options):
         ensure_model_parallel_initialized(1, 1)
         torch.set_default_dtype(torch.bfloat16)
         gate = ours.BailingMoeV2Gate(vllm_config.model_config.hf_config, vllm_config, "model.layers.1.mlp.gate")
+        gate.quant_method.process_weights_after_loading = lambda layer: None  # as on a GPU
+        reload.record_metadata_for_reloading(gate)  # vLLM does it before weights come
         for update in updates:
+            is_reload = reloads and bool(seen)
+            if is_reload:
+                reload.initialize_layerwise_reload(gate)
             try:
                 gate.weight.weight_loader(gate.weight, update)
                 error = ""
             except RuntimeError as refusal:
                 error = str(refusal)
+            if is_reload:
+                reload.finalize_layerwise_reload(gate, vllm_config.model_config)
             seen.append((gate.weight.data.clone(), gate.allow_cublas_router_gemm, error))
     return seen
 
@@ -121,3 +130,16 @@ def test_a_router_that_bf16_cannot_hold_is_kept_in_fp32(tmp_path):
     assert torch.equal(later, needs_fp32) and not error
     ((_, _, error),) = run(_gate_as_on_a_gpu, model, [needs_fp32], load_format="dummy")
     assert "bailing_fp32_router" in error
+
+
+def test_a_router_in_fp32_is_reloaded_as_it_is(tmp_path):
+    model = make_checkpoint(tmp_path)
+    torch.manual_seed(0)
+    needs_fp32, other = torch.randn(16, 64), torch.randn(16, 64)
+    exact = needs_fp32.bfloat16()
+    updates = [needs_fp32, needs_fp32, other, exact]
+    for (weight, _, error), update in zip(run(_gate_as_on_a_gpu, model, updates, True), updates, strict=True):
+        assert not error and weight.dtype == torch.float32 and torch.equal(weight, update.float())
+    (_, _, _), (kept, _, error), (later, _, _) = run(_gate_as_on_a_gpu, model, [exact, other, exact], True)
+    assert "bailing_fp32_router" in error
+    assert torch.equal(kept, exact) and torch.equal(later, exact)

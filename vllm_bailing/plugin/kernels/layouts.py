@@ -54,7 +54,8 @@ def in_checkpoint_layout(layer: Any, stored: Tensors, kept: Tensors) -> dict[str
                 return None
             values |= unpacked
         elif isinstance(method, UnquantizedLinearMethod):
-            values["weight"] = _unpacked_matrix(layer, stored["weight"])
+            if kept["weight"].shape != stored["weight"].shape:  # what cannot be packed stays plain
+                values["weight"] = _unpacked_matrix(layer, stored["weight"], kept["weight"])
         else:
             return None
     fits = all(
@@ -63,7 +64,7 @@ def in_checkpoint_layout(layer: Any, stored: Tensors, kept: Tensors) -> dict[str
     return values if fits else None
 
 
-def _unpacked_matrix(layer: Any, stored: torch.Tensor) -> torch.Tensor:
+def _unpacked_matrix(layer: Any, stored: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The weight [N, K] of a linear layer for CPUs; exact, as every product has one term."""
     outputs, inputs = stored.shape
     weight = torch.empty(outputs, inputs, dtype=stored.dtype)
@@ -71,7 +72,7 @@ def _unpacked_matrix(layer: Any, stored: torch.Tensor) -> torch.Tensor:
         count = min(_ROWS, inputs - start)
         rows = torch.zeros(count, inputs, dtype=stored.dtype)
         rows[torch.arange(count), torch.arange(start, start + count)] = 1
-        weight[:, start : start + count] = layer.cpu_linear(rows, layer.weight, None).t()
+        weight[:, start : start + count] = layer.cpu_linear(rows, kept, None).t()
     return weight
 
 
