@@ -439,6 +439,32 @@ def test_mtp_layers_in_an_update_are_the_drafts_affair(tmp_path):
     assert (logprobs - wanted).abs().max() <= TOLERANCE
 
 
+def _draft_session(folder, new, file):
+    from safetensors.torch import save_file
+
+    from tests.support import weight_files
+    from tests.support.speculation import mtp
+
+    llm = make_llm(folder, speculative_config=mtp(1), weight_transfer_config={"backend": weight_files.BACKEND})
+    before = ask(llm, [PROMPT])[0][1]
+    save_file({name: tensor for name, tensor in new.items() if ".layers.3." in name}, file)
+    llm.start_draft_weight_update()
+    llm.update_weights({"update_info": {"file": str(file)}})
+    llm.finish_weight_update()
+    llm.reset_prefix_cache()
+    layer = llm.llm_engine.model_executor.driver_worker.worker.get_draft_model().model.layers["3"]
+    return before, ask(llm, [PROMPT])[0][1], layer.enorm.weight.clone(), layer.mlp.gate.expert_bias.clone()
+
+
+def test_a_draft_is_updated_in_a_session_of_its_own(tmp_path):
+    folders = [make_checkpoint(tmp_path / str(seed), seed=seed, num_nextn_predict_layers=1) for seed in range(2)]
+    new = read_tensors(folders[1])
+    before, after, norm, bias = run(_draft_session, folders[0], new, tmp_path / "draft.safetensors")
+    assert before == after
+    assert torch.equal(norm, new["model.layers.3.enorm.weight"].float())
+    assert torch.equal(bias, new["model.layers.3.mlp.gate.expert_bias"])
+
+
 def _while_requests_run(folders):
     from vllm import SamplingParams
 

@@ -134,6 +134,7 @@ class WeightLoading:
                 raise self._taken_back(error, in_place) from error
         self.has_update = True
         self.never_came -= self.audit.seen
+        self._folder = self.audit.folder = self.vllm_config.model_config.model
         return loaded
 
     def _looked_at(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -188,13 +189,18 @@ class WeightLoading:
         """Layers that wait for weights, with their paths."""
         return [(path, layer) for path, layer in self.model.named_modules() if get_layerwise_info(layer).can_load()]
 
-    def _partial_modules(self) -> set[str]:
-        """Modules of the model of which the update brought some tensors, but not all."""
+    @cached_property
+    def _members(self) -> dict[str, set[str]]:
+        """The tensors of each module of the model."""
         members: dict[str, set[str]] = {}
         for name in self.audit.expected:
             members.setdefault(fused_module(name), set()).add(name)
+        return members
+
+    def _partial_modules(self) -> set[str]:
+        """Modules of which the update brought some tensors, but not all."""
         sent = self._sent.keys()
-        return {module for name in sent if not members.get(module := fused_module(name), set()) <= sent}
+        return {module for name in sent if not self._members.get(module := fused_module(name), set()) <= sent}
 
     def _refuse_passed_by(self) -> None:
         """Refuse an update that brought the first real weights of a module but one, and went on to other modules."""
@@ -217,12 +223,10 @@ class WeightLoading:
             return
         different = differing_keys(self._folder, folder)
         if different:
-            model_config.model = self._folder
             raise UpdateError(
                 f"the config.json of {folder} has other values of {', '.join(different)} than the running model's; "
                 "start another engine with it"
             )
-        self._folder = self.audit.folder = folder
 
     def _taken_back(self, error: Exception, in_place: bool) -> Exception:
         """Give the layers that the update has not replaced their tensors back; returns what to raise for `error`."""
@@ -232,6 +236,7 @@ class WeightLoading:
             _put_back(layer)
         self._sent.clear()
         finalize_layerwise_reload(self.model, self.vllm_config.model_config)
+        self.vllm_config.model_config.model = self._folder
         if not is_mixed:
             return error
         return UpdateError(
