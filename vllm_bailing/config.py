@@ -364,11 +364,6 @@ class BailingMoeV2Config(PretrainedConfig):
         for name in ("dtype", "torch_dtype"):
             if isinstance(common.get(name), (str, bool, int, float, list, dict)):  # not yet a torch.dtype
                 require_one_of(name, common[name], _DTYPES)
-        given = {str(common[name]).removeprefix("torch.") for name in ("dtype", "torch_dtype") if common.get(name)}
-        if len(given) > 1:
-            raise ValueError(
-                f"dtype={common['dtype']!r} contradicts torch_dtype={common['torch_dtype']!r}; keep one of them"
-            )
         require_quantization(common.get("quantization_config"))
         require_token_ids("bos_token_id", common.get("bos_token_id"), self.vocab_size)
         _refuse_another_model(common)
@@ -481,6 +476,9 @@ def adopt(config_dict: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("compression_config contradicts quantization_config in config.json; keep the latter")
     if stored or compression:
         adopted["quantization_config"] = stored or compression
+    dtype, former = adopted.get("dtype"), adopted.get("torch_dtype")
+    if dtype and former and dtype != former:  # only here: a caller's `dtype` may stand beside the file's
+        raise ValueError(f"dtype={dtype!r} contradicts torch_dtype={former!r}; keep one of them")
     _warn_of_lost_keys(adopted)
     known = {
         key: value

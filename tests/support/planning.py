@@ -17,6 +17,8 @@ MIDDLE = {
     "num_hidden_layers": 6,
     "first_k_dense_replace": 2,
     "vocab_size": 1000,  # no multiple of 64
+    "eos_token_id": 0,
+    "pad_token_id": 0,
     "num_nextn_predict_layers": 1,
 }
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}

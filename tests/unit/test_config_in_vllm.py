@@ -63,7 +63,7 @@ def views(model: str, **options: Any) -> dict[str, str]:
     from vllm.engine.arg_utils import EngineArgs
 
     config = EngineArgs(model=model, skip_tokenizer_init=True, dtype="float32", **options).create_model_config()
-    seen: dict[str, Any] = {"hf_config": config.hf_config.to_dict(), "is its own text config": True}
+    seen: dict[str, Any] = {f"hf_config.{key}": value for key, value in config.hf_config.to_dict().items()}
     seen["is its own text config"] = config.hf_text_config is config.hf_config
     fields = "max_model_len attention_chunk_size runner_type convert_type quantization model_arch_config encoder_config"
     for name in [*fields.split(), *dir(ModelConfig)]:
@@ -87,7 +87,10 @@ def difference(model: str, plain: dict[str, str], **options: Any) -> str:
         found = views(model, **options)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return "; ".join(f"{name}: {plain[name]} -> {found[name]}" for name in plain if found[name] != plain[name])
+    names = sorted(plain.keys() | found.keys())
+    return "; ".join(
+        f"{key}: {plain.get(key)} -> {found.get(key)}" for key in names if plain.get(key) != found.get(key)
+    )
 
 
 def table(folder: str) -> tuple[dict[str, str], list[str], dict[str, str]]:

@@ -158,6 +158,8 @@ BY_THREE = {
     "moe_intermediate_size": 384,
     "intermediate_size": 768,
     "vocab_size": 190,  # padded to 192
+    "eos_token_id": 0,
+    "pad_token_id": 0,
 }
 IN_BLOCKS = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 
