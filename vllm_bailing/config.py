@@ -305,6 +305,14 @@ class BailingMoeV2Config(PretrainedConfig):
         require_token_ids("bos_token_id", common.get("bos_token_id"))
         if common.get("use_sliding_window"):
             raise ValueError("use_sliding_window=True is not part of BailingMoeV2; set it to false in config.json")
+        # transformers and vLLM would take these for a window, or another kind of attention, whatever the switch says.
+        if common.get("sliding_window") is not None:
+            common["sliding_window"] = None
+        if common.get("attention_chunk_size") is not None:
+            raise ValueError("attention_chunk_size is not part of BailingMoeV2; remove it from config.json")
+        kinds = common.get("layer_types")
+        if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+            raise ValueError(f"layer_types={kinds!r}: every layer of BailingMoeV2 is 'full_attention'; remove the key")
 
     # ---- derived sizes ----------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ registers the classes with `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -305,7 +306,7 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
             kwargs: Those of `TransformersKwargs`, and of the loss function `shift_labels` and `ignore_index`. With
                 `num_items_in_batch` the loss is the sum over all labels divided by it. `output_hidden_states` returns
                 the embedding output and the output of every decoder layer, the last of them after the final norm;
-                `output_attentions` needs `attn_implementation="eager"`; `output_router_logits` returns `router_logits`
+                `output_attentions` the weights [B, Q, T, S] of every layer; `output_router_logits` both `router_logits`
                 and `routing`.
 
         Returns:
@@ -379,6 +380,12 @@ class BailingMoeV2ForSequenceClassification(GenericForSequenceClassification, Ba
     """BailingMoeV2 with a score for each label instead of the head, read at the last token that is not padding."""
 
     accepts_loss_kwargs = False  # its loss is a mean; `Trainer` then divides by the accumulated steps itself
+
+    @functools.wraps(GenericForSequenceClassification.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("output_router_logits"):
+            raise ValueError("output_router_logits=True has no place in the scores of labels; ask BailingMoeV2Model")
+        return super().forward(*args, **kwargs)
 
 
 register_with_transformers()

@@ -110,18 +110,22 @@ def plain_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
+    is_causal: bool = True,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention spelled out: what transformers calls "eager", and the only kind that returns its weights.
 
     Args:
         query: [B, Q, T, D]; `key` and `value` are [B, KV, S, D].
-        attention_mask: Broadcasts to [B, Q, T, S]: True where a query may look, or a number to add to its score.
+        attention_mask: Broadcasts to [B, Q, T, S]: True where a query may look, or a number to add to its score. None
+            lets it look at itself and at what comes before, or at everything if not `is_causal`.
     Returns:
         (context [B, T, Q, D], weights [B, Q, T, S]).
     """
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
+    if attention_mask is None and is_causal:
+        attention_mask = torch.ones_like(scores, dtype=torch.bool).tril(scores.shape[3] - scores.shape[2])
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
@@ -162,8 +166,12 @@ class BailingMoeV2Attention(nn.Module):
         k = apply_rotary(self.key_layernorm(k), cos, sin)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # [B, KV, S, D]
-        # A layer outside of a model has no implementation chosen for it.
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "sdpa", plain_attention)
+        implementation = self.config._attn_implementation or "sdpa"  # a layer outside of a model has none chosen for it
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            if implementation not in ("sdpa", "eager"):
+                raise ValueError(f"output_attentions=True needs attn_implementation='eager', not {implementation!r}")
+            implementation = "eager"  # understands the masks of both
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, plain_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         context, weights = attend(self, q, k, v, mask, dropout=dropout, scaling=self.head_dim**-0.5, **kwargs)
         return self.dense(context.reshape(batch, tokens, -1)), weights
