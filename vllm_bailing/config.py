@@ -193,6 +193,8 @@ class BailingMoeV2Config(PretrainedConfig):
             self.stored_quantization_config = self.__dict__.pop("quantization_config", self.stored_quantization_config)
         elif key == "quantization_config" and self.dequantize:
             key = "stored_quantization_config"
+        elif key == "sliding_window":
+            value = None  # transformers' caches would take it for one in use, whatever `use_sliding_window` says
         if key not in ROPE_KEYS or "rope_parameters" not in self.__dict__:
             super().__setattr__(key, value)
             return
@@ -305,9 +307,7 @@ class BailingMoeV2Config(PretrainedConfig):
         require_token_ids("bos_token_id", common.get("bos_token_id"))
         if common.get("use_sliding_window"):
             raise ValueError("use_sliding_window=True is not part of BailingMoeV2; set it to false in config.json")
-        # transformers and vLLM would take these for a window, or another kind of attention, whatever the switch says.
-        if common.get("sliding_window") is not None:
-            common["sliding_window"] = None
+        # transformers would make caches for other kinds of attention from these.
         if common.get("attention_chunk_size") is not None:
             raise ValueError("attention_chunk_size is not part of BailingMoeV2; remove it from config.json")
         kinds = common.get("layer_types")
