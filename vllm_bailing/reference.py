@@ -1,294 +1,164 @@
-"""BailingMoeV2 in plain PyTorch: the oracle of the tests, and the family's model class for transformers 5.
+"""BailingMoeV2 in plain PyTorch: the oracle of the tests, and the family's model classes for transformers 5.
 
-Written from the published description, for reading: no vLLM, no fused kernels, one expert after the other. Importing
-this module registers it with `AutoConfig` and `AutoModelForCausalLM`, so that `from_pretrained` and `generate` work on
-the published checkpoints without remote code.
-
-Dimension letters: B sequences, T tokens, S tokens incl. cache, N = B * T, H hidden size, E routed experts, G expert
-groups, K experts per token, Q query heads, KV key/value heads, D head size, R rotary width.
-
-Source: inclusionAI/Ling-V2, `modeling_bailing_moe_v2.py`; Ling 2.0 technical report, arXiv 2510.22115.
+The arithmetic of the layers, and what the dimension letters mean, stand in `reference_layers.py`. Importing this module
+registers the classes with `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and `AutoModelForSequenceClassification`:
+`from_pretrained`, `generate` and `Trainer` then work on the published checkpoints without remote code.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from vllm_bailing.config import BailingMoeV2Config, register_with_transformers
+from vllm_bailing.reference_layers import (
+    BailingMoeV2Attention,
+    BailingMoeV2DecoderLayer,
+    BailingMoeV2Gate,
+    BailingMoeV2MLP,
+    BailingMoeV2MTPLayer,
+    BailingMoeV2RMSNorm,
+    BailingMoeV2SparseMoe,
+    Routing,
+    apply_rotary,
+    attention_mask_4d,
+    grouped_topk,
+    plain_attention,
+    rotary_cos_sin,
+    rotary_inv_freq,
+)
 
-Routing = tuple[Tensor, Tensor]  # topk_ids [N, K] int64, topk_weights [N, K] fp32
+__all__ = [
+    "BailingMoeV2Attention",
+    "BailingMoeV2DecoderLayer",
+    "BailingMoeV2ForCausalLM",
+    "BailingMoeV2ForSequenceClassification",
+    "BailingMoeV2Gate",
+    "BailingMoeV2MLP",
+    "BailingMoeV2MTPLayer",
+    "BailingMoeV2Model",
+    "BailingMoeV2ModelOutput",
+    "BailingMoeV2Output",
+    "BailingMoeV2PreTrainedModel",
+    "BailingMoeV2RMSNorm",
+    "BailingMoeV2SparseMoe",
+    "Routing",
+    "apply_rotary",
+    "attention_mask_4d",
+    "grouped_topk",
+    "plain_attention",
+    "rotary_cos_sin",
+    "rotary_inv_freq",
+]
 
-
-class BailingMoeV2RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in fp32 and returned in the input's dtype."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x.to(hidden_states.dtype)
-
-
-def rotary_inv_freq(config: BailingMoeV2Config) -> tuple[Tensor, float]:
-    """Inverse frequencies of the rotary embedding and the factor on its cosines and sines.
-
-    Returns:
-        (inv_freq [R / 2] fp32, attention factor). The factor is 1.0 unless the config asks for YaRN.
-    Source: RoFormer, arXiv 2104.09864, equation 15; YaRN, arXiv 2309.00071, section 3.
-    """
-    rope = config.rope_parameters
-    base, width = float(rope["rope_theta"]), config.rotary_dim
-    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
-    inv_freq = 1.0 / base**exponents
-    if rope["rope_type"] == "default":
-        return inv_freq, 1.0
-    factor = rope["factor"]
-    if rope["rope_type"] == "linear":
-        return inv_freq / factor, 1.0
-
-    def channel_of(rotations: float) -> float:
-        """Channel whose wave turns `rotations` times within the window of the training."""
-        window = rope["original_max_position_embeddings"]
-        return width * math.log(window / (rotations * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = channel_of(rope.get("beta_fast", 32)), channel_of(rope.get("beta_slow", 1))
-    if rope.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, width - 1)
-    if low == high:
-        high += 0.001  # an empty ramp would divide by zero
-    ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    # Fast waves (ramp 0) keep their frequency, slow ones (ramp 1) are stretched by the factor.
-    inv_freq = inv_freq / factor * ramp + inv_freq * (1 - ramp)
-
-    def magnitude(scale: float, weight: float = 1.0) -> float:
-        return 0.1 * weight * math.log(scale) + 1.0 if scale > 1 else 1.0
-
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is None:
-        mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
-        if mscale and mscale_all:
-            attention_factor = magnitude(factor, mscale) / magnitude(factor, mscale_all)
-        else:
-            attention_factor = magnitude(factor)
-    return inv_freq, float(attention_factor)
-
-
-def rotary_cos_sin(config: BailingMoeV2Config, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, T, R] in fp32 for `position_ids` [B, T]; both halves of R repeat the same angles."""
-    inv_freq, attention_factor = rotary_inv_freq(config)
-    angles = position_ids[:, None, :, None].float() * inv_freq.to(position_ids.device)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos() * attention_factor, angles.sin() * attention_factor
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first R channels of `x` [B, heads, T, D] (neox halves); the others pass through untouched."""
-    width = cos.shape[-1]
-    rotary, rest = x[..., :width], x[..., width:]
-    first, second = rotary.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    rotary = rotary * cos.to(x.dtype) + turned * sin.to(x.dtype)
-    return torch.cat((rotary, rest), dim=-1)
-
-
-class BailingMoeV2Attention(nn.Module):
-    """Grouped-query attention with a fused projection `[q | k | v]` and norms on q and k before the rotary."""
-
-    def __init__(self, config: BailingMoeV2Config, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
-        heads = self.num_heads + 2 * self.num_kv_heads
-        self.query_key_value = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.use_qkv_bias)
-        if config.use_qk_norm:
-            self.query_layernorm = BailingMoeV2RMSNorm(self.head_dim, config.rms_norm_eps)
-            self.key_layernorm = BailingMoeV2RMSNorm(self.head_dim, config.rms_norm_eps)
-        else:
-            self.query_layernorm = self.key_layernorm = nn.Identity()
-        self.dense = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.use_bias)
-
-    def forward(
-        self, hidden_states: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: DynamicCache | None
-    ) -> Tensor:
-        batch, tokens, _ = hidden_states.shape
-        qkv = self.query_key_value(hidden_states).view(batch, tokens, -1, self.head_dim).transpose(1, 2)
-        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)  # [B, heads, T, D]
-        q = apply_rotary(self.query_layernorm(q), cos, sin)
-        k = apply_rotary(self.key_layernorm(k), cos, sin)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)  # [B, KV, S, D]
-        repeats = self.num_heads // self.num_kv_heads
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and tokens > 1)
-        return self.dense(context.transpose(1, 2).reshape(batch, tokens, -1))
-
-
-class BailingMoeV2MLP(nn.Module):
-    """SwiGLU feed-forward block. It has no biases whatever `use_bias` says."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-
-
-def grouped_topk(ranking: Tensor, n_group: int, topk_group: int, top_k: int) -> Tensor:
-    """Ids of the experts that rank highest in the best groups.
-
-    Args:
-        ranking: [..., E].
-    Returns:
-        int64 [..., K], in no set order.
-    """
-    # Of `n_group` groups of neighbors those stay open whose two best experts rank highest together.
-    groups = ranking.unflatten(-1, (n_group, -1))  # [..., G, E / G]
-    if n_group > 1:
-        group_scores = groups.topk(2, dim=-1).values.sum(-1)  # [..., G]
-        chosen = group_scores.topk(topk_group, dim=-1).indices
-        closed = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, chosen, False)
-        groups = groups.masked_fill(closed[..., None], -torch.inf)
-    return groups.flatten(-2).topk(top_k, dim=-1).indices
-
-
-class BailingMoeV2Gate(nn.Module):
-    """Router: group-limited top-k over sigmoid scores, in fp32.
-
-    Source: Ling-V2, `modeling_bailing_moe_v2.py`, class `BailingMoeV2Gate`.
-    """
-
-    def __init__(self, config: BailingMoeV2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
-        nn.init.normal_(self.weight, std=config.initializer_range)
-
-    def forward(self, hidden_states: Tensor) -> Routing:
-        """Choose experts for `hidden_states` [N, H]; returns ids and weights [N, K], in no set order."""
-        config = self.config
-        scores = F.linear(hidden_states.float(), self.weight.float()).sigmoid()  # [N, E]
-        # The bias picks the experts; the weights come from the unbiased scores.
-        ranking = scores + self.expert_bias.float()
-        topk_ids = grouped_topk(ranking, config.n_group, config.topk_group, config.num_experts_per_tok)
-        topk_weights = scores.gather(1, topk_ids)
-        if config.num_experts_per_tok > 1:
-            topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)
-        return topk_ids, topk_weights * config.routed_scaling_factor
-
-
-class BailingMoeV2SparseMoe(nn.Module):
-    """Routed experts, each token going to K of them, plus the shared experts, which see every token unscaled."""
-
-    def __init__(self, config: BailingMoeV2Config) -> None:
-        super().__init__()
-        self.gate = BailingMoeV2Gate(config)
-        self.experts = nn.ModuleList(
-            BailingMoeV2MLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
-        )
-        self.shared_experts = (
-            BailingMoeV2MLP(config.hidden_size, config.shared_expert_intermediate_size)
-            if config.num_shared_experts
-            else None
-        )
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Routing]:
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])  # [N, H]
-        topk_ids, topk_weights = self.gate(flat)
-        # Weighted outputs are summed in fp32 for bf16 models too: the order of experts then hardly matters.
-        routed = torch.zeros_like(flat, dtype=torch.float32)
-        for expert in topk_ids.unique().tolist():
-            tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
-            output = self.experts[expert](flat[tokens]).float() * topk_weights[tokens, slots, None]
-            routed.index_add_(0, tokens, output)
-        output = routed.to(flat.dtype)
-        if self.shared_experts is not None:
-            output = output + self.shared_experts(flat)
-        return output.view_as(hidden_states), (topk_ids, topk_weights)
-
-
-class BailingMoeV2DecoderLayer(nn.Module):
-    """Attention and feed-forward block, each after a norm and added to the residual stream."""
-
-    def __init__(self, config: BailingMoeV2Config, layer_idx: int) -> None:
-        super().__init__()
-        self.input_layernorm = BailingMoeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = BailingMoeV2Attention(config, layer_idx)
-        self.post_attention_layernorm = BailingMoeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = (
-            BailingMoeV2MLP(config.hidden_size, config.intermediate_size)
-            if layer_idx < config.first_k_dense_replace
-            else BailingMoeV2SparseMoe(config)
-        )
-
-    def forward(
-        self, hidden_states: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: DynamicCache | None = None
-    ) -> tuple[Tensor, Routing | None]:
-        hidden_states = hidden_states + self.attention(self.input_layernorm(hidden_states), cos, sin, mask, cache)
-        output, routing = self.mlp(self.post_attention_layernorm(hidden_states)), None
-        if isinstance(output, tuple):
-            output, routing = output
-        return hidden_states + output, routing
-
-
-class BailingMoeV2MTPLayer(BailingMoeV2DecoderLayer):
-    """Multi-token prediction layer: a decoder layer over a hidden state joined with the next token's embedding."""
-
-    def __init__(self, config: BailingMoeV2Config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.enorm = BailingMoeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hnorm = BailingMoeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.final_layernorm = BailingMoeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def join(self, next_embeds: Tensor, hidden_states: Tensor) -> Tensor:
-        """Input of the decoder layer, from two tensors [B, T, H]."""
-        return self.eh_proj(torch.cat((self.enorm(next_embeds), self.hnorm(hidden_states)), dim=-1))
+# transformers 5.24 renamed the argument and the output `past_key_values` to `cache`.
+CACHE = "cache" if any(field.name == "cache" for field in fields(CausalLMOutputWithPast)) else "past_key_values"
+# What a forward pass may be told besides its own arguments: the library's list, and the rest of its loss function's.
+KNOWN_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {"ignore_index", "shift_labels"}
+# How a packed batch is told to flash attention alone; the others read it from `position_ids`.
+PACKED_ARGUMENTS = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"))
 
 
 @dataclass
-class BailingMoeV2Output(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` plus `routing`: `(topk_ids, topk_weights)` of every MoE layer, tokens flattened."""
+class BailingMoeV2ModelOutput(MoeModelOutputWithPast):
+    """`MoeModelOutputWithPast`, whose `router_logits` are [N, E] per MoE layer, plus `routing` as below."""
 
     routing: tuple[Routing, ...] | None = None
 
 
+@dataclass
+class BailingMoeV2Output(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` plus, of every MoE layer, `router_logits` [N, E] and `routing`.
+
+    `routing` is `(topk_ids, topk_weights)`, tokens flattened.
+    """
+
+    router_logits: tuple[Tensor, ...] | None = None
+    routing: tuple[Routing, ...] | None = None
+
+
 class BailingMoeV2PreTrainedModel(PreTrainedModel):
-    """Loading and initialization shared by the classes below."""
+    """Loading, initialization and the checks of arguments, shared by the classes below."""
 
     config_class = BailingMoeV2Config
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["BailingMoeV2DecoderLayer", "BailingMoeV2MTPLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = ["expert_bias"]
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": BailingMoeV2DecoderLayer,
+        "attentions": BailingMoeV2Attention,
+        "router_logits": OutputRecorder(BailingMoeV2Gate, index=2),
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding, BailingMoeV2Gate)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, BailingMoeV2RMSNorm):
-            nn.init.ones_(module.weight)
+        super()._init_weights(module)
         if isinstance(module, BailingMoeV2Gate):
-            nn.init.zeros_(module.expert_bias)
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.expert_bias)
+
+    @staticmethod
+    def _positions(attention_mask: Tensor | None, tokens: int, past: int | Tensor, device: torch.device) -> Tensor:
+        """Positions [B or 1, T] of `tokens` that follow `past` others; padding, 0 in the mask [B, S], has none."""
+        if attention_mask is None:
+            return torch.arange(tokens, device=device)[None] + past
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+
+    def _check_arguments(self, kwargs: dict[str, Any], position_ids: Tensor | None) -> None:
+        """Refuse what would be ignored although it changes the result."""
+        given = {name for name, value in kwargs.items() if value is not None}
+        if unknown := sorted(given - KNOWN_ARGUMENTS):
+            raise TypeError(
+                f"{type(self).__name__} does not know {', '.join(unknown)} and would ignore it; leave it out"
+            )
+        packed = sorted(given & PACKED_ARGUMENTS)
+        if packed and position_ids is None:
+            raise ValueError(
+                f"{', '.join(packed)} without position_ids; give position_ids that start at 0 with every sequence"
+            )
+
+    @staticmethod
+    def _check_mask(mask: Tensor, batch: int, tokens: int, past: int | Tensor, cache: Cache | None) -> None:
+        """Refuse a mask that would be read as another one, or fail in the middle of the model."""
+        wanted = [batch, int(past) + tokens]
+        fits = list(mask.shape) == wanted
+        if mask.dim() == 4:
+            fits = mask.shape[0] in (1, batch) and mask.shape[2] == tokens
+            # A static cache has room for more than it holds, and its mask says which part that is.
+            fits = fits and (mask.shape[3] == wanted[1] or (cache is not None and cache.is_compileable))
+            fits = fits and (mask.dtype == torch.bool or mask.is_floating_point())
+        if not fits:
+            raise ValueError(
+                f"attention_mask {list(mask.shape)} of {mask.dtype} does not fit; give {wanted} with 0 at padding, or "
+                f"[{batch}, 1, {tokens}, {wanted[1]}] of torch.bool, or of numbers to add to the scores"
+            )
 
 
 class BailingMoeV2Model(BailingMoeV2PreTrainedModel):
@@ -301,6 +171,7 @@ class BailingMoeV2Model(BailingMoeV2PreTrainedModel):
         layers += [BailingMoeV2MTPLayer(config, i) for i in config.mtp_layer_ids]
         self.layers = nn.ModuleList(layers)
         self.norm = BailingMoeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -309,27 +180,86 @@ class BailingMoeV2Model(BailingMoeV2PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.word_embeddings = value
 
+    def prepare(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor, Any]:
+        """What the layers need besides `inputs_embeds` [B, T, H]: cosines, sines, and the mask of the attention in use.
 
-def attention_mask_4d(attention_mask: Tensor | None, tokens: int, past: int, device: torch.device) -> Tensor | None:
-    """Boolean mask [B or 1, 1, T, S], True where a query may look; None means plain causal attention.
+        Arguments as `forward`.
+        """
+        batch, tokens = inputs_embeds.shape[:2]
+        past = cache.get_seq_length() if cache is not None else 0
+        padding = None
+        if isinstance(attention_mask, Tensor):
+            self._check_mask(attention_mask, batch, tokens, past, cache)
+            padding = attention_mask if attention_mask.dim() == 2 else None
+        packed_ids = position_ids
+        if position_ids is None:
+            position_ids = self._positions(padding, tokens, past, inputs_embeds.device)
+        elif position_ids.shape[-1] != tokens or position_ids.dim() != 2:
+            raise ValueError(f"position_ids {list(position_ids.shape)} must be [{batch}, {tokens}], one for each token")
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=packed_ids,
+            **{CACHE: cache},
+        )
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.is_floating_point():
+            mask = mask.to(inputs_embeds.dtype)
+        return *rotary_cos_sin(self.config, position_ids), mask
 
-    Args:
-        attention_mask: [B, S], 0 at padding, or None where nothing is padded.
-        tokens: T, the queries of this call.
-        past: Tokens already in the cache.
-    """
-    if (attention_mask is None or bool(attention_mask.all())) and past == 0:
-        return None
-    columns = torch.arange(past + tokens, device=device)
-    rows = torch.arange(past, past + tokens, device=device)[:, None]
-    mask = (columns <= rows)[None, None]
-    if attention_mask is not None:
-        mask = mask & attention_mask[:, None, None, :].bool()
-    return mask | (columns == rows)  # a padding row that sees nothing would become NaN
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> BailingMoeV2ModelOutput:
+        """Run embedding, main layers and final norm. Arguments and errors as `BailingMoeV2ForCausalLM.forward`.
+
+        Returns:
+            `last_hidden_state` [B, T, H] and, as asked for, the rest.
+        """
+        self._check_arguments(kwargs, position_ids)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; give a Cache, such as DynamicCache()")
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError("past_key_values cannot be filled with gradient checkpointing; leave one of them out")
+        hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        cos, sin, mask = self.prepare(hidden_states, attention_mask, position_ids, cache)
+        if use_cache and cache is None:  # made after the mask: a packed batch is read as one only without a cache
+            cache = DynamicCache(config=self.config)
+
+        routings = []
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states, routing = layer(hidden_states, cos, sin, mask, cache, **kwargs)
+            routings.append(routing)
+        asked = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
+        return BailingMoeV2ModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            routing=tuple(routing for routing in routings if routing is not None) if asked else None,
+            **{CACHE: cache},
+        )
 
 
 class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
-    """BailingMoeV2 with its language-model head, for `from_pretrained` and `generate`."""
+    """BailingMoeV2 with its language-model head, for `from_pretrained`, `generate` and `Trainer`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.word_embeddings.weight"}
 
@@ -338,12 +268,6 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
         self.model = BailingMoeV2Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Logits [..., vocab] of `hidden_states` [..., H], which come after the final norm."""
@@ -354,69 +278,73 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
             hidden_states, F.normalize(self.lm_head.weight.float(), dim=0, eps=1e-7).to(hidden_states.dtype)
         )
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        cache: DynamicCache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BailingMoeV2Output:
         """Run the main layers.
 
         Args:
             input_ids: [B, T] int64; or give `inputs_embeds` [B, T, H].
-            attention_mask: [B, S], 0 at padding (either side), or None.
-            position_ids: [B, T]; derived from `attention_mask` when left out.
+            attention_mask: [B, S], 0 at padding (either side), or None; or ready made [B, 1, T, S], True where a query
+                may look, or numbers to add to the scores.
+            position_ids: [B, T]; derived from `attention_mask` when left out. Without `attention_mask` and
+                `past_key_values`, a position that does not follow the one before begins another sequence (packing).
             labels: [B, T] int64 with -100 where no loss is wanted; shifted inside.
-            output_hidden_states: Also return the embedding output and the output of every decoder layer, the last of
-                them after the final norm.
-            output_router_logits: Also return the routing of every MoE layer.
             logits_to_keep: Compute logits of the last so many positions only; 0 for all.
-            cache: What `generate` of transformers 5.24 and later calls `past_key_values`.
+            cache: What transformers 5.24 and later call `past_key_values`.
+            kwargs: Those of `TransformersKwargs`, and of the loss function `shift_labels` and `ignore_index`. With
+                `num_items_in_batch` the loss is the sum over all labels divided by it. `output_hidden_states` returns
+                the embedding output and the output of every decoder layer, the last of them after the final norm;
+                `output_attentions` the weights [B, Q, T, S] of every layer; `output_router_logits` both `router_logits`
+                and `routing`.
 
         Returns:
-            Logits [B, T, vocab] and, as asked for, cache, hidden states and routing.
+            Logits [B, T, vocab] and, as asked for, loss, cache, hidden states, attentions, router logits and routing.
+
+        Raises:
+            TypeError: If an argument is unknown, since it would be ignored.
+            ValueError: If arguments contradict each other, or a shape does not fit. The message is one line.
         """
-        hidden_states = self.model.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        tokens = hidden_states.shape[1]
-        past_key_values = cache if cache is not None else past_key_values
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if position_ids is None:
-            position_ids = self._positions(attention_mask, tokens, past, hidden_states.device)
-        mask = attention_mask_4d(attention_mask, tokens, past, hidden_states.device)
-        cos, sin = rotary_cos_sin(self.config, position_ids)
-
-        states, routings = [hidden_states], []
-        for layer in self.model.layers[: self.config.num_hidden_layers]:
-            hidden_states, routing = layer(hidden_states, cos, sin, mask, past_key_values)
-            states.append(hidden_states)
-            if routing is not None:
-                routings.append(routing)
-        hidden_states = states[-1] = self.model.norm(hidden_states)
-
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cache=cache,
+            **kwargs,
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.logits(hidden_states[:, kept])
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        logits = self.logits(outputs.last_hidden_state[:, kept])
+        loss, targets = None, kwargs.get("shift_labels")
+        targets = labels if targets is None else targets
+        if targets is not None:
+            if targets.shape != logits.shape[:-1]:
+                raise ValueError(
+                    f"labels {list(targets.shape)} need as many logits, but there are {list(logits.shape[:-1])}; "
+                    "give a label for each token, and no logits_to_keep"
+                )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return BailingMoeV2Output(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(states) if output_hidden_states else None,
-            routing=tuple(routings) if output_router_logits else None,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            routing=outputs.routing,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def mtp_forward(
@@ -439,25 +367,28 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
             ([B, T, H] after the MTP layer's final norm, its routing).
         """
         layer: BailingMoeV2MTPLayer = self.model.layers[self.config.num_hidden_layers + step]
-        tokens = hidden_states.shape[1]
-        if position_ids is None:
-            position_ids = self._positions(attention_mask, tokens, 0, hidden_states.device)
-        cos, sin = rotary_cos_sin(self.config, position_ids)
         joined = layer.join(self.model.word_embeddings(next_input_ids), hidden_states)
-        mask = attention_mask_4d(attention_mask, tokens, 0, hidden_states.device)
-        output, routing = layer(joined, cos, sin, mask)
+        output, routing = layer(joined, *self.model.prepare(joined, attention_mask, position_ids))
         return layer.final_layernorm(output), routing
 
     def mtp_logits(self, hidden_states: Tensor, next_input_ids: Tensor, step: int = 0, **kwargs: Any) -> Tensor:
         """Logits [B, T, vocab] of MTP layer `step`: row i predicts token i + 2 + step. Arguments as `mtp_forward`."""
         return self.logits(self.mtp_forward(hidden_states, next_input_ids, step, **kwargs)[0])
 
-    @staticmethod
-    def _positions(attention_mask: Tensor | None, tokens: int, past: int, device: torch.device) -> Tensor:
-        if attention_mask is None:
-            return torch.arange(past, past + tokens, device=device)[None]
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+
+class BailingMoeV2ForSequenceClassification(GenericForSequenceClassification, BailingMoeV2PreTrainedModel):
+    """BailingMoeV2 with a score for each label instead of the head, read at the last token that is not padding."""
+
+    accepts_loss_kwargs = False  # its loss is a mean; `Trainer` then divides by the accumulated steps itself
+
+    @functools.wraps(GenericForSequenceClassification.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("output_router_logits"):
+            raise ValueError("output_router_logits=True has no place in the scores of labels; ask BailingMoeV2Model")
+        return super().forward(*args, **kwargs)
 
 
 register_with_transformers()
+AutoModel.register(BailingMoeV2Config, BailingMoeV2Model, exist_ok=True)
 AutoModelForCausalLM.register(BailingMoeV2Config, BailingMoeV2ForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(BailingMoeV2Config, BailingMoeV2ForSequenceClassification, exist_ok=True)

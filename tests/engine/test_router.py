@@ -57,7 +57,7 @@ def test_routing_stays_in_fp32_whatever_the_model_computes_in(dtype, tmp_path):
     exact = seen["hidden"].double() @ plain.weight.double().T
     # bf16 logits would be off by 2^-9 of their size, up to 1e-2 here.
     assert (seen["logits"] - exact).abs().max() < 1e-5
-    ids, weights = plain(seen["hidden"].float())
+    ids, weights, _ = plain(seen["hidden"].float())
     order, plain_order = seen["ids"].long().sort(-1), ids.sort(-1)
     assert torch.equal(order.values, plain_order.values)
     torch.testing.assert_close(

@@ -28,6 +28,7 @@ WITHOUT = {
     "vllm_bailing.checkpoint_audit": ["vllm"],
     "vllm_bailing.dequantize": ["vllm"],
     "vllm_bailing.reference": ["vllm"],
+    "vllm_bailing.reference_layers": ["vllm"],
     "vllm_bailing.plugin.support": ["vllm", "torch", "transformers"],
     "vllm_bailing.plugin.patches": ["vllm", "torch", "transformers"],
     "vllm_bailing.planning.plan": ["vllm"],
@@ -140,6 +141,7 @@ def test_a_change_of_vllm_elsewhere_would_be_seen():
         ("model.py", "from vllm_bailing.bench import runner", "Imports point one way"),
         ("tensor_names.py", "from vllm import ModelRegistry", "knows nothing of vLLM"),
         ("model.py", "from vllm_bailing import reference", "do not know each other"),
+        ("router.py", "from vllm_bailing import reference_layers", "do not know each other"),
         ("planning/memory.py", "import torch", "needs neither vLLM nor torch"),
     ],
 )

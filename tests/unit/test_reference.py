@@ -114,7 +114,7 @@ def test_expert_bias_changes_the_choice_but_not_the_weights(tmp_path):
     model = BailingMoeV2ForCausalLM.from_pretrained(make_checkpoint(tmp_path), dtype=torch.float32)
     gate = model.model.layers[1].mlp.gate
     hidden = torch.randn(200, 64)
-    ids, weights = gate(hidden)
+    ids, weights, _ = gate(hidden)
     torch.testing.assert_close(weights.sum(-1), torch.full((200,), 2.5))
     scores = torch.nn.functional.linear(hidden, gate.weight).sigmoid().gather(1, ids)
     torch.testing.assert_close(weights, scores / scores.sum(-1, keepdim=True) * 2.5)
