@@ -122,20 +122,20 @@ def _with_schema(tool: Any) -> Any:
     if not hasattr(function, "parameters") or function.strict:
         return tool
     schema = function.parameters
-    if function.strict is False or not schema or not _is_grammar(schema):
+    if function.strict is False or not schema or not _is_grammar(schema, function.name):
         schema = {"type": "object"}
     function = function.model_copy(update={"strict": True, "parameters": schema})
     return tool.model_copy(update={"function": function}) if hasattr(tool, "function") else function
 
 
-def _is_grammar(schema: dict[str, Any]) -> bool:
-    """Whether vLLM can hold arguments to `schema`; if not, it would refuse the request."""
+def _is_grammar(schema: dict[str, Any], name: str) -> bool:
+    """Whether vLLM can hold the arguments of tool `name` to `schema`; if not, it would refuse the request."""
     tag = json.dumps({"type": "structural_tag", "format": {"type": "json_schema", "json_schema": schema}})
     try:
         validate_xgrammar_grammar(SamplingParams(structured_outputs=StructuredOutputsParams(structural_tag=tag)))
     except Exception as error:  # of whatever kind xgrammar raises
         reason = " ".join(str(error.__cause__ or error).split())
-        logger.warning("The arguments of a tool are not held to its schema, which xgrammar cannot read: %s", reason)
+        logger.warning("Calls of tool %r are not held to its schema, which xgrammar cannot read: %s", name, reason)
         return False
     return True
 

@@ -126,26 +126,28 @@ def register_parsers() -> None:
         ("vllm.reasoning", "ReasoningParserManager", "BailingReasoningParser"),
         ("vllm.tool_parsers", "ToolParserManager", "BailingToolParser"),
     ):
-        finder = _WhenImported(module, manager, parser)
+        finder = WhenImported(module, manager, parser)
         if module in sys.modules:
             finder.register(sys.modules[module])
         else:
             sys.meta_path.insert(0, finder)
 
 
-class _WhenImported(importlib.abc.MetaPathFinder):
+class WhenImported(importlib.abc.MetaPathFinder):
     """Registers a parser with a manager of vLLM's when the module of the manager is imported; finds nothing itself."""
 
     def __init__(self, module: str, manager: str, parser: str) -> None:
         self.module, self.manager, self.parser = module, manager, parser
 
     def register(self, module: Any) -> None:
+        """Make the parser known to the manager in `module`."""
         getattr(module, self.manager).register_lazy_module(PARSER, "vllm_bailing.parsers", self.parser)
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        """What the other finders find for the module, with the registration after its execution."""
         if fullname != self.module:
             return None
-        finders = (finder for finder in sys.meta_path if finder is not self)
+        finders = (finder for finder in sys.meta_path if not isinstance(finder, WhenImported))
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in finders)), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
