@@ -302,6 +302,9 @@ def _keep_tags(tokenizer: Any, request: Any) -> None:
 
 
 # vLLM imports this module where it reads answers and where it keeps grammars.
-patches.hold_content_to_grammars(
-    lambda reasoner, prompt: reasoner.openings(prompt) if isinstance(reasoner, BailingReasoningParser) else []
-)
+try:
+    patches.hold_content_to_grammars(
+        lambda reasoner, prompt: reasoner.openings(prompt) if isinstance(reasoner, BailingReasoningParser) else []
+    )
+except (ImportError, AttributeError) as error:
+    logger.warning("Grammars do not hold in answers without reasoning on this vLLM, which is new: %s", error)
