@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -72,9 +75,10 @@ def allowed(tokens, words, openings):
         if tokens[: len(opening)] == opening:
             rest = tokens[len(opening) :]
             if CLOSE not in rest:
-                return True
+                return STOP not in rest
             content = tuple(rest[rest.index(CLOSE) + 1 :])
-            return any(content == word[: len(content)] for word in words)
+            thought = rest[: rest.index(CLOSE)]
+            return STOP not in thought and any(content == word[: len(content)] for word in words)
     return False
 
 
@@ -88,7 +92,7 @@ def in_mask(grammar):
 def build(words, openings):
     from vllm_bailing.plugin.grammars import OptionalReasoning
 
-    return OptionalReasoning(word_grammar(words), openings, lambda _tokens, new: new[-1] == CLOSE)
+    return OptionalReasoning(word_grammar(words), openings, lambda _tokens, new: new[-1] == CLOSE, {STOP})
 
 
 @pytest.mark.parametrize("openings", OPENINGS)
@@ -153,3 +157,89 @@ def test_vllms_own_grammar_holds_with_and_without_reasoning(thinking):
         assert grammar.validate_tokens(ids[place : place + 2]) == ids[place : place + 2]
         assert grammar.accept_tokens("request", [token])
     assert grammar.is_terminated()
+
+
+@pytest.fixture(scope="module")
+def manager():
+    """What keeps the grammars in vLLM's engine, without the engine."""
+    import vllm.v1.structured_output as module
+
+    from vllm_bailing.plugin.register import register_parsers
+
+    register_parsers()
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    settings = SimpleNamespace(
+        reasoning_parser="bailing", reasoning_parser_plugin="", enable_in_reasoning=False, disable_any_whitespace=False
+    )
+    config = SimpleNamespace(
+        structured_outputs_config=settings,
+        model_config=SimpleNamespace(
+            skip_tokenizer_init=False,
+            get_vocab_size=lambda: len(tokenizer),
+            is_diffusion=False,
+            hf_config=SimpleNamespace(model_type="bailing_moe_v2"),
+        ),
+        parallel_config=SimpleNamespace(distributed_executor_backend="external_launcher"),  # compiles at once
+        scheduler_config=SimpleNamespace(max_num_seqs=1),
+        speculative_config=None,
+        num_speculative_tokens=0,
+    )
+    with mock.patch.object(module, "cached_tokenizer_from_config", lambda model_config: tokenizer):
+        yield module.StructuredOutputManager(config)
+
+
+CITY = {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]}
+CONSTRAINTS = {
+    "regex": ({"regex": "[a-f]{3}-[0-9]{4}"}, lambda text: re.fullmatch("[a-f]{3}-[0-9]{4}", text)),
+    "schema": ({"json": CITY}, lambda text: isinstance(json.loads(text)["town"], str)),
+    "grammar": ({"grammar": 'root ::= "yes" | "no"'}, lambda text: text in ("yes", "no")),
+}
+
+
+def constrained(manager, plain, question, thinking, constraint, reasoning_ended=None):
+    """The greedy answer of the plain model, held to the grammar as vLLM's scheduler does."""
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+    from vllm.v1.request import Request
+
+    prompt = plain.tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        thinking_option=thinking,
+    )["input_ids"]
+    params = SamplingParams(max_tokens=120, structured_outputs=StructuredOutputsParams(**constraint))
+    params.structured_outputs._backend = "xgrammar"
+    params.update_from_generation_config({}, plain.tokenizer.eos_token_id)  # as vLLM does: what ends the answer
+    request = Request("request", prompt, params, None, reasoning_ended=reasoning_ended)
+    manager.grammar_init(request)
+    assert request.structured_output_request.is_grammar_ready
+    ids, cache = torch.tensor([prompt]), None
+    for _ in range(120):
+        with torch.no_grad():
+            output = plain.model(input_ids=ids if cache is None else ids[:, -1:], past_key_values=cache, use_cache=True)
+        cache, logits = output.past_key_values, output.logits[0, -1]
+        row = torch.from_numpy(manager.grammar_bitmask({"request": request}, ["request"], {}))[0].clone()
+        drafts = torch.randint(len(plain.tokenizer), (3,)).tolist()
+        assert manager.validate_tokens(request, drafts) == drafts[: len(manager.validate_tokens(request, drafts))]
+        allowed_ids = (row[torch.arange(len(logits)) // 32] >> (torch.arange(len(logits)) % 32)) & 1
+        token = int(logits.masked_fill(allowed_ids == 0, -torch.inf).argmax())
+        request.append_output_token_ids([token])
+        assert manager.accept_tokens(request, [token])
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        if token == plain.tokenizer.eos_token_id:
+            break
+    return plain.tokenizer.decode(request.output_token_ids).removesuffix(plain.tokenizer.eos_token)
+
+
+@pytest.mark.parametrize("kind", CONSTRAINTS)
+@pytest.mark.parametrize("question, reasons", [("What is the capital of France?", False), ("What is 47 + 8?", True)])
+def test_vllm_holds_the_content_to_the_grammar(manager, plain, kind, question, reasons):
+    constraint, holds = CONSTRAINTS[kind]
+    for ended in (None, False):  # as vLLM's interfaces tell
+        text = constrained(manager, plain, question, "on", constraint, ended)
+        reasoning, tag, content = text.rpartition("</think>")
+        assert bool(tag) == reasons == reasoning.lstrip().startswith("<think>"), text
+        assert holds(content), text
+    assert holds(constrained(manager, plain, question, "off", constraint))
+    assert holds(constrained(manager, plain, question, "on", constraint, reasoning_ended=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
@@ -12,13 +12,14 @@ class OptionalReasoning(StructuredOutputGrammar):
     """vLLM's grammar of the content, for an answer that opens with reasoning or does without.
 
     As long as the answer can still open the reasoning, the tokens that do so are allowed beside those of the grammar.
-    In the reasoning every token is allowed. The content, from the first token or after the reasoning, follows the
-    grammar. The state is a function of the tokens, so any of them can be taken back.
+    In the reasoning every token is allowed that does not end the answer. The content, from the first token or after the
+    reasoning, follows the grammar. The state is a function of the tokens, so any of them can be taken back.
 
     Args:
         grammar: For the content alone.
         openings: Ids of tokens that open the reasoning, one list for each way to write it.
         is_end: Whether the last of the tokens [n] completes the end of the reasoning; called with all and the last.
+        stops: The tokens that end the answer.
     """
 
     def __init__(
@@ -26,8 +27,9 @@ class OptionalReasoning(StructuredOutputGrammar):
         grammar: StructuredOutputGrammar,
         openings: Sequence[list[int]],
         is_end: Callable[[Sequence[int], Sequence[int]], bool],
+        stops: Collection[int] = (),
     ) -> None:
-        self._grammar, self._openings, self._is_end = grammar, openings, is_end
+        self._grammar, self._openings, self._is_end, self._stops = grammar, openings, is_end, stops
         self._tokens: list[int] = []
         self._starts: list[int | None] = [0]  # where the content began, before and after each token; None in reasoning
         self._fed: list[int] = []  # the tokens that the grammar has taken
@@ -64,6 +66,8 @@ class OptionalReasoning(StructuredOutputGrammar):
         """Write the tokens that may follow into row `batch_index` of the int32 mask [rows, ceil(vocabulary / 32)]."""
         if self._starts[-1] is None:
             bitmask[batch_index].fill_(-1)
+            for token in self._stops:
+                bitmask[batch_index, token // 32] &= ~_bit(token)
             return
         reached = len(self._tokens)
         openings = self._openings_left()
@@ -72,8 +76,7 @@ class OptionalReasoning(StructuredOutputGrammar):
         else:
             self._grammar.fill_bitmask(bitmask, batch_index)
         for opening in openings:
-            word, bit = divmod(opening[reached], 32)
-            bitmask[batch_index, word] |= 1 << bit if bit < 31 else -(1 << 31)
+            bitmask[batch_index, opening[reached] // 32] |= _bit(opening[reached])
 
     def is_terminated(self) -> bool:
         """Whether the content is complete."""
@@ -93,6 +96,8 @@ class OptionalReasoning(StructuredOutputGrammar):
 
     def _advance(self, token: int, request_id: str) -> bool:
         start = self._starts[-1]
+        if start is None and token in self._stops:
+            return False
         opens = [opening for opening in self._openings_left() if opening[len(self._tokens)] == token]
         self._tokens.append(token)
         if start is None:
@@ -117,3 +122,8 @@ class OptionalReasoning(StructuredOutputGrammar):
         if self._fed:
             self._grammar.reset()
             self._fed = []
+
+
+def _bit(token: int) -> int:
+    """The bit of a token in its word of the mask, as an int32."""
+    return 1 << token % 32 if token % 32 < 31 else -(1 << 31)

@@ -146,7 +146,8 @@ def hold_content_to_grammars(openings: Callable[[Any, Any], list[list[int]]]) ->
         if not ways:
             return grammar
         asked.reasoning_ended = True  # which for vLLM means that the grammar holds from the first token on
-        return OptionalReasoning(grammar, ways, reasoner.is_reasoning_end_streaming)
+        stops = request.sampling_params.all_stop_token_ids
+        return OptionalReasoning(grammar, ways, reasoner.is_reasoning_end_streaming, stops)
 
     create.holds_content = True  # pyright: ignore[reportAttributeAccessIssue]
     StructuredOutputManager._create_grammar = create
