@@ -21,7 +21,7 @@ GROUPS = {
         f"engine/test_{name}.py" for name in "mtp_answers mtp_checkpoints draft_vocab eagle3 quantized_demo".split()
     ),
     "vLLM imported by the tests themselves": tuple(
-        f"unit/test_{name}.py" for name in "gpu_timer parsers rope tuning_command tuning_table".split()
+        f"unit/test_{name}.py" for name in "gpu_timer grammars parsers rope tuning_command tuning_table".split()
     ),
     "servers of the pages": ("project/test_docs.py",),
     "the built wheel": ("project/test_packaging.py",),

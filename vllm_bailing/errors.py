@@ -2,7 +2,7 @@
 
 The text of a message stands where it is raised: search for its words. What is wrong with the tensors of a checkpoint is
 said in `checkpoint_audit.py`, with a value of config.json in `config.py`, `rope.py` and `validation.py`, with flags in
-`plugin/checks.py` and `plugin/options.py`.
+`plugin/checks.py` and `plugin/options.py`, with a request in `parsers.py`.
 
 A message is one sentence on one line: what came, what was wanted, what to do next. A wrong value in a config.json is a
 plain ValueError, which is what transformers and vLLM expect of a configuration class.
@@ -47,6 +47,10 @@ class SettingsError(RuntimeError):
 
 class AdapterError(ValueError):
     """An adapter cannot be served as a whole. A ValueError, which vLLM's server answers with its message."""
+
+
+class RequestError(ValueError):
+    """A request asks for what means nothing. A ValueError, for the reason given above."""
 
 
 class VerifyError(RuntimeError):

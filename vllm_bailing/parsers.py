@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import bisect
 import enum
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.reasoning import ReasoningParser
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.tool_parsers import ToolParser
+from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
-from vllm_bailing.plugin import shims
+from vllm_bailing.errors import RequestError
+from vllm_bailing.plugin import patches, shims
 from vllm_bailing.reasoning import END_THINK, THINK, ReasoningStream
-from vllm_bailing.tool_calls import CALL, END_CALL, CallArguments, CallStart, Piece, ToolCallStream
+from vllm_bailing.tool_calls import CALL, END_CALL, Piece, ToolCall, ToolCallStream
 
 TURN_END, ASSISTANT = "<|role_end|>", "<role>ASSISTANT</role>"
+SWITCHES = {"thinking_option": ("on", "off", True, False), "enable_thinking": (True, False)}  # of the chat templates
+logger = init_logger("vllm.plugins.bailing")
 THINKING_OFF = "detailed thinking off"  # how the chat template ends the system turn
 
 
@@ -43,25 +50,28 @@ class BailingToolParser(ToolParser):
             _keep_tags(self.model_tokenizer, request)
         return request
 
+    def get_structural_tag(self, request: Any, **options: Any) -> Any:
+        """vLLM's grammar of the calls; one that the request demands fits the schema of its tool.
+
+        vLLM itself looks at the schemas of tools with `strict` alone (from 0.31 on). `"strict": false` is respected.
+        """
+        if request.tool_choice != "auto":
+            request = request.model_copy(update={"tools": [_with_schema(tool) for tool in request.tools or []]})
+        return super().get_structural_tag(request, **options)
+
     def extract_tool_calls(self, model_output: str, request: Any) -> Any:
         protocol = shims.protocol()
-        stream = ToolCallStream()
-        calls: list[list[str]] = []
-        content = model_output
+        pieces: list[Piece] = [model_output]
         if request.tool_choice != "none":
-            content = ""
-            for piece in stream.feed(model_output) + stream.close():
-                if isinstance(piece, CallStart):
-                    calls.append([piece.name])
-                elif isinstance(piece, CallArguments):
-                    calls[-1].append(piece.text)
-                else:
-                    content += piece
+            stream = ToolCallStream()
+            pieces = stream.feed(model_output) + stream.close()
+        calls = [piece for piece in pieces if isinstance(piece, ToolCall)]
+        content = "".join(piece for piece in pieces if isinstance(piece, str))
         return protocol.ExtractedToolCallInformation(
             tools_called=bool(calls),
             tool_calls=[
-                protocol.ToolCall(function=protocol.FunctionCall(name=name, arguments="".join(parts)))
-                for name, *parts in calls
+                protocol.ToolCall(function=protocol.FunctionCall(name=call.name, arguments=call.arguments))
+                for call in calls
             ],
             content=content or None,
         )
@@ -89,24 +99,45 @@ class BailingToolParser(ToolParser):
             if isinstance(piece, str):
                 content += piece
                 continue
-            function: dict[str, str]
-            if isinstance(piece, CallStart):
-                self.current_tool_id += 1
-                self.prev_tool_call_arr.append({"name": piece.name, "arguments": ""})
-                self.streamed_args_for_tool.append("")
-                function, identity = {"name": piece.name}, {"id": shims.make_tool_call_id(), "type": "function"}
-            else:
-                self.prev_tool_call_arr[-1]["arguments"] += piece.text
-                self.streamed_args_for_tool[-1] += piece.text
-                function, identity = {"arguments": piece.text}, {}
+            self.current_tool_id += 1
+            # What vLLM compares at the end, to send what is missing.
+            self.prev_tool_call_arr.append({"name": piece.name, "arguments": piece.arguments})
+            self.streamed_args_for_tool.append(piece.arguments)
             calls.append(
                 protocol.DeltaToolCall(
-                    index=self.current_tool_id, function=protocol.DeltaFunctionCall(**function), **identity
+                    index=self.current_tool_id,
+                    id=shims.make_tool_call_id(),
+                    type="function",
+                    function=protocol.DeltaFunctionCall(name=piece.name, arguments=piece.arguments),
                 )
             )
         if not content and not calls:
             return None
         return protocol.DeltaMessage(content=content or None, tool_calls=calls)
+
+
+def _with_schema(tool: Any) -> Any:
+    """`tool` as vLLM takes it for one whose schema holds; its arguments are an object, whatever the schema says."""
+    function = getattr(tool, "function", tool)
+    if not hasattr(function, "parameters") or function.strict:
+        return tool
+    schema = function.parameters
+    if function.strict is False or not schema or not _is_grammar(schema, function.name):
+        schema = {"type": "object"}
+    function = function.model_copy(update={"strict": True, "parameters": schema})
+    return tool.model_copy(update={"function": function}) if hasattr(tool, "function") else function
+
+
+def _is_grammar(schema: dict[str, Any], name: str) -> bool:
+    """Whether vLLM can hold the arguments of tool `name` to `schema`; if not, it would refuse the request."""
+    tag = json.dumps({"type": "structural_tag", "format": {"type": "json_schema", "json_schema": schema}})
+    try:
+        validate_xgrammar_grammar(SamplingParams(structured_outputs=StructuredOutputsParams(structural_tag=tag)))
+    except Exception as error:  # of whatever kind xgrammar raises
+        reason = " ".join(str(error.__cause__ or error).split())
+        logger.warning("Calls of tool %r are not held to its schema, which xgrammar cannot read: %s", name, reason)
+        return False
+    return True
 
 
 class Thinking(enum.Enum):
@@ -141,8 +172,29 @@ class BailingReasoningParser(ReasoningParser):
         return END_THINK
 
     def adjust_request(self, request: Any) -> Any:
+        """Refuse switches that the chat template would take for another value.
+
+        Raises:
+            RequestError: `thinking_option` or `enable_thinking` has a value that it cannot have.
+        """
+        for switch, values in SWITCHES.items():
+            value = self._template_options.get(switch)
+            if value not in (None, *values):
+                wanted = " or ".join(map(json.dumps, values[:2]))
+                raise RequestError(
+                    f"chat_template_kwargs has {json.dumps({switch: value})}, which the chat template would misread; "
+                    f"give {wanted}"
+                )
         _keep_tags(self.model_tokenizer, request)
         return request
+
+    def openings(self, prompt_token_ids: Sequence[int]) -> list[list[int]]:
+        """Token sequences with which an answer to this prompt may open its reasoning; none if that is settled."""
+        self.set_prompt_token_ids(prompt_token_ids)
+        if self._thinking is not Thinking.OPTIONAL:
+            return []
+        encode = self.model_tokenizer.encode
+        return [encode(space + THINK, add_special_tokens=False) for space in ("", "\n")]
 
     def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
         """Whether an answer to this prompt is content from its first token on."""
@@ -247,3 +299,12 @@ def _keep_tags(tokenizer: Any, request: Any) -> None:
     """Have the tags in the text also where the tokenizer takes them for special tokens."""
     if {THINK, END_THINK, CALL, END_CALL} & set(tokenizer.all_special_tokens):
         request.skip_special_tokens = False
+
+
+# vLLM imports this module where it reads answers and where it keeps grammars.
+try:
+    patches.hold_content_to_grammars(
+        lambda reasoner, prompt: reasoner.openings(prompt) if isinstance(reasoner, BailingReasoningParser) else []
+    )
+except (ImportError, AttributeError) as error:
+    logger.warning("Grammars do not hold in answers without reasoning on this vLLM, which is new: %s", error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_bailing.reasoning import ReasoningStream
-from vllm_bailing.tool_calls import CallArguments, CallStart, ToolCallStream
+from vllm_bailing.tool_calls import ToolCall, ToolCallStream
 
 WEATHER = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 TIME = '<tool_call>\n{"name": "time", "arguments": {"zone": "a </tool_call> b", "n": [1, {"x": "}"}]}}\n</tool_call>'
@@ -12,15 +12,8 @@ ROME, ZONE = ("weather", '{"city": "Rome"}'), ("time", '{"zone": "a </tool_call>
 
 def calls_of(pieces):
     """(content, calls) of what a ToolCallStream gave."""
-    content, calls = "", []
-    for piece in pieces:
-        if isinstance(piece, CallStart):
-            calls.append((piece.name, ""))
-        elif isinstance(piece, CallArguments):
-            calls[-1] = (calls[-1][0], calls[-1][1] + piece.text)
-        else:
-            content += piece
-    return content, calls
+    content = "".join(piece for piece in pieces if not isinstance(piece, ToolCall))
+    return content, [(piece.name, piece.arguments) for piece in pieces if isinstance(piece, ToolCall)]
 
 
 def read_calls(*parts):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ import vllm_bailing
 from tests.support.answers import ASK, ROME, TOOLS, WEATHER, read_calls, read_thoughts
 from tests.support.conversations import HELD_OUT
 from vllm_bailing import DEMO, TEMPLATES
+from vllm_bailing.errors import RequestError
 from vllm_bailing.plugin.register import register_parsers
 
 
@@ -41,6 +44,13 @@ def cut_texts(draw):
     return [text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True)]
 
 
+CUTS = [
+    (answer, place)
+    for answer in (RECORDED[0], RECORDED[35], RECORDED[40], RECORDED[-1])
+    for place in range(1, len(answer), 7)
+]
+
+
 @settings(max_examples=1500, deadline=None)
 @given(cut_texts(), st.booleans())
 def test_any_text_reads_the_same_in_any_cut_and_loses_nothing(parts, is_open):
@@ -62,8 +72,6 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def build(tokenizer):
     """Makes the parser of a request, as vLLM's chat endpoint does."""
-    import vllm.tool_parsers  # noqa: F401 (the server has imported it before it loads plugins)
-
     vllm_bailing.register()
     register_parsers()
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -131,6 +139,19 @@ def test_streams_give_what_whole_answers_give(build, tokenizer, number):
         assert streamed(build, tokenizer, answer, options, steps) == whole
 
 
+def test_answers_that_are_cut_off_give_no_broken_call(build, tokenizer):
+    found = set()
+    for answer, place in CUTS:
+        options = {"tools": TOOLS, "thinking_option": "on" if "<think>" in answer else "off"}
+        part = tokenizer.decode(tokenizer.encode(answer[:place], add_special_tokens=False))
+        whole = at_once(build, tokenizer, part, options)
+        assert whole == streamed(build, tokenizer, part, options, 3)
+        assert all(isinstance(json.loads(arguments), dict) for _, arguments in whole[2])
+        assert part.count("</tool_call>") <= len(whole[2]) <= part.count("<tool_call>")
+        found.add((len(whole[2]), "<tool_call>" in whole[1]))
+    assert found >= {(0, False), (0, True), (1, False), (1, True)}
+
+
 @pytest.mark.parametrize("reasoning, tools", [(True, False), (False, True)])
 def test_each_parser_works_without_the_other(build, tokenizer, reasoning, tools):
     answer = f"<think>\nRain?\n</think>\n\nI look.\n{WEATHER}"
@@ -140,6 +161,68 @@ def test_each_parser_works_without_the_other(build, tokenizer, reasoning, tools)
     assert at_once(build, tokenizer, answer, options, **fields) == wanted
     for steps in (1, 3, 1000):
         assert streamed(build, tokenizer, answer, options, steps, **fields) == wanted
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+NAMED = {"type": "function", "function": {"name": "f"}}
+
+
+def contents(tag):
+    """The schemas of the calls that a structural tag allows."""
+    return [tag["content"]["json_schema"] for tag in json.loads(tag)["format"]["tags"]]
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+@pytest.mark.parametrize(
+    "function, wanted",
+    [
+        ({"parameters": SCHEMA}, SCHEMA),
+        ({"parameters": SCHEMA, "strict": True}, SCHEMA),
+        ({"parameters": SCHEMA, "strict": False}, {"type": "object"}),
+        ({"parameters": {}}, {"type": "object"}),
+        ({}, {"type": "object"}),
+        ({"parameters": {"type": "no such type"}}, {"type": "object"}),
+    ],
+    ids=["schema", "strict", "not strict", "empty", "none", "unreadable"],
+)
+def test_a_call_that_is_demanded_fits_the_schema_of_its_tool(build, choice, function, wanted):
+    tools = [{"type": "function", "function": {"name": "f", **function}}]
+    parser, request = build(ASK, {"tools": tools}, tool_choice=choice)
+    before = request.tools[0].model_dump()
+    found = contents(parser.adjust_request(request).structured_outputs.structural_tag)
+    assert found and all(schema == wanted for schema in found)
+    assert request.tools[0].model_dump() == before
+
+
+def test_a_call_that_is_free_is_not_constrained(build):
+    parser, request = build(ASK, {"tools": TOOLS}, tool_choice="auto")
+    assert parser.adjust_request(request).structured_outputs is None
+
+
+def test_an_unreadable_schema_is_told(build, monkeypatch):
+    told = []
+    monkeypatch.setattr("vllm_bailing.parsers.logger.warning", lambda text, *values: told.append(text % values))
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "no such type"}}}]
+    parser, request = build(ASK, {"tools": tools}, tool_choice="required")
+    parser.adjust_request(request)
+    assert len(told) == 1 and "tool 'f'" in told[0] and "no such type" in told[0] and "\n" not in told[0]
+
+
+@pytest.mark.parametrize("switch", ["thinking_option", "enable_thinking"])
+def test_switches_have_values_that_the_template_understands(build, tokenizer, switch):
+    from vllm_bailing.parsers import SWITCHES
+
+    values = SWITCHES[switch]
+    rendered = [prompt_of(tokenizer, ASK, {switch: value}) for value in values]
+    assert len({*map(tuple, rendered)}) == 2
+    for value in (*values, None):
+        parser, request = build(ASK, {switch: value})
+        assert parser.adjust_request(request) is request
+    for value in ("false", "true", "On", "", "auto", 5, [], {}):
+        parser, request = build(ASK, {switch: value})
+        with pytest.raises(RequestError, match=f'"{switch}": .*; give ') as caught:
+            parser.adjust_request(request)
+        assert "\n" not in str(caught.value)
 
 
 def test_no_tool_calls_when_none_are_wanted(build, tokenizer):

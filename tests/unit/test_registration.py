@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import multiprocessing
 import subprocess
@@ -18,6 +19,7 @@ from tests.support.configs import CONFIGS, write_config
 from tests.support.engine import run
 from tests.support.registration import load_plugins
 from tests.support.zoo import OTHERS, raw_config
+from vllm_bailing.plugin.register import WhenImported
 
 ARCHITECTURE = "BailingMoeV2ForCausalLM"
 OURS = "vllm_bailing.model:BailingMoeV2ForCausalLM"
@@ -230,6 +232,32 @@ def test_a_newer_vllm_with_all_that_is_needed_is_served_with_one_warning():
     assert "0.27 to 0.33" in lines[1][1]
 
 
+MANAGER = """
+class Manager:
+    known = {}
+    @classmethod
+    def register_lazy_module(cls, name, *where):
+        cls.known[name] = where
+"""
+
+
+def test_a_parser_is_registered_whenever_its_manager_is_imported(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = {"whole": MANAGER, "broken": "raise ValueError('broken')", "changed": "Manager = None"}
+    for name, text in texts.items():
+        (tmp_path / f"manager_{name}.py").write_text(text)
+        for _ in range(2):  # as after two registrations
+            sys.meta_path.insert(0, WhenImported(f"manager_{name}", "Manager", "Parser"))
+    for load in (importlib.import_module, lambda name: importlib.reload(sys.modules[name])):
+        assert load("manager_whole").Manager.known == {"bailing": ("vllm_bailing.parsers", "Parser")}
+    with pytest.raises(ValueError, match="broken"):
+        importlib.import_module("manager_broken")
+    (tmp_path / "manager_broken.py").write_text(f"{MANAGER}# mended")
+    assert list(importlib.import_module("manager_broken").Manager.known) == ["bailing"]
+    assert importlib.import_module("manager_changed").Manager is None  # the importer of it must not fail
+
+
 # ---- in fresh interpreters ------------------------------------------------------------------------------------------
 
 
@@ -251,17 +279,22 @@ def test_registering_without_vllm_warns_and_goes_on():
     assert "Traceback" not in done.stderr
 
 
-def test_registering_imports_no_model_code():
+def test_registering_imports_no_model_code_and_leaves_the_parsers_for_later():
     code = """
 import json, sys
 import vllm.engine.arg_utils  # from where vLLM loads plugins first
 before = set(sys.modules)
 import vllm_bailing
 vllm_bailing.register()
-print(json.dumps(sorted(set(sys.modules) - before)))
+new = sorted(set(sys.modules) - before)
+imported = "vllm.tool_parsers" in sys.modules
+from vllm.parser.parser_manager import ParserManager
+parser = ParserManager.get_parser("bailing", "bailing", enable_auto_tools=True)
+print(json.dumps([new, imported, parser.tool_parser_cls.__name__, parser.reasoning_parser_cls.__name__]))
 """
     done = fresh(code)
-    new = json.loads(done.stdout.strip().splitlines()[-1])
+    new, imported, *parsers = json.loads(done.stdout.strip().splitlines()[-1])
+    assert not imported and parsers == ["BailingToolParser", "BailingReasoningParser"]
     own = {name for name in new if name.startswith("vllm_bailing")}
     plugin = {f"vllm_bailing.plugin{name}" for name in ("", ".excepthook", ".patches", ".register", ".support")}
     assert own == {"vllm_bailing", "vllm_bailing.config", "vllm_bailing.rope", "vllm_bailing.validation"} | plugin

@@ -4,6 +4,10 @@ In every process that registers, with effect for configurations that name a Bail
 
 - `patch_configuration`: `SpeculativeConfig.hf_config_override` and `.__post_init__`; an entry in `MODELS_CONFIG_MAP`.
 
+In a process that reads answers with `--reasoning-parser bailing`, with effect for this parser alone:
+
+- `hold_content_to_grammars`: `StructuredOutputManager._create_grammar`.
+
 In a process that builds the model, by `patch_for_model`:
 
 - `use_shipped_tables`: the environment variable `VLLM_TUNED_CONFIG_FOLDER`, on GPUs;
@@ -25,9 +29,10 @@ In workers that `vllm-bailing bench` starts:
 
 - `time_model_loading`: `BaseModelLoader.load_model`.
 
-Beside vLLM: `sys.excepthook` of the `vllm` command (`excepthook.shorten_in_vllm_command`) and
-`transformers.PretrainedConfig.get_config_dict` (`config.register_with_transformers`). What is public interface of vLLM
-and transformers is in `register`. The kernels that the model's own layers take on CPUs are chosen in `kernels.cpu`.
+Beside vLLM: `sys.excepthook` of the `vllm` command (`excepthook.shorten_in_vllm_command`), `sys.meta_path`
+(`register.register_parsers`) and `transformers.PretrainedConfig.get_config_dict` (`config.register_with_transformers`).
+What is public interface of vLLM and transformers is in `register`. The kernels that the model's own layers take on CPUs
+are chosen in `kernels.cpu`.
 """
 
 from __future__ import annotations
@@ -103,6 +108,51 @@ def hf_config_override(hf_config: Any, *args: Any, **kwargs: Any) -> Any:
 
         draft = mtp_draft(hf_config, _in_the_making.get())
     return _original["hf_config_override"](hf_config, *args, **kwargs) if draft is None else draft
+
+
+# ---- in a process that reads answers with this package's reasoning parser -------------------------------------------
+
+
+def hold_content_to_grammars(openings: Callable[[Any, Any], list[list[int]]]) -> None:
+    """Let JSON schemas, regular expressions and required calls hold also in answers that do without reasoning.
+
+    Differs:  where the prompt leaves it to the answer whether to reason, vLLM waits for the end of the reasoning, which
+              never comes if none was opened: the answer is then not constrained at all. A reasoning parser can report
+              the end only after the first token of the content, which was free.
+    Upstream: `StructuredOutputManager._get_constraint_bounds` (`should_fill_bitmask` before 0.31), in 0.27 to 0.33.
+    Remove:   when the grammar is applied together with what opens the reasoning; tests/serve/test_constraints.py asks
+              for answers of this kind.
+
+    Safe to call again.
+
+    Args:
+        openings: Called with vLLM's reasoning parser of a request and the ids of its prompt; token sequences that may
+            open the reasoning in the answer, none if that is settled or the parser is not of this package.
+    """
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    from vllm_bailing.plugin.grammars import OptionalReasoning
+
+    create_grammar = StructuredOutputManager._create_grammar
+    if hasattr(create_grammar, "holds_content"):
+        return
+
+    @functools.wraps(create_grammar)
+    def create(self: Any, request: Any) -> Any:
+        grammar = create_grammar(self, request)
+        asked = request.structured_output_request
+        reasoner = self._get_reasoner(request)
+        if reasoner is None or self.enable_in_reasoning or asked.reasoning_ended:
+            return grammar
+        ways = openings(reasoner, request.prompt_token_ids or [])
+        if not ways:
+            return grammar
+        asked.reasoning_ended = True  # which for vLLM means that the grammar holds from the first token on
+        stops = request.sampling_params.all_stop_token_ids
+        return OptionalReasoning(grammar, ways, reasoner.is_reasoning_end_streaming, stops)
+
+    create.holds_content = True  # pyright: ignore[reportAttributeAccessIssue]
+    StructuredOutputManager._create_grammar = create
 
 
 # ---- in a process that builds the model ----------------------------------------------------------------------------

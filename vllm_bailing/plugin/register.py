@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.abc
 import logging
 import sys
 from collections.abc import Iterator
@@ -117,7 +118,7 @@ def _visible(logger: logging.Logger) -> Iterator[None]:
 
 
 def register_parsers() -> None:
-    """Make `--reasoning-parser bailing` and `--tool-call-parser bailing` known, where this process has such flags.
+    """Make `--reasoning-parser bailing` and `--tool-call-parser bailing` known, as soon as vLLM's parsers are imported.
 
     Importing vLLM's tool parsers takes seconds, so processes that do without them, the workers, are spared.
     """
@@ -125,5 +126,36 @@ def register_parsers() -> None:
         ("vllm.reasoning", "ReasoningParserManager", "BailingReasoningParser"),
         ("vllm.tool_parsers", "ToolParserManager", "BailingToolParser"),
     ):
+        finder = WhenImported(module, manager, parser)
         if module in sys.modules:
-            getattr(sys.modules[module], manager).register_lazy_module(PARSER, "vllm_bailing.parsers", parser)
+            finder.register(sys.modules[module])
+        else:
+            sys.meta_path.insert(0, finder)
+
+
+class WhenImported(importlib.abc.MetaPathFinder):
+    """Registers a parser with a manager of vLLM's when the module of the manager is imported; finds nothing itself."""
+
+    def __init__(self, module: str, manager: str, parser: str) -> None:
+        self.module, self.manager, self.parser = module, manager, parser
+
+    def register(self, module: Any) -> None:
+        """Make the parser known to the manager in `module`."""
+        getattr(module, self.manager).register_lazy_module(PARSER, "vllm_bailing.parsers", self.parser)
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        """What the other finders find for the module, with the registration after its execution."""
+        if fullname != self.module:
+            return None
+        finders = (finder for finder in sys.meta_path if not isinstance(finder, WhenImported))
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in finders)), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                with contextlib.suppress(AttributeError, TypeError):  # vLLM itself must go on
+                    self.register(module)
+
+            spec.loader.exec_module = exec_module
+        return spec
