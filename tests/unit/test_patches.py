@@ -8,8 +8,11 @@ import pytest
 import torch
 from serve_configs import zoo_config
 
+from tests.support.adapters import REFUSED, changed_adapter
 from tests.support.checkpoints import small_config
 from tests.support.engine import run
+from vllm_bailing import DEMO, DEMO_ADAPTER
+from vllm_bailing.adapters import LINEAR
 
 
 def _low_rank_products():
@@ -127,3 +130,63 @@ def test_experts_are_on_demand_and_the_log_says_what_adapters_take(targets, opti
     """49 GiB is what vLLM's own manager allocated; 31 layers have experts, 16 of them in the second of two stages."""
     found, lines = run(_settled, targets, False, **options)
     assert lines == [wanted] and " ".join(found) == (" ".join(targets) if targets else PLAIN)
+
+
+def _told(folder, is_ours):
+    """What vLLM's own classes say to an adapter where requests come in, without an engine: to a request of the server to
+    load it, to one of the command line, and to a prompt; None or "loaded" where it passes."""
+    import asyncio
+    from types import SimpleNamespace
+
+    import torch
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_bailing.config import read_config
+    from vllm_bailing.plugin import patches
+    from vllm_bailing.plugin.lora import refuse_misfit
+
+    for _ in range(2):  # it is safe to call again
+        patches.check_adapters_up_front(refuse_misfit)
+    config = read_config(DEMO) if is_ours else SimpleNamespace()
+    model = SimpleNamespace(hf_config=config, dtype=torch.float32)
+    lora = SimpleNamespace(target_modules=list(LINEAR), max_lora_rank=16, lora_dtype="auto")
+    processor = SimpleNamespace(model_config=model, lora_config=lora, tokenizer=None)
+    adapter = SimpleNamespace(name="x", path=folder, base_model_name=None, is_3d_lora_weight=False)
+
+    async def load_lora_adapter(**given):
+        return "loaded"
+
+    server = SimpleNamespace(
+        model_config=model,
+        input_processor=processor,
+        static_lora_modules=[adapter],
+        lora_requests={},
+        is_base_model=lambda name: False,
+        load_lora_adapter=load_lora_adapter,
+    )
+    request = SimpleNamespace(lora_name="x", lora_path=folder, load_inplace=False)
+    answer = asyncio.run(OpenAIServingModels._check_load_lora_adapter_request(server, request))
+    told = [answer and (answer.error.code, answer.error.message)]
+    for way in (
+        lambda: asyncio.run(OpenAIServingModels.init_static_loras(server)),
+        lambda: InputProcessor._validate_lora(processor, LoRARequest("x", 1, folder)),
+    ):
+        try:
+            told.append(way())
+        except ValueError as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return told
+
+
+def test_adapters_are_checked_where_requests_come_in(tmp_path):
+    bad = changed_adapter(tmp_path / "bad", REFUSED["half_of_every_a"][0])
+    code, *messages = [
+        part for told in run(_told, str(bad), True) for part in (told if type(told) is tuple else (told,))
+    ]
+    assert code == 400 and all("20 factor(s) are of the wrong shape" in message for message in messages)
+    assert [message.partition(":")[0] for message in messages[1:]] == ["AdapterError"] * 2
+    assert run(_told, str(DEMO_ADAPTER), True) == run(_told, str(bad), False) == [None] * 3
+    (code, message), *others = run(_told, str(tmp_path / "nowhere"), True)
+    assert code == 404 and all("No adapter found" in one for one in (message, *others))
