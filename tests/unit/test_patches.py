@@ -133,8 +133,10 @@ def test_experts_are_on_demand_and_the_log_says_what_adapters_take(targets, opti
 
 
 def _told(folder, is_ours):
-    """What vLLM's own classes say to an adapter where requests come in, without an engine: to a request of the server to
-    load it, to one of the command line, and to a prompt; None or "loaded" where it passes."""
+    """What vLLM's own classes say to an adapter where requests come in, without an engine; None where it passes.
+
+    To a request to load it, to `--lora-modules`, and to a prompt that names it.
+    """
     import asyncio
     from types import SimpleNamespace
 
@@ -175,7 +177,7 @@ def _told(folder, is_ours):
     ):
         try:
             told.append(way())
-        except ValueError as error:
+        except Exception as error:
             told.append(f"{type(error).__name__}: {error}")
     return told
 

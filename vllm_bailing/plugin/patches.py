@@ -241,6 +241,7 @@ def _checking_first(method: Any, check: Callable[[Any, Any], None]) -> Any:
 
 def _check_in_server(serving_models: Any, check: Callable[[Any, Any, Any], None]) -> None:
     from vllm.entrypoints.serve import create_error_response
+    from vllm.exceptions import LoRAAdapterNotFoundError
     from vllm.lora.request import LoRARequest
 
     load_static, check_request = serving_models.init_static_loras, serving_models._check_load_lora_adapter_request
@@ -259,7 +260,7 @@ def _check_in_server(serving_models: Any, check: Callable[[Any, Any, Any], None]
             return refusal
         try:
             await asyncio.to_thread(check_path, self, request.lora_name, request.lora_path)
-        except ValueError as error:
+        except (ValueError, LoRAAdapterNotFoundError) as error:  # its own is no ValueError: it becomes 404
             return create_error_response(error)
 
     serving_models.init_static_loras = init_static_loras
