@@ -224,9 +224,9 @@ def check_adapters_up_front(check: Callable[[Any, Any, Any], None]) -> None:
         return
     InputProcessor._validate_lora = _checking_first(InputProcessor._validate_lora, before)
     with contextlib.suppress(ImportError):  # a process without a server
-        from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+        from vllm.entrypoints.openai.models import serving
 
-        _check_in_server(OpenAIServingModels, check)
+        _check_in_server(serving.OpenAIServingModels, serving.create_error_response, check)
 
 
 def _checking_first(method: Any, check: Callable[[Any, Any], None]) -> Any:
@@ -239,8 +239,9 @@ def _checking_first(method: Any, check: Callable[[Any, Any], None]) -> Any:
     return checked
 
 
-def _check_in_server(serving_models: Any, check: Callable[[Any, Any, Any], None]) -> None:
-    from vllm.entrypoints.serve import create_error_response
+def _check_in_server(
+    serving_models: Any, create_error_response: Callable[[Exception], Any], check: Callable[[Any, Any, Any], None]
+) -> None:
     from vllm.exceptions import LoRAAdapterNotFoundError
     from vllm.lora.request import LoRARequest
 
