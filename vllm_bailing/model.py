@@ -55,8 +55,8 @@ from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.plugin.checks import adding_the_remedy
 from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
 from vllm_bailing.plugin.kernels.qk_norm_rope import fused_qk_norm_rope_for
-from vllm_bailing.plugin.lora import RejectsPartialAdapters
-from vllm_bailing.plugin.patches import experts_without_lora_on_cpu, patch_for_model, repack_experts_on_reload
+from vllm_bailing.plugin.lora import experts_take_adapters
+from vllm_bailing.plugin.patches import experts_without_lora, patch_for_model, repack_experts_on_reload
 from vllm_bailing.plugin.shims import rope_parameters
 from vllm_bailing.plugin.weight_loading import WeightLoading
 from vllm_bailing.router import BailingMoeV2Gate, routing_rule
@@ -225,7 +225,7 @@ class BailingMoeV2MoE(nn.Module):
             if config.num_shared_experts
             else None
         )
-        with experts_without_lora_on_cpu():
+        with experts_without_lora(experts_take_adapters(vllm_config, f"{prefix}.experts")):
             self.experts: MoERunner = FusedMoEFactory(
                 num_experts=config.num_experts,
                 hidden_size=config.hidden_size,
@@ -391,7 +391,6 @@ class BailingMoeV2MixtureOfExperts(MixtureOfExperts):
 
 
 class BailingMoeV2ForCausalLM(
-    RejectsPartialAdapters,
     nn.Module,
     SupportsPP,
     SupportsLoRA,

@@ -57,6 +57,21 @@ def layer_tensors(config: BailingMoeV2Config, layer: int) -> dict[str, Shape]:
     return tensors
 
 
+def shard_shape(config: BailingMoeV2Config, names: list[str], shape: Shape, tp: int) -> Shape:
+    """Shape that one of `tp` ranks keeps of a layer's tensor; `names` is its name after the layer's number, in parts.
+
+    Norms, router and `eh_proj` are whole on every rank, as is the bias of a layer that is divided by its inputs.
+    """
+    if names[1:2] == ["query_key_value"]:
+        heads = config.num_attention_heads // tp + 2 * max(1, config.num_key_value_heads // tp)
+        return (heads * config.head_dim, *shape[1:])
+    if names[-2:] in (["gate_proj", "weight"], ["up_proj", "weight"]):
+        return (shape[0] // tp, shape[1])
+    if names[-2:] in (["down_proj", "weight"], ["dense", "weight"]):
+        return (shape[0], shape[1] // tp)
+    return shape
+
+
 def main_tensors(config: BailingMoeV2Config, head: str = HEAD) -> dict[str, Shape]:
     """Names and shapes of everything but the MTP layers.
 
@@ -82,7 +97,8 @@ def mtp_tensors(config: BailingMoeV2Config) -> dict[str, Shape]:
 def layer_of(name: str) -> int | None:
     """The decoder layer that a tensor belongs to, or None."""
     parts = name.split(".", 3)
-    return int(parts[2]) if name.startswith("model.layers.") and parts[2].isdigit() else None
+    is_number = name.startswith("model.layers.") and parts[2].isdecimal() and len(parts[2]) < 10
+    return int(parts[2]) if is_number else None
 
 
 def fused_module(name: str) -> str:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
-from tests.support.adapters import ATTENTION, EXPERTS_NAME, MLP, adapted, make_adapter, merged
+from tests.support.adapters import (
+    ATTENTION,
+    EXPERTS_NAME,
+    MLP,
+    REFUSED,
+    SERVED,
+    adapted,
+    changed_adapter,
+    make_adapter,
+    merged,
+)
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer, read_tensors
-from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, make_llm, run, run_in_turn
+from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, ask, make_llm, run, run_in_turn
 from tests.support.speculation import mtp
+from vllm_bailing import DEMO, DEMO_ADAPTER
 
 KINDS = {
     "query_key_value": (("query_key_value",), lambda module: True),
@@ -79,7 +92,7 @@ def test_an_adapter_on_a_target_that_speculates(tmp_path):
             {"lora_target_modules": ["dense"]},
             ("3 module(s)", "query_key_value", "--lora-target-modules dense query_key_value"),
         ),
-        (("gate",), {}, ("2 module(s)", "layers.1.mlp.gate", "if the model has them")),
+        (("gate",), {}, ("2 module(s)", "layers.1.mlp.gate", "or its router, which takes none")),
         (("lm_head",), {}, ("1 module(s)", "down_proj lm_head")),
     ],
     ids=["experts", "not_prepared", "router", "head"],
@@ -98,6 +111,7 @@ def test_an_adapter_that_would_be_dropped_in_part_is_refused_by_name(targets, op
     [
         (["dense", "experts"], "--lora-target-modules experts: vLLM's CPU build has no expert kernel"),
         (["dense", "lm_head"], "--lora-target-modules lm_head: the draft model"),
+        (["dense", "q_proj", "gate"], "--lora-target-modules q_proj gate: the model has nothing of that name"),
     ],
 )
 def test_targets_that_cannot_be_adapted_are_refused_at_the_start(targets, fragment, tmp_path):
@@ -105,6 +119,104 @@ def test_targets_that_cannot_be_adapted_are_refused_at_the_start(targets, fragme
     with pytest.raises(EngineError) as refusal:
         run(make_llm, model, enable_lora=True, lora_target_modules=targets, speculative_config=mtp(1))
     assert fragment in refusal.value.message
+
+
+def test_changed_adapters_answer_as_if_they_were_merged(tmp_path):
+    """All that the audit lets pass, see tests/unit/test_adapter_audit.py."""
+    folders = {case: changed_adapter(tmp_path / case, change) for case, change in SERVED.items()}
+    prompt = [(5 * i * i + i + 3) % 1000 for i in range(12)]
+    batch = [(prompt, folder) for folder in folders.values()]
+    rows, _ = run_in_turn(adapted, DEMO, batch, max_num_seqs=len(batch), max_tokens=4)
+    base = plain_answer(DEMO, prompt, 4)[0]
+    for (case, folder), (logprobs, ids) in zip(folders.items(), rows, strict=True):
+        wanted, wanted_ids = plain_answer(merged(DEMO, folder, tmp_path / f"{case}-merged"), prompt, 4)
+        assert (logprobs - wanted).abs().max() <= TOLERANCE and ids == wanted_ids, case
+        assert (wanted - base).abs().max() > 10 * TOLERANCE, case
+
+
+def _after_refusals(model, good, bad):
+    """(messages of the refusals, what `good` answers before and after) of an engine that was given bad adapters."""
+    from vllm.lora.request import LoRARequest
+
+    llm = make_llm(model, enable_lora=True, max_loras=1, max_cpu_loras=1)
+    good = LoRARequest("good", 1, str(good))
+    ask_good = functools.partial(ask, llm, [PROMPT[:12]] * 2, 8, False, [good, None])
+    before, messages = ask_good(), []
+    for number, folder in enumerate(bad, 2):
+        request = LoRARequest(f"bad-{number}", number, str(folder))
+        for way in (llm.llm_engine.add_lora, lambda one: ask(llm, [PROMPT[:12]] * 2, 8, False, [good, one])):
+            try:
+                way(request)
+                messages.append("served")
+            except Exception as error:
+                messages.append(str(error))
+    return messages, before, ask_good(), sorted(llm.llm_engine.list_loras())
+
+
+@pytest.mark.parametrize("in_process", [True, False], ids=["in_process", "engine_apart"])
+def test_an_engine_that_refused_adapters_goes_on(in_process, tmp_path):
+    cases = ["half_of_every_a", "nan", "a_without_b", "empty", "alpha_nan", "integers", "dora"]
+    bad = [changed_adapter(tmp_path / case, REFUSED[case][0]) for case in cases]
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1"}
+    messages, before, after, loaded = run(_after_refusals, DEMO, DEMO_ADAPTER, bad, env=env)
+    for message, case in zip(messages, [case for case in cases for _ in "ab"], strict=True):
+        assert REFUSED[case][1] in message, (case, message)
+        assert "\n" not in message
+    assert before == after and before[0][1] != before[1][1]
+    assert loaded == [1]  # the good one was not evicted for them
+
+
+def test_an_adapter_on_a_model_in_pipeline_stages(tmp_path):
+    """A stage has a part of the modules, and the others are no reason to refuse an adapter."""
+    model = make_checkpoint(tmp_path / "model")
+    adapter = make_adapter(tmp_path / "adapter", model, (*ATTENTION, *MLP))
+    _, wanted_ids = plain_answer(merged(model, adapter, tmp_path / "merged"), PROMPT)
+    ((_, ids),), _ = run_in_turn(
+        adapted, model, [(PROMPT, adapter)], logprobs=False, env=TWO_RANKS, pipeline_parallel_size=2
+    )
+    assert ids == wanted_ids
+
+
+def _set_aside(model, **options):
+    """(bytes that the adapter manager of each rank allocated, bytes that are counted for each pipeline stage)."""
+    from vllm_bailing.plugin import lora
+
+    llm = make_llm(model, enable_lora=True, **options)
+    config = llm.llm_engine.vllm_config
+    found = llm.collective_rpc(_stacked_bytes)
+    return found, lora.stage_bytes(config, lora.slots_of(config))
+
+
+def _stacked_bytes(worker):
+    from vllm.lora.layers import FusedMoEWithLoRA
+
+    size = 0
+    for module in worker.model_runner.lora_manager._adapter_manager.modules.values():
+        names = ["lora_a_stacked", "lora_b_stacked"]
+        if isinstance(module, FusedMoEWithLoRA):
+            names = [f"{part}_{name}" for part in ("w13", "w2") for name in names]
+        for name in names:
+            stacked = getattr(module, name)
+            size += sum(part.nbytes for part in ([stacked] if isinstance(stacked, torch.Tensor) else stacked))
+    return size
+
+
+@pytest.mark.parametrize(
+    ("options", "env"),
+    [
+        ({"max_loras": 3, "max_lora_rank": 32}, {}),
+        ({"lora_target_modules": ["gate_proj", "lm_head", "embed_tokens"]}, {}),
+        ({"dtype": "bfloat16", "lora_target_modules": ["model.layers.1.attention.dense", "query_key_value"]}, {}),
+        ({"tensor_parallel_size": 2, "max_loras": 2}, TWO_RANKS),
+        ({"tensor_parallel_size": 2, "fully_sharded_loras": True}, TWO_RANKS),
+        ({"pipeline_parallel_size": 2}, TWO_RANKS),
+    ],
+    ids=["slots", "ends", "whole_names", "two_ranks", "fully_sharded", "two_stages"],
+)
+def test_the_memory_of_adapters_is_counted_as_vllm_allocates_it(options, env, tmp_path):
+    model = make_checkpoint(tmp_path, vocab_size=250)  # no multiple of the padding
+    found, counted = run_in_turn(_set_aside, model, env=env, **options)
+    assert found == counted * (len(found) // len(counted)) and min(found) > 0
 
 
 def test_an_adapter_of_the_head_on_demand(tmp_path):
@@ -117,13 +229,9 @@ def test_an_adapter_of_the_head_on_demand(tmp_path):
     assert ids == wanted_ids
 
 
-def _landed(model, adapter):
-    """Factors of the first MoE layer's experts as vLLM's adapter manager placed them: by name, for each projection.
-
-    The CPU build has no kernel for them, so it is told that it had; nothing is computed with them.
-    """
+def _pretend_experts_take_adapters():
+    """The CPU build has no kernel for them, so it is told that it had; nothing is computed with them."""
     from vllm.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA
-    from vllm.lora.request import LoRARequest
     from vllm.model_executor.layers.fused_moe import modular_kernel
 
     from vllm_bailing.plugin import checks, lora
@@ -131,7 +239,14 @@ def _landed(model, adapter):
     checks.settle_lora_targets = lambda config, on_cpu, has_draft: lora.settle_lora_targets(config, False, has_draft)
     modular_kernel.FusedMoEKernel.supports_lora = lambda self: True
     FusedMoEWithLoRA.set_mapping = BaseLayerWithLoRA.set_mapping
-    llm = make_llm(model, enable_lora=True)
+
+
+def _landed(model, adapter):
+    """Factors of the first MoE layer's experts as vLLM's adapter manager placed them: by name, for each projection."""
+    from vllm.lora.request import LoRARequest
+
+    _pretend_experts_take_adapters()
+    llm = make_llm(model, enable_lora=True, lora_target_modules=["experts"])
     llm.llm_engine.add_lora(LoRARequest("experts", 1, str(adapter)))
     found = {}
 
@@ -143,6 +258,17 @@ def _landed(model, adapter):
 
     llm.collective_rpc(look)
     return found
+
+
+def _landed_bytes(model):
+    """As `_set_aside`, with experts, as on a GPU."""
+    _pretend_experts_take_adapters()
+    return _set_aside(model, lora_target_modules=["experts"], max_loras=2)
+
+
+def test_the_memory_of_experts_is_counted_as_vllm_allocates_it(tmp_path):
+    found, counted = run(_landed_bytes, make_checkpoint(tmp_path / "model"))
+    assert found == counted and min(found) > 0
 
 
 def test_factors_of_the_experts_land_where_they_belong(tmp_path):

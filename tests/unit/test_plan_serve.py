@@ -45,6 +45,9 @@ COMMANDS = {
         "draft_tokens": 2,
         "memory_utilization": 0.9,
         "pp": 2,
+        "max_loras": 2,
+        "max_lora_rank": 8,
+        "lora_target_modules": ("query_key_value", "dense"),
     },
     "dequantized, draft of another": {
         "name": "Ling-1T-FP8",
@@ -71,6 +74,8 @@ EXPECTED = {
         "dtype": "auto",
         "hf_overrides": {},
         "speculative_config": None,
+        "enable_lora": None,
+        "lora_target_modules": None,
         **PARSERS,
     },
     "everything": {
@@ -85,6 +90,10 @@ EXPECTED = {
         "dtype": "auto",
         "hf_overrides": {"rope_scaling": YARN},
         "speculative_config": {"method": "mtp", "num_speculative_tokens": 2},
+        "enable_lora": True,
+        "max_loras": 2,
+        "max_lora_rank": 8,
+        "lora_target_modules": ["query_key_value", "dense"],
         **PARSERS,
     },
     "dequantized, draft of another": {
@@ -135,6 +144,10 @@ FLAGS = {
         "kv-cache-dtype": "fp8",
         "hf-overrides": '{"rope_scaling":{"type":"yarn","factor":4.0,"original_max_position_embeddings":32768}}',
         "speculative-config": '{"method":"mtp","num_speculative_tokens":2}',
+        "enable-lora": True,
+        "max-loras": 2,
+        "max-lora-rank": 8,
+        "lora-target-modules": ["query_key_value", "dense"],
     },
     "dequantized, draft of another": {
         "model": "a model",

@@ -27,6 +27,16 @@ def plan(
     kv_dtype: Annotated[str, typer.Option(help="auto or fp8.")] = "auto",
     draft_tokens: options.DraftTokens = 0,
     draft_model: options.DraftModel = None,
+    max_loras: Annotated[
+        int | None, typer.Option("--max-loras", min=1, help="LoRA adapters in one batch; none without these flags.")
+    ] = None,
+    max_lora_rank: Annotated[
+        int | None, typer.Option("--max-lora-rank", help="Highest rank of an adapter; 16 if left out.")
+    ] = None,
+    lora_target_modules: Annotated[
+        str | None,
+        typer.Option("--lora-target-modules", help="What adapters change, in quotes; all but experts if left out."),
+    ] = None,
     tensor_parallel_size: Annotated[int | None, options.TENSOR_PARALLEL_SIZE] = None,
     pipeline_parallel_size: Annotated[
         int | None,
@@ -53,6 +63,7 @@ def plan(
 
     try:
         config = read_config(model)
+        wants_adapters = not (max_loras is None and max_lora_rank is None and lora_target_modules is None)
         request = Request(
             find_gpu(gpu, memory_gib, bandwidth),
             gpus,
@@ -66,6 +77,11 @@ def plan(
             memory_utilization=gpu_memory_utilization,
             model=model,
             draft_model=draft_model,
+            max_loras=(1 if max_loras is None else max_loras) if wants_adapters else 0,
+            max_lora_rank=Request.max_lora_rank if max_lora_rank is None else max_lora_rank,
+            lora_target_modules=Request.lora_target_modules
+            if lora_target_modules is None
+            else tuple(lora_target_modules.replace(",", " ").split()),
         )
         deployment = make_plan(config, request)
     except ValueError as error:

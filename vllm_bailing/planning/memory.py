@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from typing import NamedTuple
 
+from vllm_bailing.adapters import AdapterSlots
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.tensor_names import Shape, layer_tensors
+from vllm_bailing.tensor_names import layer_tensors, shard_shape
 from vllm_bailing.units import GIB, PLAIN_DTYPES, dtype_name
 
 # Plain data types, then those that linear layers can be quantized to; int4 is for the routed experts alone.
@@ -44,6 +45,7 @@ class WeightBytes(_Bytes):
         router: Routers, with their expert biases.
         norms: Norms of the decoder layers, and the final norm.
         mtp: The MTP layers, and their own copy of the embedding if the target has pipeline stages.
+        adapters: Slots for LoRA adapters, which are set aside at the start.
     """
 
     embedding: int
@@ -55,6 +57,7 @@ class WeightBytes(_Bytes):
     router: int
     norms: int
     mtp: int
+    adapters: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,27 +172,12 @@ class Part:
         return Part(self.bytes * layers, self.elements * layers)
 
 
-def _shard_shape(config: BailingMoeV2Config, names: list[str], shape: Shape, tp: int) -> Shape:
-    """Shape that one of `tp` ranks keeps of a layer's tensor; `names` is its name after the layer's number, in parts.
-
-    Norms, router and `eh_proj` are whole on every rank, as is the bias of a layer that is divided by its inputs.
-    """
-    if names[1:2] == ["query_key_value"]:
-        heads = config.num_attention_heads // tp + 2 * max(1, config.num_key_value_heads // tp)
-        return (heads * config.head_dim, *shape[1:])
-    if names[-2:] in (["gate_proj", "weight"], ["up_proj", "weight"]):
-        return (shape[0] // tp, shape[1])
-    if names[-2:] in (["down_proj", "weight"], ["dense", "weight"]):
-        return (shape[0], shape[1] // tp)
-    return shape
-
-
 def layer_parts(config: BailingMoeV2Config, layer: int, dtype: str, tp: int) -> dict[str, Part]:
     """Parts of a decoder layer on one rank, by the names of `WeightBytes`; an MTP layer has "eh_proj" as well."""
     parts: dict[str, Part] = {}
     for name, whole in layer_tensors(config, layer).items():
         names = name.split(".")[3:]
-        shape = _shard_shape(config, names, whole, tp)
+        shape = shard_shape(config, names, whole, tp)
         elements, size = math.prod(shape), _plain_bytes(dtype)
         if names[:2] == ["mlp", "gate"]:
             part, size = "router", 4 if names[2] == "expert_bias" else router_bytes(dtype)
@@ -234,6 +222,7 @@ class Layout:
         tp: Tensor-parallel size.
         pp: Number of pipeline stages.
         mtp_layers: Number of MTP layers that draft; 0 without drafts.
+        adapters: Slots for LoRA adapters; None without.
     """
 
     config: BailingMoeV2Config
@@ -242,6 +231,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     mtp_layers: int = 0
+    adapters: AdapterSlots | None = None
 
     @cached_property
     def vocabulary(self) -> Part:
@@ -276,9 +266,12 @@ class Layout:
 
     def part(self, name: str, stage: Stage) -> Part:
         """A part of `WeightBytes`, summed over the decoder layers of a stage."""
-        dense = max(0, min(stage.end, self.config.first_k_dense_replace) - stage.first)
+        dense = self._dense_layers(stage)
         moe = stage.end - stage.first - dense
         return self._dense_layer.get(name, Part()) * dense + self._moe_layer.get(name, Part()) * moe
+
+    def _dense_layers(self, stage: Stage) -> int:
+        return max(0, min(stage.end, self.config.first_k_dense_replace) - stage.first)
 
     def weights(self, stage: Stage) -> WeightBytes:
         is_first, is_last = stage.index == 0, stage.index == self.pp - 1
@@ -295,7 +288,24 @@ class Layout:
             router=self.part("router", stage).bytes,
             norms=self.part("norms", stage).bytes + (final_norm if is_last else 0),
             mtp=self._mtp_bytes + own_embedding if is_last else 0,
+            adapters=self._adapter_bytes(stage),
         )
+
+    def _adapter_bytes(self, stage: Stage) -> int:
+        if self.adapters is None:
+            return 0
+        dense, moe = self._adapter_layers
+        dense_layers = self._dense_layers(stage)
+        ends = self.adapters.embedding_bytes(self.config) if stage.index == 0 else 0
+        ends += self.adapters.head_bytes(self.config) if stage.index == self.pp - 1 else 0
+        return dense * dense_layers + moe * (stage.end - stage.first - dense_layers) + ends
+
+    @cached_property
+    def _adapter_layers(self) -> tuple[int, int]:
+        """Bytes of the slots of the first layer and of the last: dense and with experts, if there are both kinds."""
+        assert self.adapters is not None
+        last = self.config.num_hidden_layers - 1
+        return self.adapters.layer_bytes(self.config, 0), self.adapters.layer_bytes(self.config, last)
 
     def kv_bytes_per_token(self, stage: Stage) -> int:
         """Bytes of a token's keys and values on one rank, with those of the drafts, which the last stage keeps."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm_bailing.adapters import ENDS, LINEAR, TARGETS, AdapterSlots
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.planning import serve
 from vllm_bailing.planning.gpus import Gpu, find_gpu
@@ -27,6 +28,7 @@ from vllm_bailing.planning.roofline import Bound, bound
 from vllm_bailing.units import GIB, PLAIN_DTYPES, short_dtype
 
 MAX_NUM_BATCHED_TOKENS = 8192
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM, `MaxLoRARanks`
 _LARGEST_TP = 8  # GPUs of one machine
 _YARN_FACTOR, _YARN_WINDOW = 4.0, 131072  # model card of Ling-flash-2.0; no card promises a longer window
 _SCHEMES = {"int8": "w8a8", "int4": "w4a16"}  # data type -> scheme that `vllm-bailing quantize` makes of it
@@ -51,6 +53,9 @@ class Request:
         max_num_batched_tokens: Tokens of the biggest step.
         model: Name or folder of the model for `vllm serve`; by default where the configuration came from.
         draft_model: Checkpoint of the MTP layer, if the model's own has none.
+        max_loras: LoRA adapters that one batch can use; 0 without adapters.
+        max_lora_rank: The highest rank of an adapter, one that vLLM allows.
+        lora_target_modules: What adapters may change, of `adapters.TARGETS`.
     """
 
     gpu: Gpu | str
@@ -66,6 +71,9 @@ class Request:
     max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS
     model: str | None = None
     draft_model: str | None = None
+    max_loras: int = 0
+    max_lora_rank: int = LORA_RANKS[2]
+    lora_target_modules: tuple[str, ...] = LINEAR
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,8 @@ class Plan:
         layer_partition: Layers of each pipeline stage.
         notes: Sentences for the user.
         environment: Variables that `vllm serve` needs.
-        flags: Flags of `vllm serve` without their dashes; True is a flag without a value, JSON is a text.
+        flags: Flags of `vllm serve` without their dashes; True is a flag without a value, a list has several values,
+            JSON is a text.
     """
 
     model: str
@@ -151,13 +160,14 @@ def make_plan(config: BailingMoeV2Config, request: Request) -> Plan:
     _check_numbers(request)
     dtype = _weight_dtype(stored_dtype(config), request.dtype)
     _check_kv_dtype(request.kv_dtype)
+    _check_adapters(request)
     mtp_layers = _mtp_layers(config, request)
     yarn_factor = _yarn_factor(config, request.context)
     tp, pp = _degrees(config, request)
     model = request.model or config.name_or_path or "MODEL"
     request = replace(request, gpu=gpu, dtype=dtype, tp=tp, pp=pp, model=model)
 
-    layout = Layout(config, dtype, request.kv_dtype, tp, pp, mtp_layers)
+    layout = Layout(config, dtype, request.kv_dtype, tp, pp, mtp_layers, _adapter_slots(request, dtype, tp))
     other = other_memory(config, tp, request.max_num_batched_tokens)
     budget = int(gpu.memory_bytes * request.memory_utilization) - other.total
     partition = _partition(layout, budget)
@@ -207,6 +217,7 @@ def _check_numbers(request: Request) -> None:
         ("pp", 1 if request.pp is None else request.pp, 1),
         ("max_num_batched_tokens", request.max_num_batched_tokens, 1),
         ("draft_tokens", request.draft_tokens, 0),
+        ("max_loras", request.max_loras, 0),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise ValueError(f"{name}={value!r} must be a whole number of at least {minimum}; give another")
@@ -234,6 +245,29 @@ def _weight_dtype(stored: str, name: str | None) -> str:
 def _check_kv_dtype(kv_dtype: str) -> None:
     if kv_dtype not in KV_DTYPES:
         raise ValueError(f"kv_dtype={kv_dtype!r} is not known; use one of {', '.join(KV_DTYPES)}")
+
+
+def _check_adapters(request: Request) -> None:
+    if not request.max_loras:
+        return
+    if request.max_lora_rank not in LORA_RANKS:
+        ranks = ", ".join(map(str, LORA_RANKS))
+        raise ValueError(f"max_lora_rank={request.max_lora_rank} is none that vLLM allows; use one of {ranks}")
+    targets = request.lora_target_modules
+    if not targets or not set(targets) <= set(TARGETS):
+        raise ValueError(f"lora_target_modules={' '.join(targets)!r} are not known; choose among {' '.join(TARGETS)}")
+    if request.draft_tokens and not set(targets).isdisjoint(ENDS):
+        raise ValueError(
+            f"lora_target_modules={' '.join(targets)!r} with draft_tokens={request.draft_tokens}: drafts share "
+            f"{' and '.join(ENDS)}, and take no adapters; leave one of the two out"
+        )
+
+
+def _adapter_slots(request: Request, dtype: str, tp: int) -> AdapterSlots | None:
+    if not request.max_loras:
+        return None
+    itemsize = 4 if dtype == "fp32" else 2
+    return AdapterSlots(request.lora_target_modules, request.max_loras, request.max_lora_rank, itemsize, tp)
 
 
 def _mtp_layers(config: BailingMoeV2Config, request: Request) -> int:
@@ -345,15 +379,16 @@ def _verdict(
 ) -> tuple[str, str]:
     """(verdict, reason), see `Plan`, for `tokens` of KV cache in a `room` of so many bytes."""
     context, concurrency = request.context, request.concurrency
+    names = "weights and adapters" if weights.adapters else "weights"
     if room <= 0:
         return "no", (
-            f"weights of {weights.total / GIB:.1f} GiB and other memory of {other.total / GIB:.1f} GiB leave nothing "
+            f"{names} of {weights.total / GIB:.1f} GiB and other memory of {other.total / GIB:.1f} GiB leave nothing "
             f"of {request.memory_utilization} x {gpu.memory_bytes / GIB:.1f} GiB per GPU; use more GPUs or a smaller "
             "dtype"
         )
     if tokens < context:
         return "no", (
-            f"the weights fit, but beside them only {tokens} tokens of KV cache, less than one request of "
+            f"the {names} fit, but beside them only {tokens} tokens of KV cache, less than one request of "
             f"{context}; use more GPUs, a smaller dtype, an fp8 KV cache or a shorter context"
         )
     if tokens < context * concurrency:

@@ -21,7 +21,7 @@ class Bound:
         batch: Requests at once.
         step_bytes: Bytes of weights and KV cache that one GPU of the busiest pipeline stage reads in a step.
         step_flops: FLOPs that it computes in a step.
-        tokens_per_s: Tokens of all requests together, without drafts.
+        tokens_per_s: Tokens of all requests together, without drafts and adapters.
         limit: What the step waits for, "bandwidth" or "compute".
     """
 
@@ -64,7 +64,7 @@ def stage_step(layout: Layout, stage: Stage, context: int, tokens: float) -> tup
     config, weights, layers = layout.config, layout.weights(stage), stage.end - stage.first
     share = config.num_experts_per_tok / config.num_experts
     distinct = 1 - (1 - share) ** tokens  # D / E
-    read = weights.total - weights.embedding - weights.mtp - weights.routed_experts
+    read = weights.total - weights.embedding - weights.mtp - weights.routed_experts - weights.adapters
     read += weights.routed_experts * distinct + layers * layout.kv_bytes_per_layer * context * tokens
     names = ("attention", "dense_mlp", "shared_experts", "router")
     active = sum(layout.part(name, stage).elements for name in names)

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from vllm_bailing.adapters import LINEAR
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.planning.gpus import Gpu
 from vllm_bailing.planning.memory import plain_dtype, stored_dtype, vllm_partition
@@ -29,7 +30,7 @@ def default_batched_tokens(gpu: Gpu) -> int:
 
 
 def flags(config: BailingMoeV2Config, request: Request, yarn_factor: float | None) -> dict[str, Any]:
-    """Flags of `vllm serve` without their dashes; True is a flag without a value, JSON is a text.
+    """Flags of `vllm serve` without their dashes, as in a `Plan`.
 
     Args:
         request: A request in which nothing is left open.
@@ -54,6 +55,10 @@ def flags(config: BailingMoeV2Config, request: Request, yarn_factor: float | Non
     if request.draft_tokens:
         model = {"model": request.draft_model} if request.draft_model else {}
         chosen["speculative-config"] = _json({"method": "mtp", **model, "num_speculative_tokens": request.draft_tokens})
+    if request.max_loras:
+        chosen |= {"enable-lora": True, "max-loras": request.max_loras, "max-lora-rank": request.max_lora_rank}
+        if set(request.lora_target_modules) != set(LINEAR):  # which is what it fills in
+            chosen["lora-target-modules"] = list(request.lora_target_modules)
     return chosen | _PARSERS
 
 
@@ -86,7 +91,8 @@ def serve_line(model: str, flags: dict[str, Any], environment: dict[str, str]) -
     parts = [[*words, shlex.quote(model)]]
     for name, value in flags.items():
         if name != "model":
-            parts.append([f"--{name}"] if value is True else [f"--{name}", shlex.quote(str(value))])
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            parts.append([f"--{name}", *(shlex.quote(str(one)) for one in values)])
     width, lines = _COLUMNS - 4, [""]
     for part in parts:
         whole = " ".join(part)

@@ -12,8 +12,9 @@ from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.dequantize import Dequantizer
 from vllm_bailing.errors import DEQUANTIZE, SettingsError
-from vllm_bailing.plugin.lora import settle_lora_targets
+from vllm_bailing.plugin.lora import refuse_misfit, settle_lora_targets
 from vllm_bailing.plugin.options import DRAFT_VOCABULARY, check_switches, draft_vocabulary
+from vllm_bailing.plugin.patches import check_adapters_up_front
 from vllm_bailing.plugin.speculation import has_mtp_draft
 from vllm_bailing.tensor_names import HEAD, SCORE, main_tensors
 from vllm_bailing.units import GIB, dtype_name
@@ -35,7 +36,8 @@ def settle_engine_config(vllm_config: Any) -> None:
     on_cpu = current_platform.is_cpu()
     speculation = vllm_config.speculative_config
     if vllm_config.lora_config is not None:
-        settle_lora_targets(vllm_config.lora_config, on_cpu, has_mtp_draft(speculation))
+        settle_lora_targets(vllm_config, on_cpu, has_mtp_draft(speculation))
+        check_adapters_up_front(refuse_misfit)
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if on_cpu and stages > 1 and speculation is not None and speculation.use_eagle():
         raise SettingsError(

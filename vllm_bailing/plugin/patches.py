@@ -13,16 +13,21 @@ In a process that builds the model, by `patch_for_model`:
 - `use_shipped_tables`: the environment variable `VLLM_TUNED_CONFIG_FOLDER`, on GPUs;
 - `fix_draft_sampling_on_cpu`: `rejection_sampler.expand_batch_to_tokens`, in CPU engines that speculate;
 - `fix_lora_base_rows_on_cpu`: `bgmv_shrink` and its two siblings, in CPU engines with adapters;
-- `settle_partial_layers`: `reload.layerwise.finalize_layerwise_processing`, for models that ask for it.
+- `settle_partial_layers`: `reload.layerwise.finalize_layerwise_processing`, for models that ask for it;
+- `check_adapters_while_loading`: `WorkerLoRAManager._load_adapter`, with adapters.
+
+In a process that takes requests, with adapters:
+
+- `check_adapters_up_front`: `InputProcessor._validate_lora`; of `OpenAIServingModels`, `init_static_loras` and
+  `_check_load_lora_adapter_request`.
 
 Objects of this model alone:
 
-- `repack_experts_on_reload`: the quantization method of an expert layer, on CPUs;
-- `refuse_partial_adapters`: `add_adapter` of the model's adapter manager.
+- `repack_experts_on_reload`: the quantization method of an expert layer, on CPUs.
 
 For a moment, undone afterwards:
 
-- `experts_without_lora_on_cpu`: `VllmConfig.lora_config` while expert layers are built;
+- `experts_without_lora`: `VllmConfig.lora_config` while expert layers are built;
 - `pretend_device`: `current_platform.get_device_name` during a look-up by `vllm-bailing tune`.
 
 In workers that `vllm-bailing bench` starts:
@@ -37,6 +42,7 @@ are chosen in `kernels.cpu`.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import functools
@@ -164,7 +170,10 @@ def patch_for_model(vllm_config: Any) -> None:
     if vllm_config.speculative_config is not None:
         fix_draft_sampling_on_cpu()
     if vllm_config.lora_config is not None:
+        from vllm_bailing.plugin.lora import refuse_misfit  # registering does without
+
         fix_lora_base_rows_on_cpu()
+        check_adapters_while_loading(refuse_misfit)
 
 
 def use_shipped_tables() -> None:
@@ -255,6 +264,86 @@ def settle_partial_layers() -> None:
     layerwise.finalize_layerwise_processing = settled
 
 
+def check_adapters_while_loading(check: Callable[[Any, Any, Any], None]) -> None:
+    """Have `check(model_config, lora_config, request)` called before a worker loads an adapter. Safe to call again.
+
+    Nothing was evicted for it by then, and a refusal leaves the engine as it was.
+
+    Differs:  vLLM checks the last part of a module's name and the rank; it ignores modules that were not prepared, and
+              copies factors of any width as far as they go.
+    Upstream: `WorkerLoRAManager._load_adapter`, in 0.27 to 0.33.
+    Remove:   when vLLM compares adapters with the layers that they are for.
+    """
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    def before(self: Any, request: Any) -> None:
+        check(self._adapter_manager.model.vllm_config.model_config, self.lora_config, request)
+
+    if not hasattr(WorkerLoRAManager._load_adapter, "is_checked"):
+        WorkerLoRAManager._load_adapter = _checking_first(WorkerLoRAManager._load_adapter, before)
+
+
+def check_adapters_up_front(check: Callable[[Any, Any, Any], None]) -> None:
+    """Have `check(model_config, lora_config, request)` called where requests come in. Safe to call again.
+
+    Differs:  the engine finds out what is wrong with an adapter: in a step, which ends it, or when the server loads
+              one, which then answers 500.
+    Upstream: `OpenAIServingModels.load_lora_adapter`, `InputProcessor._validate_lora`, in 0.27 to 0.33.
+    Remove:   when vLLM checks adapters before the engine gets them, and answers 400.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    def before(self: Any, request: Any) -> None:
+        check(self.model_config, self.lora_config, request)
+
+    if hasattr(InputProcessor._validate_lora, "is_checked"):
+        return
+    InputProcessor._validate_lora = _checking_first(InputProcessor._validate_lora, before)
+    with contextlib.suppress(ImportError):  # a process without a server
+        from vllm.entrypoints.openai.models import serving
+
+        _check_in_server(serving.OpenAIServingModels, serving.create_error_response, check)
+
+
+def _checking_first(method: Any, check: Callable[[Any, Any], None]) -> Any:
+    @functools.wraps(method)
+    def checked(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        check(self, request)
+        return method(self, request, *args, **kwargs)
+
+    checked.is_checked = True  # pyright: ignore[reportAttributeAccessIssue]
+    return checked
+
+
+def _check_in_server(
+    serving_models: Any, create_error_response: Callable[[Exception], Any], check: Callable[[Any, Any, Any], None]
+) -> None:
+    from vllm.exceptions import LoRAAdapterNotFoundError
+    from vllm.lora.request import LoRARequest
+
+    load_static, check_request = serving_models.init_static_loras, serving_models._check_load_lora_adapter_request
+
+    def check_path(self: Any, name: str, path: str) -> None:
+        check(self.model_config, self.input_processor.lora_config, LoRARequest(name, 1, path))
+
+    async def init_static_loras(self: Any) -> None:
+        for adapter in self.static_lora_modules or ():
+            check_path(self, adapter.name, adapter.path)
+        await load_static(self)
+
+    async def _check_load_lora_adapter_request(self: Any, request: Any) -> Any:
+        refusal = await check_request(self, request)
+        if refusal is not None:
+            return refusal
+        try:
+            await asyncio.to_thread(check_path, self, request.lora_name, request.lora_path)
+        except (ValueError, LoRAAdapterNotFoundError) as error:  # its own is no ValueError: it becomes 404
+            return create_error_response(error)
+
+    serving_models.init_static_loras = init_static_loras
+    serving_models._check_load_lora_adapter_request = _check_load_lora_adapter_request
+
+
 # ---- objects of this model alone ----------------------------------------------------------------------------------
 
 
@@ -281,40 +370,26 @@ def repack_experts_on_reload(routed_experts: Any) -> None:
     method.process_weights_after_loading = process_weights_after_loading
 
 
-def refuse_partial_adapters(manager: Any, check: Callable[[Any, Any], None]) -> None:
-    """Have `check(manager, adapter)` called before the adapter manager of this model takes an adapter.
-
-    Differs:  vLLM checks the last part of a module's name against a list, and ignores modules that pass but were not
-              prepared.
-    Upstream: `LoRAModel.check_unexpected_modules`, in 0.27 to 0.33.
-    Remove:   when vLLM refuses them.
-    """
-    add_adapter = manager.add_adapter
-
-    def add_whole_adapter(adapter: Any) -> bool:
-        check(manager, adapter)
-        return add_adapter(adapter)
-
-    manager.add_adapter = add_whole_adapter
-
-
 # ---- for a moment --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def experts_without_lora_on_cpu() -> Iterator[None]:
-    """Let experts be built as if no adapters were wanted, which on CPU they cannot have; other layers keep theirs.
+def experts_without_lora(are_wanted: bool) -> Iterator[None]:
+    """Let experts be built as if no adapters were wanted, unless they are wanted for them; other layers keep theirs.
 
-    Differs:  with LoRA enabled vLLM picks its Triton experts for every layer, adapted or not, and CPUs have no Triton.
+    Differs:  with LoRA enabled vLLM picks experts that take adapters for every layer, adapted or not: CPUs have none,
+              and on a B200 they are not the fastest.
     Upstream: `select_unquantized_moe_backend`, in 0.27 to 0.33.
-    Remove:   when vLLM's CPU experts take adapters, or are chosen where experts are not a LoRA target.
+    Remove:   when they are chosen where experts are not a LoRA target.
+
+    Args:
+        are_wanted: Whether adapters may change these experts. On CPUs they cannot.
     """
     from vllm.config import get_current_vllm_config
-    from vllm.platforms import current_platform
 
     vllm_config = get_current_vllm_config()
     lora_config = vllm_config.lora_config
-    if lora_config is None or not current_platform.is_cpu():
+    if lora_config is None or are_wanted:
         yield
         return
     vllm_config.lora_config = None

@@ -71,3 +71,15 @@ def portable_cpu_experts() -> Any:
     except ImportError:
         return None
     return CPUUnquantizedExperts if issubclass(CPUUnquantizedExperts, modular_kernel.FusedMoEExpertsModular) else None
+
+
+def knows_scales_of_modules() -> bool:
+    """Whether this vLLM scales each module of an adapter by its own rank and alpha.
+
+    Differs:  older vLLM ignores `rank_pattern` and `alpha_pattern`, and 0.27 `use_rslora` for routed experts.
+    Upstream: `PEFTHelper.get_rank_and_scaling`, in 0.32, not in 0.31.
+    Remove:   when the oldest supported version has it.
+    """
+    from vllm.lora.peft_helper import PEFTHelper
+
+    return hasattr(PEFTHelper, "get_rank_and_scaling")
