@@ -26,6 +26,8 @@ WITHOUT = {
     "vllm_bailing.tensor_names": ["vllm"],
     "vllm_bailing.checkpoint": ["vllm"],
     "vllm_bailing.checkpoint_audit": ["vllm"],
+    "vllm_bailing.checkpoint_diagnosis": ["vllm"],
+    "vllm_bailing.layouts": ["vllm"],
     "vllm_bailing.adapters": ["vllm"],
     "vllm_bailing.adapter_audit": ["vllm"],
     "vllm_bailing.dequantize": ["vllm"],
@@ -38,7 +40,7 @@ WITHOUT = {
 }
 # Modules that registration imports, or that must answer at once: torch comes when it computes. (transformers imports
 # it by itself, so this looks at our own imports.)
-WITHOUT_TORCH = "config rope tensor_names checkpoint checkpoint_audit adapters adapter_audit dequantize"
+WITHOUT_TORCH = "config rope tensor_names layouts checkpoint checkpoint_audit checkpoint_diagnosis adapters adapter_audit dequantize"
 WITHOUT_TORCH += " plugin/patches plugin/checks plugin/speculation plugin/lora"
 WITHOUT_TORCH += " planning/gpus planning/memory planning/plan tools/doctor tools/verify tools/chat tools/demo"
 WITHOUT_TORCH += " tools/quantize tools/draft_vocab tools/info cli/__init__"
