@@ -420,7 +420,7 @@ def _require_known(key: str, value: Any) -> None:
     _refuse_another_model({key: value})
     if key in KEYS or key in (*_ANOTHER_MODEL, "layer_types") or _is_neutral(value):
         return
-    near = difflib.get_close_matches(key, sorted(KEYS), 1)
+    near = difflib.get_close_matches(key, sorted(KEYS - _ANOTHER_MODEL.keys()), 1, cutoff=0.8)  # slips of the pen
     meant = f"write {near[0]} if that is meant, or leave it out" if near else "leave it out"
     raise ValueError(f"{key}={value!r} is not a key of BailingMoeV2; {meant}")
 

@@ -415,7 +415,7 @@ def test_a_command_says_in_one_line_that_a_file_is_not_the_familys(raw, tmp_path
 @pytest.mark.parametrize(
     ("overrides", "fragments"),
     [
-        ({"sliding_window": 64}, ["sliding_window=64", "leave it out"]),
+        ({"sliding_window": 64}, ["sliding_window=64", "BailingMoeV2; leave it out"]),
         ({"rope_tehta": 10000}, ["rope_tehta=10000", "write rope_theta"]),
         ({"use_sliding_window": True}, ["use_sliding_window=True", "set it to false"]),
         ({"is_causal": False}, ["is_causal=False", "set it to true"]),
