@@ -11,7 +11,7 @@ from openai import BadRequestError
 
 from tests.support.asking import first, say
 
-# A question that the demo answers without reasoning of its own, also when it may reason, and one about which it reasons.
+# Of its own the demo answers the first without reasoning, also when it may reason, and reasons about the second.
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 SUM = [{"role": "user", "content": "What is 47 + 8?"}]
 THINKING = {"thinking_option": "on"}
@@ -51,7 +51,7 @@ def test_constraints_hold_after_reasoning(assistant_server, stream):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_would_do_without_reasoning_is_constrained_too(assistant_server, stream):
-    """The demo thinks nonsense then, as it has learned nothing else, but no free text takes the place of the content."""
+    """The demo thinks nonsense then, having learned nothing else; but no free text takes the place of the content."""
     for fields in ({"response_format": SCHEMA}, {"regex": "[0-9]{4}"}):
         reasoning, content, _, reason = say(assistant_server, CAPITAL, THINKING, stream, **fields)
         holds = is_city if "response_format" in fields else re.compile("[0-9]{4}").fullmatch

@@ -242,7 +242,7 @@ def test_vllm_holds_the_content_after_reasoning_to_the_grammar(manager, plain, k
 
 
 def test_no_answer_has_free_text_instead_of_reasoning_or_what_is_demanded(manager, plain):
-    """Of its own the demo would answer this one at once. It has learned no other form, so what it thinks is nonsense."""
+    """Of its own the demo would answer this at once. It has learned no other form, so what it thinks is nonsense."""
     constraint, holds = CONSTRAINTS["regex"]
     text = constrained(manager, plain, "What is the capital of France?", "on", constraint)
     assert holds(text.rpartition("</think>")[2]) or (text.startswith("<think>") and "</think>" not in text)
