@@ -10,7 +10,7 @@ from tests.support.engine import make_llm, run
 from tests.support.speculation import mtp
 from vllm_bailing import DEMO
 
-# Of these the demo reasons about the sums alone, though it may about all.
+# Of its own the demo reasons about the sums alone, though it may about all.
 QUESTIONS = ["What is the capital of France?", "What is 47 + 8?", "What is the capital of Peru?", "What is 12 + 5?"]
 ANSWER = "[a-f]{3}(-[0-9]{2}){2}"
 
@@ -46,8 +46,10 @@ def test_a_grammar_holds_in_answers_with_and_without_reasoning(tokens, without_d
     assert told == without_drafts
     for question, (text, reason) in zip(QUESTIONS, told, strict=True):
         reasoning, tag, content = text.rpartition("</think>")
-        assert bool(tag) == ("+" in question) == reasoning.lstrip().startswith("<think>")
-        assert re.fullmatch(ANSWER, content) and reason == "stop"
+        if "+" in question:
+            assert reasoning.lstrip().startswith("<think>") and re.fullmatch(ANSWER, content) and reason == "stop"
+        else:
+            assert re.fullmatch(ANSWER, content) if tag or reason == "stop" else text.startswith("<think>")
 
 
 def test_a_grammar_holds_without_thinking():

@@ -233,13 +233,18 @@ def constrained(manager, plain, question, thinking, constraint, reasoning_ended=
 
 
 @pytest.mark.parametrize("kind", CONSTRAINTS)
-@pytest.mark.parametrize("question, reasons", [("What is the capital of France?", False), ("What is 47 + 8?", True)])
-def test_vllm_holds_the_content_to_the_grammar(manager, plain, kind, question, reasons):
+def test_vllm_holds_the_content_after_reasoning_to_the_grammar(manager, plain, kind):
     constraint, holds = CONSTRAINTS[kind]
     for ended in (None, False):  # as vLLM's interfaces tell
-        text = constrained(manager, plain, question, "on", constraint, ended)
-        reasoning, tag, content = text.rpartition("</think>")
-        assert bool(tag) == reasons == reasoning.lstrip().startswith("<think>"), text
-        assert holds(content), text
-    assert holds(constrained(manager, plain, question, "off", constraint))
-    assert holds(constrained(manager, plain, question, "on", constraint, reasoning_ended=True))
+        text = constrained(manager, plain, "What is 47 + 8?", "on", constraint, ended)
+        reasoning, _, content = text.rpartition("</think>")
+        assert reasoning.lstrip().startswith("<think>") and holds(content), text
+
+
+def test_no_answer_has_free_text_instead_of_reasoning_or_what_is_demanded(manager, plain):
+    """Of its own the demo would answer this at once. It has learned no other form, so what it thinks is nonsense."""
+    constraint, holds = CONSTRAINTS["regex"]
+    text = constrained(manager, plain, "What is the capital of France?", "on", constraint)
+    assert holds(text.rpartition("</think>")[2]) or (text.startswith("<think>") and "</think>" not in text)
+    assert holds(constrained(manager, plain, "What is the capital of France?", "off", constraint))
+    assert holds(constrained(manager, plain, "What is 47 + 8?", "on", constraint, reasoning_ended=True))
