@@ -1,6 +1,7 @@
 """Embedding, classification and reward models made from this architecture: `--runner pooling`."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, write_tensors
 from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, make_llm, run, run_in_turn
+from vllm_bailing import DEMO
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 
 PROMPTS = [PROMPT, PROMPT[:7]]
@@ -28,6 +30,13 @@ def without_head(folder, prefix="model.", labels=0, **keys):
     write_tensors(folder, tensors)
     config = json.loads((folder / "config.json").read_text()) | keys
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return with_tokenizer(folder)
+
+
+def with_tokenizer(folder):
+    """vLLM makes no offline pooling engine without one."""
+    for file in DEMO.glob("*token*.json"):
+        shutil.copy(file, folder)
     return folder
 
 
@@ -86,7 +95,7 @@ def test_a_reward_model_on_two_ranks(tmp_path):
 
 
 def test_a_chat_model_gives_embeddings_too(tmp_path):
-    folder = make_checkpoint(tmp_path)
+    folder = with_tokenizer(make_checkpoint(tmp_path))
     embeddings = run_in_turn(_pooled, folder, "embed", convert="embed")
     tensors = {name: tensor for name, tensor in read_tensors(folder).items() if name != "lm_head.weight"}
     write_tensors(folder, tensors)

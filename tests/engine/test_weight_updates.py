@@ -487,14 +487,31 @@ def test_requests_go_on_during_an_update(checkpoints):
     assert (logprobs - plain_answer(checkpoints[1], PROMPT)[0]).abs().max() <= TOLERANCE
 
 
-# ---- a head beside a tied embedding ----------------------------------------------------------------------------------
+# ---- a head that is the embedding ------------------------------------------------------------------------------------
+
+
+def _tied(folders, stored_head):
+    (old, new), judge = [read_tensors(folder) for folder in folders], Judge(tie_word_embeddings=True)
+    if stored_head:
+        write_tensors(folders[0], {**old, "lm_head.weight": old["model.word_embeddings.weight"].clone()})
+    llm, found = make_llm(folders[0]), []
+    for sent in (new, old, {"model.word_embeddings.weight": new["model.word_embeddings.weight"]}):
+        for send in (reload, load):
+            send(llm, list(sent.items()))
+            has = old | sent
+            found.append(differs(llm, judge, has | {"lm_head.weight": has["model.word_embeddings.weight"]}))
+    return max(found)
+
+
+@pytest.mark.parametrize("stored_head", [False, True])
+def test_a_tied_head_follows_the_embedding(stored_head, tmp_path):
+    folders = [make_checkpoint(tmp_path / str(seed), seed=seed, tie_word_embeddings=True) for seed in range(2)]
+    assert run_in_turn(_tied, folders, stored_head) <= TOLERANCE
 
 
 def test_another_head_beside_a_tied_embedding_is_refused(tmp_path):
     model = make_checkpoint(tmp_path, tie_word_embeddings=True)
     tensors = read_tensors(model)
-    write_tensors(model, {**tensors, "lm_head.weight": tensors["model.word_embeddings.weight"].clone()})
-    assert run_in_turn(_files, model)[0][1]
     write_tensors(model, {**tensors, "lm_head.weight": tensors["model.word_embeddings.weight"] + 1})
     with pytest.raises(EngineError, match=r"tie_word_embeddings=true in config\.json, but lm_head.weight is there"):
         run_in_turn(_files, model)

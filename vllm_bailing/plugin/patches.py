@@ -242,7 +242,9 @@ def _masking_base_rows(operation: Any) -> Any:
 
 
 def settle_partial_layers() -> None:
-    """Have `model.weight_loading.end_update()` called before vLLM's reload ends, for models that have it.
+    """Have `end_update` of `model.weight_loading` called before vLLM's reload ends, and `after_update` afterwards.
+
+    For models that have it.
 
     Differs:  a layer of which an update brought a part, or all but a buffer, is filled up with uninitialised memory.
     Upstream: `finalize_layerwise_processing`, in 0.27 to 0.33.
@@ -256,9 +258,12 @@ def settle_partial_layers() -> None:
 
     @functools.wraps(finalize)
     def settled(model: Any, model_config: Any) -> None:
-        if (weight_loading := getattr(model, "weight_loading", None)) is not None:
+        weight_loading = getattr(model, "weight_loading", None)
+        if weight_loading is not None:
             weight_loading.end_update()
         finalize(model, model_config)
+        if weight_loading is not None:
+            weight_loading.after_update()
 
     settled.settles_partial_layers = True  # pyright: ignore[reportAttributeAccessIssue]
     layerwise.finalize_layerwise_processing = settled

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
+from vllm.platforms import current_platform
 
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.checkpoint_audit import Audit
@@ -61,6 +62,8 @@ class WeightLoading:
         # Dummy weights are replaced by trainers, and what they never send would be answered with.
         self.is_dummy = self.is_running = vllm_config.load_config.load_format == "dummy"
         self.has_update = False
+        # vLLM from 0.32 on sets tie_word_embeddings to false where a head is stored, and ties it again if it is the same.
+        self._was_tied = getattr(vllm_config.model_config, "word_embeddings_untied_by_checkpoint", False)
         self._folder = vllm_config.model_config.model
         self._sent: dict[str, None] = {}  # by the update under way, in order
         settle_partial_layers()
@@ -88,7 +91,7 @@ class WeightLoading:
         # An update is read in portions, in which nothing tells what all of its names begin with.
         prefix = "" if self.is_running else Checkpoint.of(self.vllm_config.model_config).prefix
         weights = as_published(weights, audit.config, prefix)
-        if audit.config.tie_word_embeddings:
+        if audit.config.tie_word_embeddings or self._was_tied:
             weights = _with_one_head(weights)
         plain = dequantized(audit.needed(weights), audit.config, self.vllm_config.model_config.dtype)
         if self.is_running:
@@ -184,6 +187,14 @@ class WeightLoading:
             if not _is_begun(layer) and not isinstance(layer, Attention):
                 _put_back(layer)  # vLLM would warn of every layer that an update leaves out
         self._sent.clear()
+
+    def after_update(self) -> None:
+        """On CPUs a head keeps a packed copy of its weight, of which vLLM does not know if it is the embedding's."""
+        head = getattr(self.model, "lm_head", None)
+        embedding = getattr(getattr(self.model, "model", None), "embed_tokens", None)
+        weight = getattr(head, "weight", None)
+        if current_platform.is_cpu() and weight is not None and weight is getattr(embedding, "weight", None):
+            head.quant_method.process_weights_after_loading(head)
 
     def _open_layers(self) -> list[tuple[str, nn.Module]]:
         """Layers that wait for weights, with their paths."""
