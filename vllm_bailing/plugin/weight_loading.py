@@ -62,7 +62,7 @@ class WeightLoading:
         # Dummy weights are replaced by trainers, and what they never send would be answered with.
         self.is_dummy = self.is_running = vllm_config.load_config.load_format == "dummy"
         self.has_update = False
-        # vLLM from 0.32 on sets tie_word_embeddings to false where a head is stored, and ties it again if it is the same.
+        # From 0.32 on vLLM unsets tie_word_embeddings where a head is stored, and ties it again if that is the same.
         self._was_tied = getattr(vllm_config.model_config, "word_embeddings_untied_by_checkpoint", False)
         self._folder = vllm_config.model_config.model
         self._sent: dict[str, None] = {}  # by the update under way, in order
