@@ -307,7 +307,7 @@ def check_adapters_up_front(check: Callable[[Any, Any, Any], None]) -> None:
     with contextlib.suppress(ImportError):  # a process without a server
         from vllm.entrypoints.openai.models import serving
 
-        _check_in_server(serving.OpenAIServingModels, serving.create_error_response, check)
+        _check_in_server(serving.OpenAIServingModels, serving.create_error_response, check)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _checking_first(method: Any, check: Callable[[Any, Any], None]) -> Any:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -190,7 +191,7 @@ class WeightLoading:
 
     def after_update(self) -> None:
         """On CPUs a head keeps a packed copy of its weight, of which vLLM does not know if it is the embedding's."""
-        head = getattr(self.model, "lm_head", None)
+        head: Any = getattr(self.model, "lm_head", None)
         embedding = getattr(getattr(self.model, "model", None), "embed_tokens", None)
         weight = getattr(head, "weight", None)
         if current_platform.is_cpu() and weight is not None and weight is getattr(embedding, "weight", None):
