@@ -208,8 +208,6 @@ class BailingMoeV2Model(BailingMoeV2PreTrainedModel):
             position_ids=packed_ids,
             **{CACHE: cache},
         )
-        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.is_floating_point():
-            mask = mask.to(inputs_embeds.dtype)
         return *rotary_cos_sin(self.config, position_ids), mask
 
     @merge_with_config_defaults
