@@ -208,14 +208,14 @@ def constrained(manager, plain, question, thinking, constraint, reasoning_ended=
         return_dict=True,
         thinking_option=thinking,
     )["input_ids"]
-    params = SamplingParams(max_tokens=120, structured_outputs=StructuredOutputsParams(**constraint))
+    params = SamplingParams(max_tokens=400, structured_outputs=StructuredOutputsParams(**constraint))
     params.structured_outputs._backend = "xgrammar"
     params.update_from_generation_config({}, plain.tokenizer.eos_token_id)  # as vLLM does: what ends the answer
     request = Request("request", prompt, params, None, reasoning_ended=reasoning_ended)
     manager.grammar_init(request)
     assert request.structured_output_request.is_grammar_ready
     ids, cache = torch.tensor([prompt]), None
-    for _ in range(120):
+    for _ in range(400):
         with torch.no_grad():
             output = plain.model(input_ids=ids if cache is None else ids[:, -1:], past_key_values=cache, use_cache=True)
         cache, logits = output.past_key_values, output.logits[0, -1]
@@ -241,10 +241,10 @@ def test_vllm_holds_the_content_after_reasoning_to_the_grammar(manager, plain, k
         assert reasoning.lstrip().startswith("<think>") and holds(content), text
 
 
-def test_no_answer_has_free_text_instead_of_reasoning_or_what_is_demanded(manager, plain):
-    """Of its own the demo would answer this at once. It has learned no other form, so what it thinks is nonsense."""
+def test_vllm_holds_an_answer_to_the_grammar_that_would_do_without_reasoning(manager, plain):
+    """The demo thinks nonsense first, at length, as it has learned no other form of an answer."""
     constraint, holds = CONSTRAINTS["regex"]
     text = constrained(manager, plain, "What is the capital of France?", "on", constraint)
-    assert holds(text.rpartition("</think>")[2]) or (text.startswith("<think>") and "</think>" not in text)
+    assert holds(text.rpartition("</think>")[2]), text
     assert holds(constrained(manager, plain, "What is the capital of France?", "off", constraint))
     assert holds(constrained(manager, plain, "What is 47 + 8?", "on", constraint, reasoning_ended=True))
