@@ -77,7 +77,9 @@ def _unpacked_matrix(layer: Any, stored: torch.Tensor, kept: torch.Tensor) -> to
 
 
 def _unpacked_experts(layer: Any, stored: Tensors, kept: Tensors) -> dict[str, torch.Tensor] | None:
-    """The experts' weights [E, 2I, H] and [E, H, I], or None if the packing is no change of places."""
+    """The experts' weights [E, 2I, H] and [E, H, I], or None if the packing is no change of places, or not known."""
+    if not hasattr(getattr(layer.quant_method, "moe_kernel", None), "fused_experts"):  # vLLM up to 0.31
+        return None
     places = _places_of_experts(layer, stored)
     values = {}
     for name in _EXPERTS:
