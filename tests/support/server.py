@@ -31,7 +31,7 @@ def serving(log, *flags, **env):
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=env, start_new_session=True)
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while True:
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-6000:]
             try:
