@@ -296,10 +296,16 @@ def check_adapters_up_front(check: Callable[[Any, Any, Any], None]) -> None:
     Upstream: `OpenAIServingModels.load_lora_adapter`, `InputProcessor._validate_lora`, in 0.27 to 0.33.
     Remove:   when vLLM checks adapters before the engine gets them, and answers 400.
     """
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
+    from vllm_bailing.errors import AdapterError
+
     def before(self: Any, request: Any) -> None:
-        check(self.model_config, self.lora_config, request)
+        try:
+            check(self.model_config, self.lora_config, request)
+        except AdapterError as error:  # the server of vLLM answers all other errors of a request with 500
+            raise VLLMValidationError(str(error)) from error
 
     if hasattr(InputProcessor._validate_lora, "is_checked"):
         return
