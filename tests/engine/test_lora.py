@@ -172,7 +172,13 @@ def test_an_adapter_on_a_model_in_pipeline_stages(tmp_path):
     adapter = make_adapter(tmp_path / "adapter", model, (*ATTENTION, *MLP))
     _, wanted_ids = plain_answer(merged(model, adapter, tmp_path / "merged"), PROMPT)
     ((_, ids),), _ = run_in_turn(
-        adapted, model, [(PROMPT, adapter)], logprobs=False, env=TWO_RANKS, pipeline_parallel_size=2
+        adapted,
+        model,
+        [(PROMPT, adapter)],
+        logprobs=False,
+        env=TWO_RANKS,
+        pipeline_parallel_size=2,
+        enforce_eager=False,  # eager CPU engines of vLLM 0.32 fail with stages, with and without adapters
     )
     assert ids == wanted_ids
 
