@@ -246,7 +246,7 @@ class BailingMoeV2Config(PretrainedConfig):
             self.stored_quantization_config = self.__dict__.pop("quantization_config", self.stored_quantization_config)
         elif key == "quantization_config" and self.dequantize:
             key = "stored_quantization_config"
-        elif key == "sliding_window":
+        elif key in ("sliding_window", "attention_chunk_size"):
             value = None  # transformers' caches would take it for one in use, whatever `use_sliding_window` says
         if key not in ROPE_KEYS or "rope_parameters" not in self.__dict__:
             super().__setattr__(key, value)

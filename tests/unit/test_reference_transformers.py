@@ -223,15 +223,14 @@ def test_a_cache_filled_in_any_steps_gives_the_logits_of_one_pass(model):
         torch.testing.assert_close(torch.cat(rows, 1), wanted, **CLOSE)
 
 
-def test_a_window_that_is_not_in_use_bounds_no_cache(tmp_path, model):
-    keys = {"num_nextn_predict_layers": 1, "sliding_window": 8, "use_sliding_window": False}
+@pytest.mark.parametrize("window", [{"sliding_window": 8, "use_sliding_window": False}, {"attention_chunk_size": 8}])
+def test_a_window_that_is_not_in_use_bounds_no_cache(window, tmp_path, model):
+    keys = {"num_nextn_predict_layers": 1, **window}
     narrow = AutoModelForCausalLM.from_pretrained(make_checkpoint(tmp_path, **keys), dtype=torch.float32)
     assert torch.equal(narrow.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
 
 
-@pytest.mark.parametrize(
-    "keys", [{"layer_types": ["sliding_attention"] * 3}, {"layer_types": "x"}, {"attention_chunk_size": 8}]
-)
+@pytest.mark.parametrize("keys", [{"layer_types": ["sliding_attention"] * 3}, {"layer_types": "x"}])
 def test_another_kind_of_attention_is_refused(keys):
     with pytest.raises(ValueError, match=f"^{next(iter(keys))}.* remove"):
         small_config(**keys)
