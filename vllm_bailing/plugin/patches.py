@@ -246,7 +246,7 @@ def settle_partial_layers() -> None:
 
     For models that have it.
 
-    Differs:  a layer of which an update brought a part, or all but a buffer, is filled up with uninitialised memory.
+    Differs:  a layer of which an update brought a part, or all but a buffer, is filled up with uninitialized memory.
     Upstream: `finalize_layerwise_processing`, in 0.27 to 0.33.
     Remove:   when it keeps what was not sent.
     """
