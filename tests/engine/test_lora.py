@@ -19,7 +19,7 @@ from tests.support.adapters import (
     merged,
 )
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer, read_tensors
-from tests.support.engine import TOLERANCE, TWO_RANKS, TWO_SPAWNED_RANKS, EngineError, ask, make_llm, run, run_in_turn
+from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, ask, make_llm, run, run_in_turn
 from tests.support.speculation import mtp
 from vllm_bailing import DEMO, DEMO_ADAPTER
 
@@ -164,24 +164,6 @@ def test_an_engine_that_refused_adapters_goes_on(in_process, tmp_path):
         assert "\n" not in message
     assert before == after and before[0][1] != before[1][1]
     assert loaded == [1]  # the good one was not evicted for them
-
-
-def test_an_adapter_on_a_model_in_pipeline_stages(tmp_path):
-    """A stage has a part of the modules, and the others are no reason to refuse an adapter."""
-    model = make_checkpoint(tmp_path / "model")
-    adapter = make_adapter(tmp_path / "adapter", model, (*ATTENTION, *MLP))
-    _, wanted_ids = plain_answer(merged(model, adapter, tmp_path / "merged"), PROMPT)
-    ((_, ids),), _ = run_in_turn(
-        adapted,
-        model,
-        [(PROMPT, adapter)],
-        logprobs=False,
-        # As in test_reference.py: vLLM's CPU worker needs a really compiled model to prepare what stages exchange.
-        env={**TWO_SPAWNED_RANKS, "VLLM_CPU_CI_ENV": "0"},
-        pipeline_parallel_size=2,
-        enforce_eager=False,
-    )
-    assert ids == wanted_ids
 
 
 def _set_aside(model, **options):
