@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.layouts import common_prefix, pieces, published_name
+from vllm_bailing.errors import CheckpointError
+from vllm_bailing.layouts import common_prefix, joined
 from vllm_bailing.tensor_names import Shape, layer_of
 
 if TYPE_CHECKING:  # registering must not import it
@@ -62,6 +63,7 @@ class Checkpoint:
     def __init__(self, folder: Path | None) -> None:
         self.folder, self.damage = folder, ""
         self.tensors: dict[str, StoredTensor] = {}
+        self._published: dict[str, Checkpoint] = {}
         if folder is None or not folder.is_dir():
             return
         index = folder / _INDEX
@@ -121,24 +123,28 @@ class Checkpoint:
         return common_prefix(self.tensors)
 
     def published(self, config: BailingMoeV2Config) -> Checkpoint:
-        """The same files with their tensors in the published layout, as far as they are in one that is known."""
+        """The same files with their tensors in the published layout, as far as they are in one that is known.
+
+        Where two of them are the same one there, `damage` says so.
+        """
+        key = config.to_json_string(use_diff=False)
+        if key not in self._published:  # the 123,200 names of a Ling-1T in FP8 take seconds, and a start asks often
+            self._published[key] = self._in_published_layout(config)
+        return self._published[key]
+
+    def _in_published_layout(self, config: BailingMoeV2Config) -> Checkpoint:
         whole = Checkpoint(None)
         whole.folder, whole.damage = self.folder, self.damage
-        parts: dict[str, dict[int, StoredTensor]] = {}
-        for name, stored in self.tensors.items():
-            for piece in pieces(published_name(name, self.prefix), stored.shape, config):
-                one = replace(stored, shape=piece.shape, take=piece.take)
-                if piece.of == 1:
-                    whole.tensors[piece.name] = one
-                    continue
-                found = parts.setdefault(piece.name, {})
-                found[piece.number] = one
-                if len(found) == piece.of:
-                    rows = sum(part.shape[0] for part in found.values())
-                    first, *rest = (found[number] for number in range(piece.of))
-                    whole.tensors[piece.name] = replace(first, shape=(rows, *piece.shape[1:]), rest=tuple(rest))
-                    del parts[piece.name]
-        whole.tensors |= {part.name: part for found in parts.values() for part in found.values()}
+        stored = ((name, tensor.shape, tensor) for name, tensor in self.tensors.items())
+        try:
+            for name, parts in joined(stored, config, self.prefix):
+                first, *rest = (StoredTensor(t.file, piece.shape, t.kind, t.name, piece.take) for piece, t in parts)
+                rows = sum(part.shape[0] for part in (first, *rest))
+                whole.tensors[name] = (
+                    replace(first, shape=(rows, *first.shape[1:]), rest=tuple(rest)) if rest else first
+                )
+        except CheckpointError as error:
+            whole.damage = self.damage or str(error)
         return whole
 
     def has_scales(self, module: str) -> bool:

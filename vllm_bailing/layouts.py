@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import CheckpointError
@@ -18,6 +18,8 @@ from vllm_bailing.tensor_names import EMBEDDING, HEAD, Shape
 
 if TYPE_CHECKING:  # registering must not import it
     import torch
+
+T = TypeVar("T")
 
 # What PyTorch, trainers and PEFT put around a model, before its names or amid them.
 _INNER_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -136,34 +138,42 @@ _LAYOUTS = (
 )
 
 
-def as_published(
-    weights: Iterable[tuple[str, torch.Tensor]], config: BailingMoeV2Config, prefix: str = ""
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a checkpoint's or an update's tensors in the published layout.
+def joined(
+    stored: Iterable[tuple[str, Shape, T]], config: BailingMoeV2Config, prefix: str = ""
+) -> Iterator[tuple[str, list[tuple[Piece, T]]]]:
+    """Yield the published tensors that stored ones hold, each with its pieces in the order of their rows.
 
     What follows no known layout passes as it is, also a part of a tensor whose other parts do not come.
 
     Args:
+        stored: Names, shapes, and whatever stands for their numbers.
         prefix: As for `published_name`.
     Raises:
         CheckpointError: If two tensors are the same one of the published layout.
     """
-    import torch
-
-    came_as: dict[str, str] = {}
-    waiting: dict[str, dict[int, tuple[str, torch.Tensor]]] = {}
-    for stored_name, tensor in weights:
-        for piece in pieces(published_name(stored_name, prefix), tuple(tensor.shape), config):
-            key = piece.name if piece.of == 1 else f"{piece.name} {piece.number}"
-            if came_as.setdefault(key, stored_name) != stored_name:
-                raise CheckpointError(f"{came_as[key]} and {stored_name} are both {piece.name}; keep one of them")
-            if piece.of == 1:
-                yield piece.name, piece.take(tensor)
-                continue
+    came_as: dict[tuple[str, int], str] = {}
+    waiting: dict[str, dict[int, tuple[Piece, T]]] = {}
+    for stored_name, stored_shape, numbers in stored:
+        for piece in pieces(published_name(stored_name, prefix), stored_shape, config):
+            first = came_as.setdefault((piece.name, piece.number), stored_name)
+            if first != stored_name:
+                raise CheckpointError(f"{first} and {stored_name} are both {piece.name}; keep one of them")
             parts = waiting.setdefault(piece.name, {})
-            parts[piece.number] = stored_name, piece.take(tensor)
+            parts[piece.number] = piece, numbers
             if len(parts) == piece.of:
                 del waiting[piece.name]
-                yield piece.name, torch.cat([parts[number][1] for number in range(piece.of)])
-    for parts in waiting.values():
-        yield from parts.values()
+                yield piece.name, [parts[number] for number in range(piece.of)]
+    for name, parts in waiting.items():
+        for number, part in parts.items():
+            yield came_as[name, number], [part]
+
+
+def as_published(
+    weights: Iterable[tuple[str, torch.Tensor]], config: BailingMoeV2Config, prefix: str = ""
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a checkpoint's or an update's tensors in the published layout; as `joined`, whose arguments it takes."""
+    import torch
+
+    for name, parts in joined(((name, tuple(tensor.shape), tensor) for name, tensor in weights), config, prefix):
+        tensors = [piece.take(tensor) for piece, tensor in parts]
+        yield name, tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.support.checkpoints import make_checkpoint, read_tensors
+from tests.support.checkpoints import make_checkpoint, read_tensors, write_tensors
 from tests.support.commands import invoke
+from tests.support.layouts import LAYOUTS
 from tests.support.quantized import is_linear, quantize_by_command
 
 
@@ -21,6 +23,25 @@ def test_the_script_rounds_every_linear_layer_and_nothing_else(scheme, error, tm
         change = (meaning[name] - tensor.float()).norm() / tensor.float().norm()
         assert (0 < change < error) if is_linear(name) else change == 0, name
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+
+
+@pytest.mark.parametrize("layout", ["split and stacked", "fused experts", "padded vocabulary", "from actor."])
+def test_another_layout_becomes_the_same_files(layout, tmp_path):
+    model = make_checkpoint(tmp_path / "published", num_nextn_predict_layers=1, moe_intermediate_size=48)
+    plain = read_tensors(model)
+    meaning = quantize_by_command(model, tmp_path / "wanted", "fp8")
+    write_tensors(model, dict(LAYOUTS[layout](plain)), shards=3, interleaved=False)
+    came = quantize_by_command(model, tmp_path / "came", "fp8")
+    assert came.keys() == meaning.keys() and all(torch.equal(came[name], meaning[name]) for name in came)
+
+
+def test_a_checkpoint_without_a_layer_is_refused(tmp_path):
+    model = make_checkpoint(tmp_path / "model")
+    name = "model.layers.1.attention.dense.weight"
+    write_tensors(model, {other: tensor for other, tensor in read_tensors(model).items() if other != name})
+    done = invoke("quantize", model, tmp_path / "out", "--scheme", "fp8")
+    assert done.exit_code == 2 and "the checkpoint lacks 1 tensor" in " ".join(done.stderr.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

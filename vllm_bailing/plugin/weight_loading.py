@@ -42,6 +42,7 @@ logger = init_logger("vllm.plugins.bailing.weights")
 Weights = Iterable[tuple[str, torch.Tensor]]
 # Bytes of an update that are looked at before the first is loaded. A GPU's memory belongs to its KV cache.
 _LOOK_AHEAD = {"cpu": GIB, "cuda": GIB // 8}
+_SEND_THEM = "send them too (expert_bias is a buffer, which named_parameters() leaves out)"
 
 
 class WeightLoading:
@@ -115,8 +116,7 @@ class WeightLoading:
         """
         if self.has_update and self.never_came:
             raise UpdateError(
-                f"the model started with dummy weights, and {named(self.never_came)} never came; send them too "
-                "(expert_bias is a buffer, which named_parameters() leaves out)"
+                f"the model started with dummy weights, and {named(self.never_came)} never came; {_SEND_THEM}"
             )
 
     # ---- updates of the running model ---------------------------------------------------------------------------
@@ -223,8 +223,7 @@ class WeightLoading:
         if lacking:
             raise UpdateError(
                 f"{named(sorted(lacking))} never had a value: the model started with dummy weights, and the update has "
-                "only other tensors of the same module; send them too (expert_bias is a buffer, which "
-                "named_parameters() leaves out)"
+                f"only other tensors of the same module; {_SEND_THEM}"
             )
 
     def _refuse_another_configuration(self) -> None:

@@ -171,7 +171,8 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
 
     stored_files = Checkpoint(folder).published(config)
     if stored_files.damage:
-        yield Check("files", False, stored_files.damage, f"hf download {model}")
+        todo = f"hf download {model}" if Checkpoint(folder).damage else "remove the tensor that you do not want"
+        yield Check("files", False, stored_files.damage, todo)
         return
     if not stored_files.tensors and any(folder.glob("*.bin")):
         yield Check("files", None, "PyTorch's .bin files, which vLLM serves but nothing here reads; not checked")

@@ -13,12 +13,13 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_bailing.errors import QuantizeError
+from vllm_bailing.errors import QuantizeError, named
 
 if TYPE_CHECKING:
     import torch
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 
+    from vllm_bailing.checkpoint import Checkpoint
     from vllm_bailing.config import BailingMoeV2Config
 
 KEPT = ("lm_head", r"re:.*\.mlp\.gate$", r"re:.*\.eh_proj$")
@@ -43,13 +44,21 @@ class Quantizer:
     """A converter, as `compressed_tensors.entrypoints.convert` takes it.
 
     Args:
+        checkpoint: The files; empty where they are yet to come from the hub.
         group_size: Inputs that share a scale, for `Scheme.w4a16`.
         keep: Modules to leave alone besides `KEPT`, as compressed-tensors matches them: a name or "re:PATTERN".
     Raises:
-        QuantizeError: If `group_size` does not divide the inputs of a layer.
+        QuantizeError: If `group_size` does not divide the inputs of a layer, or a layer is not in the checkpoint.
     """
 
-    def __init__(self, config: BailingMoeV2Config, scheme: Scheme, group_size: int, keep: Iterable[str]) -> None:
+    def __init__(
+        self,
+        config: BailingMoeV2Config,
+        checkpoint: Checkpoint,
+        scheme: Scheme,
+        group_size: int,
+        keep: Iterable[str],
+    ) -> None:
         import torch
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.compressors.format import infer_module_format
@@ -78,11 +87,18 @@ class Quantizer:
                     raise QuantizeError(
                         f"--group-size {group_size} does not divide the {inputs} inputs of {name}; choose a smaller one"
                     )
+        self.config, self.prefix = config, checkpoint.prefix
+        published = checkpoint.published(config).tensors
+        if checkpoint.tensors and (missing := self.shapes.keys() - published.keys()):
+            raise QuantizeError(f"the checkpoint lacks {named(missing)}; `vllm-bailing doctor` says what it holds")
+        self._rest = {whole.name: {part.name for part in whole.rest} for whole in published.values() if whole.rest}
 
     def process(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors of one file, linear layers compressed."""
+        """The tensors of one file in the published layout, linear layers compressed."""
+        from vllm_bailing.layouts import as_published
+
         result: dict[str, torch.Tensor] = {}
-        for name, tensor in tensors.items():
+        for name, tensor in as_published(tensors.items(), self.config, self.prefix):
             if name not in self.shapes:
                 result[name] = tensor
                 continue
@@ -123,7 +139,9 @@ class Quantizer:
         Raises:
             QuantizeError: If one has another shape.
         """
-        for name, tensor in tensors.items():
+        from vllm_bailing.layouts import as_published
+
+        for name, tensor in as_published(tensors.items(), self.config, self.prefix):
             if name in self.shapes and tuple(tensor.shape) != self.shapes[name]:
                 raise QuantizeError(f"{name} is {list(tensor.shape)}, config.json asks for {list(self.shapes[name])}")
 
@@ -139,8 +157,8 @@ class Quantizer:
         )
 
     def get_dependencies(self, weight_name: str) -> set[str]:
-        """Of a tensor on others; plain ones have none."""
-        return set()
+        """The other parts of a projection that is stored split, which must be in one file with the first."""
+        return self._rest.get(weight_name, set())
 
 
 def quantize(model: str, out: Path, scheme: Scheme, group_size: int = 128, keep: Iterable[str] = ()) -> int:
@@ -168,11 +186,11 @@ def quantize(model: str, out: Path, scheme: Scheme, group_size: int = 128, keep:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise QuantizeError(f"{out} is not an empty folder; choose another one")
     checkpoint = Checkpoint.at(model)
-    if checkpoint.damage:
-        raise QuantizeError(checkpoint.damage)
+    if damage := checkpoint.published(config).damage:
+        raise QuantizeError(damage)
     if Path(model).is_dir() and not checkpoint.tensors:
         raise QuantizeError(f"no safetensors files in {model}; give the folder of a checkpoint")
-    quantizer = Quantizer(config, scheme, group_size, keep)
+    quantizer = Quantizer(config, checkpoint, scheme, group_size, keep)
     out.mkdir(parents=True, exist_ok=True)
     logger.remove()  # of every file copied
     convert_checkpoint(model, out, quantizer)
