@@ -37,6 +37,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from vllm.utils.network_utils import get_open_port
 
+from tests.support import warm
 from tests.support.engine import ENGINE_ENV, run
 from tests.support.paths import ROOT
 from vllm_bailing.cli import app
@@ -372,7 +373,7 @@ def test_outputs_are_compared_as_they_are_meant():
 
 
 def environment(**more: str) -> dict[str, str]:
-    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join(map(str, (warm.commands(), BIN, os.environ["PATH"])))
     return {**os.environ, **ENGINE_ENV, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "80", **more}
 
 

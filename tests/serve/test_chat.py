@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
+
+from tests.support import warm
 
 
 def test_the_command_chats_with_a_server(assistant_server):
     def run(*arguments, **options):
-        program = [str(Path(sys.executable).with_name("vllm-bailing")), "chat", *arguments]
+        program = [str(warm.commands() / "vllm-bailing"), "chat", *arguments]
         return subprocess.run(program, capture_output=True, text=True, env={**os.environ}, **options)
 
     settings = ("--url", assistant_server.url, "--temperature", "0", "--max-tokens", "96")

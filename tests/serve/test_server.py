@@ -6,14 +6,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support import warm
 from tests.support.checkpoints import without_its_end, without_mtp_in_config
 from tests.support.configs import change_config
 from tests.support.conversations import MAX_TOKENS, as_openai, conversation, greedy, prompt_ids, spread
@@ -116,10 +115,14 @@ def with_two_rotary_widths(model):
 def test_the_server_ends_with_one_line_when_it_refuses(damage, flags, message, tmp_path):
     model = shutil.copytree(DEMO, tmp_path / "model")
     damage(model)
-    vllm = str(Path(sys.executable).with_name("vllm"))
     env = {**os.environ, **ENGINE_ENV}
     done = subprocess.run(
-        [vllm, "serve", str(model), *flags], env=env, capture_output=True, text=True, timeout=300, check=False
+        [str(warm.commands() / "vllm"), "serve", str(model), *flags],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 1
     # Older vLLM puts the name of the process before every line.

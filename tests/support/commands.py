@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from click.testing import Result
 from typer.testing import CliRunner
 
+from tests.support import warm
 from tests.support.engine import ENGINE_ENV
 from vllm_bailing.cli import app
 
@@ -21,7 +21,7 @@ def invoke(*arguments: Any, **env: str) -> Result:
 
 
 def run_command(*arguments: Any, cache: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """The command as the shell finds it, in a process of its own, with the environment of an engine."""
-    program = [str(Path(sys.executable).with_name("vllm-bailing")), *map(str, arguments)]
+    """The command in a process of its own, with the environment of an engine."""
+    program = [str(warm.commands() / "vllm-bailing"), *map(str, arguments)]
     environment = {**os.environ, **ENGINE_ENV, **({"XDG_CACHE_HOME": str(cache)} if cache else {}), **env}
     return subprocess.run(program, capture_output=True, text=True, env=environment)

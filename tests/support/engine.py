@@ -41,10 +41,10 @@ TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_WORKER_MULTIPROC_METHOD":
 TWO_SPAWNED_RANKS = {**TWO_RANKS, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 # Jobs in the engine's process may hand functions to its ranks.
 _JOB_ENV = {**ENGINE_ENV, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-_context = multiprocessing.get_context("forkserver")
+fork_context = multiprocessing.get_context("forkserver")
 
 
-_context.set_forkserver_preload(["tests.support.preload"])
+fork_context.set_forkserver_preload(["tests.support.preload"])
 
 
 class EngineError(AssertionError):
@@ -63,9 +63,9 @@ def run(
     Raises:
         EngineError: If the job raised, died or took longer than `timeout` seconds.
     """
-    receiver, sender = _context.Pipe(duplex=False)
+    receiver, sender = fork_context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile("r", suffix=".log", errors="replace") as log:
-        process = _context.Process(
+        process = fork_context.Process(
             target=_child, args=(sender, log.name, {**_JOB_ENV, **(env or {})}, job, args, kwargs)
         )
         process.start()
@@ -91,9 +91,9 @@ class _Turns:
     """A process that does one job after another."""
 
     def __init__(self, env: dict[str, str]) -> None:
-        self.connection, theirs = _context.Pipe()
+        self.connection, theirs = fork_context.Pipe()
         self.log = tempfile.NamedTemporaryFile("r", suffix=".log", errors="replace")  # noqa: SIM115
-        self.process = _context.Process(target=_turns, args=(theirs, self.log.name, env), daemon=True)
+        self.process = fork_context.Process(target=_turns, args=(theirs, self.log.name, env), daemon=True)
         self.process.start()
         theirs.close()
 

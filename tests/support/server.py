@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 from openai import OpenAI
 from vllm.utils.network_utils import get_open_port
 
+from tests.support import warm
 from tests.support.engine import ENGINE_ENV
 from vllm_bailing import DEMO
 
@@ -24,7 +23,7 @@ from vllm_bailing import DEMO
 def serving(log, *flags, **env):
     """`vllm serve` on the demo checkpoint, in fp32, without any trust flag."""
     port = get_open_port()
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(DEMO), "--served-model-name", "demo"]
+    command = [str(warm.commands() / "vllm"), "serve", str(DEMO), "--served-model-name", "demo"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--max-logprobs", "-1", "--kv-cache-memory-bytes", str(2**28), *flags]
     env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **env}
