@@ -32,6 +32,17 @@ GROUPS = {
 GROUP_OF = {part: group for group, parts in GROUPS.items() for part in parts}
 
 
+def pytest_addoption(parser):
+    text = "Cases that tests draw at random and put through an engine; more by hand, after a change of what they are about."
+    parser.addoption("--random-cases", type=int, default=100, help=text)
+
+
+@pytest.fixture(scope="session")
+def random_cases(pytestconfig):
+    """How many to draw."""
+    return pytestconfig.getoption("--random-cases")
+
+
 def pytest_configure(config):
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker:

@@ -9,10 +9,30 @@ from __future__ import annotations
 THINK, END_THINK = "<think>", "</think>"
 
 
-def settled_length(text: str, tag: str) -> int:
-    """Length of `text` that can be handed on: all but a beginning of `tag` at its end and the whitespace before it."""
-    overlap = next((size for size in range(len(tag) - 1, 0, -1) if text.endswith(tag[:size])), 0)
-    return len(text[: len(text) - overlap].rstrip())
+def overlap_of(text: str, tag: str) -> int:
+    """Length of the beginning of `tag` that `text` ends with."""
+    return next((size for size in range(len(tag) - 1, 0, -1) if text.endswith(tag[:size])), 0)
+
+
+class HeldSpace:
+    """Whitespace that is handed on when something else follows it."""
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+
+    def before(self, text: str) -> str:
+        """All that was held and `text`, but for the whitespace at its end, which is held now."""
+        said = text.rstrip()
+        if not said:
+            self._parts.append(text)
+            return ""
+        held, self._parts = self.take(), [text[len(said) :]]
+        return held + said
+
+    def take(self) -> str:
+        """What is held, for the last time."""
+        held, self._parts = "".join(self._parts), []
+        return held
 
 
 class ReasoningStream:
@@ -28,7 +48,8 @@ class ReasoningStream:
     def __init__(self, is_open: bool) -> None:
         self.is_open = is_open
         self.state = "start"
-        self._text = ""
+        self._partial = ""  # what may be the beginning of a tag
+        self._space = HeldSpace()
         self._has_begun = False
 
     @property
@@ -38,40 +59,42 @@ class ReasoningStream:
 
     def feed(self, text: str) -> tuple[str, str]:
         """(reasoning, content) that `text` completes."""
-        self._text += text
+        text, self._partial = self._partial + text, ""
         reasoning = ""
         if self.state == "start":
-            begun = self._text.lstrip()
+            begun = text.lstrip()
+            self._space.before(text[: len(text) - len(begun)])
             if begun.startswith(THINK):
-                self.state, self._text = "reasoning", begun[len(THINK) :]
+                self._space.take()
+                self.state, text = "reasoning", begun[len(THINK) :]
             elif THINK.startswith(begun):
+                self._partial = begun
                 return "", ""
             elif self.is_open:
-                self.state, self._text = "reasoning", begun
+                self._space.take()
+                self.state, text = "reasoning", begun
             else:
-                self.state = "content"
+                self.state, text = "content", self._space.take() + begun
         if self.state == "reasoning":
-            if not self._has_begun:
-                self._text = self._text.lstrip()
-            before, tag, after = self._text.partition(END_THINK)
-            if tag:
-                reasoning, self._text, self.state = before.rstrip(), after, "between"
-            else:
-                size = settled_length(self._text, END_THINK)
-                reasoning, self._text = self._text[:size], self._text[size:]
+            before, tag, after = text.partition(END_THINK)
+            if not tag:
+                overlap = overlap_of(text, END_THINK)
+                before, self._partial = text[: len(text) - overlap], text[len(text) - overlap :]
+            reasoning = self._space.before(before if self._has_begun else before.lstrip())
             self._has_begun = self._has_begun or bool(reasoning)
+            text = after
+            if tag:
+                self._space.take()
+                self.state = "between"
         if self.state == "between":
-            self._text = self._text.lstrip()
-            if self._text:
+            text = text.lstrip()
+            if text:
                 self.state = "content"
-        if self.state != "content":
-            return reasoning, ""
-        content, self._text = self._text, ""
-        return reasoning, content
+        return reasoning, text if self.state == "content" else ""
 
     def close(self) -> tuple[str, str]:
         """(reasoning, content) that was held back, at the end of the answer."""
-        rest, self._text = self._text, ""
+        rest, self._partial = self._partial, ""
         if self.state == "reasoning" or (self.state == "start" and self.is_open):
-            return rest.rstrip(), ""
-        return "", rest
+            return (self._space.take() if self._has_begun and rest else "") + rest, ""
+        return "", self._space.take() + rest

@@ -14,7 +14,7 @@ from typing import Any
 
 import regex
 
-from vllm_bailing.reasoning import settled_length
+from vllm_bailing.reasoning import HeldSpace, overlap_of
 
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 
@@ -34,7 +34,7 @@ class ToolCall:
 
 Piece = str | ToolCall
 _TAG = regex.compile(r"</?tool_call>")
-_BEGINNING = regex.compile(r"\s*(\S)")
+_MARK = regex.compile(r'\\.|["{}\[\]]', regex.DOTALL)  # of JSON's structure; a backslash with what it escapes
 _BETWEEN = regex.compile(r"[\s,:]*")  # between the values of a list or an object
 _SURPLUS = regex.compile(r"[\s,}\]]*")  # after a call: brackets that nothing opened
 _STRING = regex.compile(r'"(?:[^"\\]|\\.)*"', regex.DOTALL)
@@ -42,31 +42,41 @@ _CONTROL = regex.compile(r"[\x00-\x1f]")
 
 
 class ToolCallStream:
-    """Divides content into text and calls. Whitespace beside calls is left out."""
+    """Divides content into text and calls. Whitespace beside calls is left out.
+
+    The time is proportional to the text, whatever it is and however it is cut.
+    """
 
     def __init__(self) -> None:
-        self._text = ""  # what is not settled yet; in a call, all that follows its tag
-        self._in_call = False
-        self._space = ""  # before the call that is being read
-        self._searched = 0  # how much of a call's text holds no tag that ends it
+        self._partial = ""  # what may be the beginning of a tag
+        self._space = HeldSpace()
+        self._call: _OpenCall | None = None
         self._after_call = False
 
     def feed(self, text: str) -> list[Piece]:
         """What `text` completes."""
-        self._text += text
         pieces: list[Piece] = []
-        while self._text and (self._call(pieces) if self._in_call else self._content(pieces)):
-            pass
+        text, start = self._partial + text, 0
+        for tag in _TAG.finditer(text):
+            self._read(text[start : tag.start()], pieces)
+            self._read_tag(tag[0], pieces)
+            start = tag.end()
+        overlap = max(overlap_of(text[start:], CALL), overlap_of(text[start:], END_CALL))
+        self._partial = text[len(text) - overlap :]
+        self._read(text[start : len(text) - overlap], pieces)
         return pieces
 
     def close(self) -> list[Piece]:
         """What was held back, at the end of the answer."""
         pieces: list[Piece] = []
-        rest, self._text = self._text, ""
-        if not self._in_call:
-            self._say(rest, pieces)
-        elif not self._take(rest[: settled_length(rest, END_CALL)], pieces):
-            self._say(self._space + CALL + rest, pieces)
+        rest, self._partial = self._partial, ""
+        if self._call is None:
+            self._say(self._space.before(rest) + self._space.take(), pieces)
+            return pieces
+        call, self._call = self._call, None
+        body = call.text + ("" if END_CALL.startswith(rest) else rest)
+        if not self._take(body.rstrip(), pieces):
+            self._say(call.space + CALL + call.text + rest, pieces)
         return pieces
 
     def _say(self, text: str, pieces: list[Piece]) -> None:
@@ -76,36 +86,30 @@ class ToolCallStream:
         if text:
             pieces.append(text)
 
-    # Each of the two handles what it can of the text and says whether the other one should go on.
+    def _read(self, text: str, pieces: list[Piece]) -> None:
+        """Read text that holds no tag."""
+        if self._call is None:
+            self._say(self._space.before(text), pieces)
+        elif not self._call.add(text):
+            text, self._call = f"{self._call.space}{CALL}{self._call.text}", None
+            self._say(self._space.before(text), pieces)
 
-    def _content(self, pieces: list[Piece]) -> bool:
-        before, tag, after = self._text.partition(CALL)
-        size = len(before.rstrip()) if tag else settled_length(self._text, CALL)
-        self._say(before[:size], pieces)
-        if not tag:
-            self._text = self._text[size:]
-            return False
-        self._space, self._text, self._in_call, self._searched = before[size:], after, True, 0
-        return True
-
-    def _call(self, pieces: list[Piece]) -> bool:
-        beginning = _BEGINNING.match(self._text)
-        if beginning and beginning[1] not in "{[":
-            self._in_call = False
-            self._say(self._space + CALL, pieces)
-            return True
-        for tag in _TAG.finditer(self._text, self._searched):
-            body = self._text[: tag.start()]
-            taken = tag.end() if tag[0] == END_CALL else tag.start()
-            if not self._take(body, pieces):
-                if _ends_in_string(body):
-                    self._searched = tag.end()  # the tag is part of an argument
-                    continue
-                self._say(self._space + CALL + self._text[:taken], pieces)
-            self._text, self._in_call = self._text[taken:], False
-            return True
-        self._searched = max(self._searched, len(self._text) - len(END_CALL) + 1)
-        return False
+    def _read_tag(self, tag: str, pieces: list[Piece]) -> None:
+        call = self._call
+        if call is not None:
+            if call.is_in_string():
+                call.add(tag)  # it is part of an argument
+                return
+            self._call = None
+            body = call.text
+            if self._take(body, pieces):
+                tag = "" if tag == END_CALL else tag
+            else:
+                self._say(self._space.before(call.space + CALL + body), pieces)
+        if tag == CALL:
+            self._call = _OpenCall(self._space.take())
+        else:
+            self._say(self._space.before(tag), pieces)
 
     def _take(self, body: str, pieces: list[Piece]) -> bool:
         calls, rest = read_calls(body)
@@ -114,6 +118,50 @@ class ToolCallStream:
             self._after_call = True
             self._say(rest, pieces)
         return bool(calls)
+
+
+class _OpenCall:
+    """The text after an opening tag, as far as it has come.
+
+    Args:
+        space: Whitespace before the tag, for the case that it is no call.
+    """
+
+    def __init__(self, space: str) -> None:
+        self.space = space
+        self._parts: list[str] = []
+        self._has_begun = self._quotes = False
+        self._depth = self._size = self._checked = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(self._parts)
+
+    def add(self, text: str) -> bool:
+        """Take more text; False if what it begins with can be no call."""
+        self._parts.append(text)
+        self._size += len(text)
+        if not self._has_begun:
+            first = text.lstrip()[:1]
+            if first and first not in "{[":
+                return False
+            self._has_begun = bool(first)
+        for mark in _MARK.finditer(text):
+            if mark[0] == '"':
+                self._quotes = not self._quotes
+            elif not self._quotes and len(mark[0]) == 1:
+                self._depth += 1 if mark[0] in "{[" else -1
+        return True
+
+    def is_in_string(self) -> bool:
+        """Whether the text ends within a string of its JSON."""
+        if not self._quotes or self._depth <= 0:
+            return False
+        # Quotes are not all: what is no JSON has no strings. It is read again when it is twice as long as the last time.
+        if self._size >= 2 * self._checked:
+            self._checked = self._size
+            return _ends_in_string(self.text)
+        return True
 
 
 def read_calls(body: str) -> tuple[list[ToolCall], str]:
@@ -127,7 +175,8 @@ def read_calls(body: str) -> tuple[list[ToolCall], str]:
         found = _calls_of(value)
         if not found:
             break
-        calls, end = calls + found, value_end
+        calls += found
+        end = value_end
     if not calls:
         for value, value_end in _values(body + "}"):
             if value_end > len(body):
@@ -136,15 +185,19 @@ def read_calls(body: str) -> tuple[list[ToolCall], str]:
     return calls, body[_SURPLUS.match(body, end).end() :]  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def _calls_of(value: str, is_mended: bool = False) -> list[ToolCall]:
-    """The calls that a JSON text is: one as an object, as the "function" of one, or several in a list. Else none."""
+def _calls_of(value: str, is_mended: bool = False, within: str = "") -> list[ToolCall]:
+    """The calls that a JSON text is: one as an object, as the "function" of one, or several in a list. Else none.
+
+    Args:
+        within: What the text stood in, a "list" or a "function", since one of each is looked into, and no more.
+    """
     inner = [text for text, _ in _values(value[1:-1])] if value[0] in "{[" else []
     if value[0] == "[":
-        calls = [_calls_of(text) for text in inner]
+        calls = [] if within else [_calls_of(text, within="list") for text in inner]
         return [call for found in calls for call in found] if all(calls) else []
     members = {json.loads(key, strict=False): text for key, text in zip(inner[::2], inner[1::2], strict=True)}
-    if "name" not in members and members.get("function", "").startswith("{"):
-        return _calls_of(members["function"], is_mended)
+    if "name" not in members and within != "function" and members.get("function", "").startswith("{"):
+        return _calls_of(members["function"], is_mended, within="function")
     name = members.get("name", "")
     name = json.loads(name, strict=False) if name.startswith('"') else ""
     arguments = members.get("arguments", members.get("parameters", "" if is_mended else "null"))
@@ -183,7 +236,7 @@ def _values(text: str) -> Iterator[tuple[str, int]]:
 
 def _ends_in_string(text: str) -> bool:
     try:
-        json.loads(text, strict=False)
+        _JSON.decode(text)
     except json.JSONDecodeError as error:
         return error.msg.startswith("Unterminated string")
     except (ValueError, RecursionError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from tests.support.adapters import (
     changed_adapter,
     make_adapter,
     merged,
+    merged_tensors,
+    random_change,
 )
-from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer, read_tensors
+from tests.support.checkpoints import PROMPT, Judge, make_checkpoint, plain_answer, read_tensors
 from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, ask, make_llm, run, run_in_turn
 from tests.support.speculation import mtp
 from vllm_bailing import DEMO, DEMO_ADAPTER
@@ -164,6 +167,57 @@ def test_an_engine_that_refused_adapters_goes_on(in_process, tmp_path):
         assert "\n" not in message
     assert before == after and before[0][1] != before[1][1]
     assert loaded == [1]  # the good one was not evicted for them
+
+
+# ---- anything --------------------------------------------------------------------------------------------------------
+
+
+def _served(model, folders):
+    """For each adapter the log-probabilities of a prompt, or why it was refused; and whether others suffered from it."""
+    from vllm.lora.request import LoRARequest
+
+    llm = make_llm(model, enable_lora=True, max_loras=2, max_cpu_loras=2, max_lora_rank=16)
+    prompt, found, spoiled = PROMPT[:10], [], []
+    ((base, _),) = ask(llm, [prompt], 1)
+    for number, folder in enumerate(folders, 1):
+        try:
+            ((logprobs, _),) = ask(llm, [prompt], 1, adapters=[LoRARequest(folder.name, number, str(folder))])
+            found.append(logprobs)
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+        if number % 20 == 0 or number == len(folders):
+            ((again, _),) = ask(llm, [prompt], 1)
+            if not torch.equal(base, again):
+                spoiled.append(number)
+    return found, spoiled
+
+
+def test_randomly_changed_adapters_answer_as_if_merged_or_are_refused(random_cases, tmp_path):
+    model = make_checkpoint(tmp_path / "model")
+    adapter = make_adapter(tmp_path / "adapter", model, (*ATTENTION, *MLP), rank=8, alpha=8)
+    seeds = range(4 * random_cases)
+    folders = [
+        changed_adapter(tmp_path / str(seed), random_change(random.Random(seed)), adapter=adapter) for seed in seeds
+    ]
+    found, spoiled = run_in_turn(_served, model, folders, timeout=3600)
+    assert spoiled == []
+    judge, weights = Judge(), {name: tensor.float() for name, tensor in read_tensors(model).items()}
+    wrong, served = [], 0
+    for seed, folder, came in zip(seeds, folders, found, strict=True):
+        if isinstance(came, str):
+            if "\n" in came or "the adapter " not in came:
+                wrong.append((seed, came))
+            continue
+        served += 1
+        try:
+            off = (came - judge.logprobs(merged_tensors(weights, folder), PROMPT[:10])).abs().max()
+        except Exception as error:
+            wrong.append((seed, f"served, but {error!r}"))
+            continue
+        if not off <= TOLERANCE:
+            wrong.append((seed, off))
+    assert wrong == []
+    assert 0.15 < served / len(found) < 0.85
 
 
 def _set_aside(model, **options):

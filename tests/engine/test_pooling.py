@@ -1,61 +1,14 @@
 """Embedding, classification and reward models made from this architecture: `--runner pooling`."""
 
 import json
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, write_tensors
+from tests.support.checkpoints import make_checkpoint, read_tensors, write_tensors
 from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, make_llm, run, run_in_turn
-from vllm_bailing import DEMO
-from vllm_bailing.reference import BailingMoeV2ForCausalLM
-
-PROMPTS = [PROMPT, PROMPT[:7]]
-
-
-def without_head(folder, prefix="model.", labels=0, **keys):
-    """A checkpoint as training an embedding or a reward model leaves it."""
-    make_checkpoint(folder, tie_word_embeddings=False)
-    tensors = {
-        f"{prefix}{name.removeprefix('model.')}": tensor
-        for name, tensor in read_tensors(folder).items()
-        if name != "lm_head.weight"
-    }
-    if labels:
-        torch.manual_seed(3)
-        tensors["score.weight"] = torch.randn(labels, 64).bfloat16() * 0.2
-        keys["id2label"] = {str(label): f"LABEL_{label}" for label in range(labels)}
-    write_tensors(folder, tensors)
-    config = json.loads((folder / "config.json").read_text()) | keys
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-    return with_tokenizer(folder)
-
-
-def with_tokenizer(folder):
-    """vLLM makes no offline pooling engine without one."""
-    for file in DEMO.glob("*token*.json"):
-        shutil.copy(file, folder)
-    return folder
-
-
-@torch.no_grad()
-def last_hidden(folder):
-    """Hidden states [prompts, H] of the last tokens after the final norm, by the plain reference."""
-    config = json.loads((folder / "config.json").read_text())
-    tensors = {
-        name if name.startswith(("model.", "score.")) else f"model.{name}": tensor.float()
-        for name, tensor in read_tensors(folder).items()
-    }
-    from tests.support.checkpoints import small_config
-
-    model = BailingMoeV2ForCausalLM(small_config(num_hidden_layers=config["num_hidden_layers"])).float()
-    score = tensors.pop("score.weight", None)
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert missing == ["lm_head.weight"] and not unexpected
-    rows = [model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0, -1] for prompt in PROMPTS]
-    return torch.stack(rows), score
+from tests.support.pooling import PROMPTS, last_hidden, with_tokenizer, without_head
 
 
 def _pooled(folder, task, **options):

@@ -12,6 +12,7 @@ import torch
 
 from tests.support.checkpoints import (
     PROMPT,
+    Judge,
     make_checkpoint,
     plain_answer,
     read_tensors,
@@ -20,7 +21,6 @@ from tests.support.checkpoints import (
 )
 from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, ask, make_llm, run, run_in_turn
 from vllm_bailing import DEMO, DEMO_ADAPTER
-from vllm_bailing.reference import BailingMoeV2ForCausalLM
 
 SIZES = {"num_nextn_predict_layers": 0}
 
@@ -29,18 +29,6 @@ SIZES = {"num_nextn_predict_layers": 0}
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("updates")
     return [make_checkpoint(folder / str(seed), seed=seed, **SIZES) for seed in range(2)]
-
-
-class Judge:
-    """The plain reference with some tensors."""
-
-    def __init__(self, **sizes):
-        self.model = BailingMoeV2ForCausalLM(small_config(**sizes)).float()
-
-    @torch.no_grad()
-    def logprobs(self, tensors, prompt):
-        self.model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-        return self.model(torch.tensor([prompt])).logits[0].log_softmax(-1)[:-1]
 
 
 def served(llm, prompt=PROMPT):
@@ -301,11 +289,11 @@ def _random_updates(folders, seeds):
     return wrong, refused
 
 
-def test_random_updates_end_in_the_weights_sent_or_in_a_refusal(checkpoints):
+def test_random_updates_end_in_the_weights_sent_or_in_a_refusal(checkpoints, random_cases):
     """Random cuts, orders and subsets, some of them spoiled."""
-    wrong, refused = run_in_turn(_random_updates, checkpoints, range(500), timeout=1500)
+    wrong, refused = run_in_turn(_random_updates, checkpoints, range(random_cases), timeout=3600)
     assert wrong == []
-    assert refused > 50
+    assert refused > random_cases / 10
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

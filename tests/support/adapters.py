@@ -77,10 +77,10 @@ def merged(model, adapter, out):
     return out
 
 
-def changed_adapter(folder, change):
-    """A copy of the demo's adapter after `change(tensors, config)`; both may be changed in place."""
-    tensors = read_tensors(DEMO_ADAPTER)
-    config = json.loads((DEMO_ADAPTER / "adapter_config.json").read_text())
+def changed_adapter(folder, change, adapter=DEMO_ADAPTER):
+    """A copy of `adapter` after `change(tensors, config)`; both may be changed in place."""
+    tensors = read_tensors(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
     change(tensors, config)
     folder.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
@@ -327,6 +327,131 @@ REFUSED = {
     "pattern_that_is_none": (setting(alpha_pattern={"(": 1}), "is no regular expression"),
     "rslora_of_text": (setting(use_rslora="false"), "use_rslora='false'"),
 }
+
+
+def random_change(rng):
+    """A change of an adapter's tensors and config, drawn by `rng`; most of what it leaves is no adapter of the model."""
+
+    def change(tensors, config):
+        names = sorted(tensors)
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            name = rng.choice(names)
+            if name in tensors:
+                rng.choice(_DAMAGE)(rng, tensors, config, name)
+
+    return change
+
+
+def _resize(rng, tensors, config, name):
+    tensor, dimension = tensors[name], rng.randrange(2)
+    size = rng.choice([0, 1, tensor.shape[dimension] // 2, tensor.shape[dimension] - 1, 2 * tensor.shape[dimension]])
+    tensors[name] = torch.ones(tensor.shape[:dimension] + (size,) + tensor.shape[dimension + 1 :])
+
+
+def _retype(rng, tensors, config, name):
+    kinds = (torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn)
+    tensors[name] = tensors[name].to(rng.choice(kinds))
+
+
+def _spoil_a_value(rng, tensors, config, name):
+    values = tensors[name].float().flatten()
+    values[rng.randrange(len(values)) : len(values)] = rng.choice([math.nan, math.inf, -math.inf, 1e38, 0.0, 1e-40])
+    tensors[name] = values.view(tensors[name].shape)
+
+
+def _rename(rng, tensors, config, name):
+    pairs = [("layers.1.", "layers.2."), ("layers.1.", "layers.3."), ("layers.0.", "layers.00."), ("lora_A", "lora_B")]
+    pairs += [
+        ("base_model.model.", ""),
+        ("model.layers", "layers"),
+        (".weight", ".default.weight"),
+        ("lora_B", "lora_C"),
+    ]
+    pairs += [("attention.dense", "attention.o_proj"), ("gate_proj", "up_proj"), ("mlp", "mlp.shared_experts")]
+    old, new = rng.choice(pairs)
+    for one in [name] if rng.random() < 0.5 else sorted(tensors):
+        tensors[one.replace(old, new)] = tensors.pop(one)
+
+
+def _drop(rng, tensors, config, name):
+    module = name.rpartition(".lora_")[0]
+    for one in [name] if rng.random() < 0.3 else [one for one in tensors if one.startswith(module)]:
+        tensors.pop(one)
+
+
+def _exchange(rng, tensors, config, name):
+    other = rng.choice(sorted(tensors))
+    tensors[name], tensors[other] = tensors[other], tensors[name]
+
+
+def _turn(rng, tensors, config, name):
+    tensors[name] = tensors[name].t()
+
+
+def _scale(rng, tensors, config, name):
+    tensors[name] = tensors[name].float() * rng.choice([-1, 0, 0.5, 3])
+
+
+def _another_rank(rng, tensors, config, name):
+    rank, module = rng.choice([1, 3, 8, 16, 17]), name.rpartition(".lora_")[0]
+    draw = torch.Generator().manual_seed(rank)
+    for one in [one for one in tensors if one.startswith(f"{module}.")]:
+        rows, columns = tensors[one].shape
+        shape = (rank, columns) if "lora_A" in one else (rows, rank)
+        tensors[one] = 0.2 * torch.randn(shape, generator=draw)
+    if rng.random() < 0.7:
+        config["rank_pattern"] = {".".join(module.split(".")[-4:]): rank}
+
+
+def _set_a_key(rng, tensors, config, name):
+    module = re.escape(".".join(name.rpartition(".lora_")[0].split(".")[-2:]))
+    keys = {
+        "r": [1, 2, 8, 16, 64, 0, -1, None, "4", 4.0, True],
+        "lora_alpha": [1, 4.5, -8, 0, None, "8", 1e40, math.nan, [8]],
+        "use_rslora": [True, False, None, "yes", 1],
+        "use_dora": [True, False, None, 0],
+        "bias": ["none", "all", None, True, "lora_only"],
+        "modules_to_save": [None, [], ["lm_head"], "lm_head"],
+        "rank_pattern": [{}, None, {"dense": 2}, {module: 4}, {"(": 4}, [], {"dense": "4"}, {"dense": -1}],
+        "alpha_pattern": [{}, None, {"dense": 2}, {module: 0.5}, {"*": 3}, 7, {"dense": None}],
+        "target_modules": [[], None, "all-linear", ["dense"], ["nothing"], {"a": 1}],
+        "layers_to_transform": [None, [1], 2],
+        "peft_type": ["LORA", "lora", "LOHA", None, 3],
+        "task_type": ["CAUSAL_LM", "SEQ_CLS", None],
+        "fan_in_fan_out": [True, False, None],
+        "init_lora_weights": [True, "gaussian", "pissa", None, 5],
+        "base_model_name_or_path": ["", "another/model", None, 7],
+        "lora_dropout": [0.3, 0, None],
+        "something_new": [True, {"a": [1]}],
+    }
+    key = rng.choice(sorted(keys))
+    config[key] = rng.choice(keys[key])
+
+
+_DAMAGE = (_resize, _retype, _spoil_a_value, _rename, _drop, _exchange, _turn, _scale, _another_rank)
+_DAMAGE += (_set_a_key, _set_a_key, _set_a_key)
+
+
+def merged_tensors(tensors, adapter):
+    """Weights with the adapter's products added, by PEFT's definition and with no check but PyTorch's.
+
+    Raises:
+        Exception: If it is no adapter of them: of whatever kind comes first.
+    """
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config.get("peft_type") == "LORA" and not config.get("use_dora") and not config.get("fan_in_fan_out")
+    changes, tensors = read_tensors(adapter), dict(tensors)
+    assert changes
+    while changes:
+        name = next(iter(changes))
+        module, _, letter = name.rpartition(".lora_")
+        a, b = (changes.pop(f"{module}.lora_{letter}.weight") for letter in "AB")
+        assert a.is_floating_point() and b.is_floating_point()
+        module = module.removeprefix("base_model.model.")
+        product = scale_in_peft(config, module) * (b.float() @ a.float())
+        assert product.shape == tensors[f"{module}.weight"].shape and product.isfinite().all()
+        tensors[f"{module}.weight"] = tensors[f"{module}.weight"] + product
+    return tensors
 
 
 def adapted(model, batch, max_tokens=16, logprobs=True, **options):

@@ -101,6 +101,23 @@ def plain_answer(folder: Path, prompt: list[int], max_tokens: int = 16) -> tuple
     return logprobs, answer[0, len(prompt) :].tolist()
 
 
+class Judge:
+    """The plain reference with some tensors.
+
+    Args:
+        overrides: As those of `make_checkpoint`.
+    """
+
+    def __init__(self, **overrides: Any) -> None:
+        self.model = BailingMoeV2ForCausalLM(small_config(**overrides)).float()
+
+    @torch.no_grad()
+    def logprobs(self, tensors: dict[str, torch.Tensor], prompt: list[int]) -> torch.Tensor:
+        """Log-probabilities [T - 1, vocab] of the tokens after each one of `prompt`."""
+        self.model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        return self.model(torch.tensor([prompt])).logits[0].log_softmax(-1)[:-1]
+
+
 def small_config(**overrides: Any) -> BailingMoeV2Config:
     """The configuration that `make_checkpoint` writes."""
     raw = {key: value for key, value in {**SMALL, **overrides}.items() if value is not None and key != "model_type"}

@@ -20,10 +20,10 @@ from vllm_bailing import DEMO
 
 
 @contextmanager
-def serving(log, *flags, **env):
-    """`vllm serve` on the demo checkpoint, in fp32, without any trust flag."""
+def serving(log, *flags, model=DEMO, **env):
+    """`vllm serve` on the demo checkpoint or another one, in fp32, without any trust flag, under the name `demo`."""
     port = get_open_port()
-    command = [str(warm.commands() / "vllm"), "serve", str(DEMO), "--served-model-name", "demo"]
+    command = [str(warm.commands() / "vllm"), "serve", str(model), "--served-model-name", "demo"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--max-logprobs", "-1", "--kv-cache-memory-bytes", str(2**28), *flags]
     env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **env}
