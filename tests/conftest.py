@@ -33,7 +33,7 @@ GROUP_OF = {part: group for group, parts in GROUPS.items() for part in parts}
 
 
 def pytest_addoption(parser):
-    text = "Cases that tests draw at random and put through an engine; more by hand, after a change of what they are about."
+    text = "How many cases to draw at random and to put through an engine, where tests do so."
     parser.addoption("--random-cases", type=int, default=100, help=text)
 
 

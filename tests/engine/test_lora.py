@@ -173,7 +173,7 @@ def test_an_engine_that_refused_adapters_goes_on(in_process, tmp_path):
 
 
 def _served(model, folders):
-    """For each adapter the log-probabilities of a prompt, or why it was refused; and whether others suffered from it."""
+    """Log-probabilities of a prompt with each adapter, or why it was refused; after which ones the base changed."""
     from vllm.lora.request import LoRARequest
 
     llm = make_llm(model, enable_lora=True, max_loras=2, max_cpu_loras=2, max_lora_rank=16)
