@@ -157,7 +157,7 @@ class _OpenCall:
         """Whether the text ends within a string of its JSON."""
         if not self._quotes or self._depth <= 0:
             return False
-        # Quotes are not all: what is no JSON has no strings. It is read again when it is twice as long as the last time.
+        # What is no JSON has no strings. That is looked at again when the text is twice as long as the last time.
         if self._size >= 2 * self._checked:
             self._checked = self._size
             return _ends_in_string(self.text)

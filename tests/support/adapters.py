@@ -330,7 +330,7 @@ REFUSED = {
 
 
 def random_change(rng):
-    """A change of an adapter's tensors and config, drawn by `rng`; most of what it leaves is no adapter of the model."""
+    """A change of an adapter's tensors and config; most of what it leaves is no adapter of the model."""
 
     def change(tensors, config):
         names = sorted(tensors)
@@ -345,7 +345,7 @@ def random_change(rng):
 def _resize(rng, tensors, config, name):
     tensor, dimension = tensors[name], rng.randrange(2)
     size = rng.choice([0, 1, tensor.shape[dimension] // 2, tensor.shape[dimension] - 1, 2 * tensor.shape[dimension]])
-    tensors[name] = torch.ones(tensor.shape[:dimension] + (size,) + tensor.shape[dimension + 1 :])
+    tensors[name] = torch.ones((*tensor.shape[:dimension], size, *tensor.shape[dimension + 1 :]))
 
 
 def _retype(rng, tensors, config, name):
@@ -444,7 +444,7 @@ def merged_tensors(tensors, adapter):
     assert changes
     while changes:
         name = next(iter(changes))
-        module, _, letter = name.rpartition(".lora_")
+        module, _, _ = name.rpartition(".lora_")
         a, b = (changes.pop(f"{module}.lora_{letter}.weight") for letter in "AB")
         assert a.is_floating_point() and b.is_floating_point()
         module = module.removeprefix("base_model.model.")

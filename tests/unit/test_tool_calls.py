@@ -198,6 +198,49 @@ def test_whatever_is_taken_for_a_call_can_be_called(data, text):
     assert early == found[: len(early)]  # nothing that was handed out is taken back
 
 
+MANY = 20_000
+ENDLESS = {
+    "opening tags": CALL * MANY,
+    "closing tags": END_CALL * MANY,
+    "opening tags in a name": f'{CALL}{{"name": "' + CALL * MANY,
+    "closing tags in a name": f'{CALL}{{"name": "' + END_CALL * MANY,
+    "closing tags in arguments": f'{CALL}{{"name": "f", "arguments": {{' + f'"a{END_CALL}": "b", ' * MANY,
+    "closing tags in no JSON": f'{CALL}{{"name": "f", x ' + f'"a{END_CALL}": "b", ' * MANY,
+    "no JSON after a while": f'{CALL}{{"name": "f", {f"{CALL!r}: 1, " * 9}x ' + f'"a{END_CALL}": "b", ' * MANY,
+    "calls": f'{CALL}{{"name": "f"}}{END_CALL}' * MANY,
+    "calls in one tag": CALL + '{"name": "f"} ' * MANY + END_CALL,
+    "a list of calls": f"{CALL}[{', '.join([json.dumps({'name': 'f'})] * MANY)}]{END_CALL}",
+    "functions in functions": CALL + '{"function":' * 900 + '"f"' + "}" * 900 + END_CALL,
+    "lists in lists": CALL + "[" * 900 + "]" * 900 + END_CALL,
+    "brackets": CALL + "[" * MANY + END_CALL,
+    "digits": f'{CALL}{{"name": "f", "arguments": {{"a": {"1" * MANY}, "b": "{END_CALL * MANY}"}}}}{END_CALL}',
+    "calls without an end": (CALL + '{"name": "f", ') * MANY,
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_what_a_model_never_ends_is_read_a_few_times_at_most(kind, monkeypatch):
+    text, read = ENDLESS[kind], []
+
+    class Counting(json.JSONDecoder):
+        def raw_decode(self, s, idx=0):
+            try:
+                value, end = super().raw_decode(s, idx)
+            except ValueError as error:
+                read.append(getattr(error, "pos", len(s)) - idx)
+                raise
+            read.append(end - idx)
+            return value, end
+
+    options = {"strict": False, "parse_int": str, "parse_float": str}
+    monkeypatch.setattr(tool_calls, "_JSON", Counting(**options))
+    whole = read_calls(text)
+    assert sum(read) <= 12 * len(text)
+    assert read_calls(*(text[start : start + 997] for start in range(0, len(text), 997))) == whole
+    if kind == "digits":
+        assert len(whole[1]) == 1
+
+
 def test_a_long_call_is_parsed_once(monkeypatch):
     bodies = []
     monkeypatch.setattr(tool_calls, "read_calls", lambda body: bodies.append(body) or read_calls_of(body))
