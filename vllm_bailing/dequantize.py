@@ -7,7 +7,7 @@ library does not read it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import CheckpointError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # registering must not import it
 
 Tensors = dict[str, "torch.Tensor"]  # parts of one module by the last component of their names
 _PARTS = ("weight", "weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "weight_zero_point")
+_GPTQ_BITS = (2, 3, 4, 8)
 _PARTS += ("weight_g_idx", "qweight", "qzeros", "scales", "g_idx")
 
 
@@ -167,7 +168,7 @@ def _fp8(quantization: dict[str, Any]) -> tuple[Any, Any]:
     return lambda module: parts, weight_of
 
 
-def _awq(quantization: dict[str, Any]) -> tuple[Any, Any]:
+def _awq(quantization: dict[str, Any]) -> tuple[Any, ...]:
     from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
 
     try:
@@ -183,7 +184,15 @@ def _awq(quantization: dict[str, Any]) -> tuple[Any, Any]:
         packed = converter.process(named)
         return weight_of_packed(module, {name.rpartition(".")[2]: tensor for name, tensor in packed.items()})
 
-    return lambda module: parts, weight_of
+    def check_spare(module: str, leaf: str, tensor: torch.Tensor) -> None:
+        if leaf == "qzeros":
+            raise CheckpointError(
+                f"{module} has zero points, but quantization_config has zero_point=false; take the config.json that was "
+                "exported with the weights"
+            )
+        _refuse_part(module, leaf, "AWQ")
+
+    return lambda module: parts, weight_of, check_spare
 
 
 def _gptq(quantization: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -191,6 +200,19 @@ def _gptq(quantization: dict[str, Any]) -> tuple[Any, Any, Any]:
     from compressed_tensors.quantization.lifecycle.forward import dequantize
 
     bits, group_size = quantization.get("bits", 4), quantization.get("group_size", -1)
+    if type(bits) is not int or bits not in _GPTQ_BITS:
+        raise CheckpointError(
+            f"quantization_config of config.json has bits={bits!r}; GPTQ has {', '.join(map(str, _GPTQ_BITS))}"
+        )
+    if type(group_size) is not int or (group_size < 1 and group_size != -1):
+        raise CheckpointError(
+            f"quantization_config of config.json has group_size={group_size!r}; wanted is a number of inputs, or -1"
+        )
+    if quantization.get("dynamic"):
+        raise CheckpointError(
+            'quantization_config of config.json has "dynamic" settings of single modules, which dequantize=true does '
+            "not apply; leave it out, or use a checkpoint with one setting for all"
+        )
     # Symmetric weights have their zero in the middle, whatever an exporter stored; kernels do not read it either.
     is_symmetric = bool(quantization.get("sym", True))
     # The first format stores every zero point less one.
@@ -210,6 +232,8 @@ def _gptq(quantization: dict[str, Any]) -> tuple[Any, Any, Any]:
                 f"{module}.g_idx is out of order, but quantization_config has desc_act=false and "
                 f"group_size={group_size}; take the config.json that was exported with the weights"
             )
+        if leaf not in ("g_idx", "qzeros"):
+            _refuse_part(module, leaf, "GPTQ")
 
     def weight_of(module: str, stored: Tensors) -> torch.Tensor:
         import torch
@@ -217,6 +241,10 @@ def _gptq(quantization: dict[str, Any]) -> tuple[Any, Any, Any]:
         scales = stored["scales"].float()  # [groups, out]
         groups, width = scales.shape
         inputs = stored["qweight"].shape[0] * 32 // bits
+        if group_size > 0 and is_in_order and -(-inputs // group_size) != groups:
+            raise ValueError(f"{inputs} inputs of {bits} bits in groups of {group_size} are not {groups} groups")
+        if group_size == -1 and groups != 1:
+            raise ValueError(f"group_size=-1 means one group, not {groups}")
         index = in_order(inputs) if is_in_order else stored["g_idx"].long()
         if int(index.min()) < 0 or int(index.max()) >= groups:
             raise ValueError(f"{'group_size' if is_in_order else 'g_idx'} points outside the {groups} groups")
@@ -229,3 +257,7 @@ def _gptq(quantization: dict[str, Any]) -> tuple[Any, Any, Any]:
         return dequantize(weight.T, scales.T, g_idx=index)
 
     return lambda module: needed, weight_of, check_spare
+
+
+def _refuse_part(module: str, leaf: str, method: str) -> NoReturn:
+    raise CheckpointError(f"{module}.{leaf} is no part of {method}, which quantization_config names; export it again")

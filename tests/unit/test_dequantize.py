@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -221,6 +223,38 @@ def test_gptq_groups_that_contradict_the_configuration_are_refused():
     stored[f"{MODULE}.g_idx"] = stored[f"{MODULE}.g_idx"].flip(0)
     with pytest.raises(CheckpointError, match="g_idx is out of order, but quantization_config has desc_act=false"):
         plain_weight(quantization, stored)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "keys", "message"),
+    [
+        ("gptq", {"bits": 1}, "has bits=1; GPTQ has 2, 3, 4, 8"),
+        ("gptq", {"bits": 2}, "576 inputs of 2 bits in groups of 32 are not 9 groups"),
+        ("gptq", {"bits": 3}, "384 inputs of 3 bits in groups of 32 are not 9 groups"),
+        ("gptq", {"bits": 8}, "144 inputs of 8 bits in groups of 32 are not 9 groups"),
+        ("gptq", {"bits": True}, "has bits=True"),
+        ("gptq", {"bits": "4"}, "has bits='4'"),
+        ("gptq", {"bits": None}, "has bits=None"),
+        ("gptq", {"group_size": 64}, "288 inputs of 4 bits in groups of 64 are not 9 groups"),
+        ("gptq", {"group_size": -1}, "group_size=-1 means one group, not 9"),
+        ("gptq", {"group_size": 0}, "has group_size=0"),
+        ("gptq", {"group_size": None}, "has group_size=None"),
+        ("gptq", {"dynamic": {"+:.*attention.*": {"bits": 8}}}, 'has "dynamic" settings of single modules'),
+        ("awq", {"zero_point": False}, "has zero points, but quantization_config has zero_point=false"),
+    ],
+)
+def test_a_configuration_that_contradicts_the_weights_is_refused(scheme, keys, message):
+    quantization, stored, _ = one_layer(scheme)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        plain_weight({**quantization, **keys}, stored)
+
+
+@pytest.mark.parametrize("scheme", ["gptq", "awq"])
+@pytest.mark.parametrize("leaf", ["weight_scale", "weight_packed", "weight_zero_point"])
+def test_a_part_of_another_scheme_is_refused(scheme, leaf):
+    quantization, stored, _ = one_layer(scheme)
+    with pytest.raises(CheckpointError, match=f"{leaf} is no part of {scheme.upper()}"):
+        plain_weight(quantization, {f"{MODULE}.{leaf}": torch.ones(1), **stored})
 
 
 def test_groups_of_compressed_tensors_are_told_apart_by_their_targets():
