@@ -187,8 +187,8 @@ def _awq(quantization: dict[str, Any]) -> tuple[Any, ...]:
     def check_spare(module: str, leaf: str, tensor: torch.Tensor) -> None:
         if leaf == "qzeros":
             raise CheckpointError(
-                f"{module} has zero points, but quantization_config has zero_point=false; take the config.json that was "
-                "exported with the weights"
+                f"{module} has zero points, but quantization_config has zero_point=false; take the config.json "
+                "that was exported with the weights"
             )
         _refuse_part(module, leaf, "AWQ")
 
