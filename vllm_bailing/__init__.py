@@ -22,7 +22,8 @@ def register() -> None:
         from vllm_bailing.plugin.register import register
 
         register()
-    except Exception as error:  # vLLM does not catch this: it would end every `vllm` command, for any model
+    # vLLM does not catch this: it would end every `vllm` command, for any model.
+    except (Exception, SystemExit) as error:
         import logging
 
         logging.getLogger("vllm.plugins.bailing").warning(

@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_bailing.adapters import EMBEDDING_MODULE, EXPERTS, LINEAR, adaptable, is_prepared, is_routed, target_of
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.errors import AdapterError
+from vllm_bailing.errors import AdapterError, shown
 from vllm_bailing.tensor_names import HEAD, Shape, layer_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
-_SHOWN, _LONGEST = 3, 160
+_SHOWN = 3
 _LARGEST_ALPHA = 1e30
 _RETRAIN = "merge the adapter into the checkpoint, or train one without it"
 # Keys of PEFT that change what the factors mean, or add something to them, if they are set.
@@ -123,10 +123,9 @@ def _check_once(folder: Path, files: tuple[tuple[str, int, int], ...], limits: L
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first few names, on one line whatever a file calls its tensors."""
+    """The first few names."""
     names = list(names)
-    shown = [name.encode("unicode_escape").decode()[:_LONGEST] for name in names[:_SHOWN]]
-    return f"{', '.join(shown)}{', ...' if len(names) > _SHOWN else ''}"
+    return f"{', '.join(map(shown, names[:_SHOWN]))}{', ...' if len(names) > _SHOWN else ''}"
 
 
 # ---- adapter_config.json -------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.errors import CheckpointError
+from vllm_bailing.errors import CheckpointError, shown
 from vllm_bailing.layouts import common_prefix, joined
 from vllm_bailing.tensor_names import Shape, layer_of
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # registering must not import it
 
 _SCALES = ("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "scales")
 _INDEX = "model.safetensors.index.json"
+_FILE_NAME = re.compile(r"[\w][\w.+@ -]{0,200}\.safetensors")
 Kind = Literal["plain", "float8", "integer"]
 
 
@@ -66,33 +68,26 @@ class Checkpoint:
         self._published: dict[str, Checkpoint] = {}
         if folder is None or not folder.is_dir():
             return
-        index = folder / _INDEX
-        files = sorted(folder.glob("*.safetensors"))
-        if index.is_file():
-            try:
-                listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError):
-                self.damage = f"{index} is not a readable index; fetch it again"
-                return
-            files = [folder / name for name in listed]
-            absent = [file.name for file in files if not file.is_file()]
-            if absent:
-                self.damage = (
-                    f"{len(absent)} of {len(listed)} files of the index are not in {folder}, first {absent[0]}; "
-                    "fetch them"
-                )
-                return
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                        stored = opened.get_slice(name)
-                        kind = _kind(stored.get_dtype())
-                        self.tensors[name] = StoredTensor(file, tuple(stored.get_shape()), kind, name)
-            except (SafetensorError, OSError) as error:
-                size = file.stat().st_size
-                self.damage = f"{file} is cut off or damaged ({size} bytes; {error}); fetch it again"
-                return
+        try:
+            files = _files_of(folder)
+            for file in files:
+                self._read_header(file)
+        except CheckpointError as error:
+            self.damage = str(error)
+        except OSError as error:
+            self.damage = f"{error.filename or folder} cannot be read: {error.strerror}"
+
+    def _read_header(self, file: Path) -> None:
+        if not file.is_file():  # a link to nothing, a pipe, ...
+            raise CheckpointError(f"{file} is no file; fetch it again")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                    stored = opened.get_slice(name)
+                    self.tensors[name] = StoredTensor(file, tuple(stored.get_shape()), _kind(stored.get_dtype()), name)
+        except SafetensorError as error:
+            size, reason = file.stat().st_size, shown(error)
+            raise CheckpointError(f"{file} is cut off or damaged ({size} bytes; {reason}); fetch it again") from None
 
     @classmethod
     def of(cls, model_config: Any) -> Checkpoint:
@@ -183,6 +178,35 @@ class Checkpoint:
             return None
         columns = [sorted(set(column)) for column in zip(*names, strict=True)]
         return "".join(column[0] if len(column) == 1 else f"[{''.join(column)}]" for column in columns)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those of its index, or what is there.
+
+    Raises:
+        CheckpointError: If the index cannot be read, names anything but files of the folder, or some are absent.
+    """
+    index = folder / _INDEX
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    if not index.is_file():
+        raise CheckpointError(f"{index} is no file; fetch it again")
+    try:
+        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise CheckpointError(f"{index} is not a readable index; fetch it again") from None
+    for name in listed:
+        # vLLM reads what is in the folder; nothing else may be looked at in its place.
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+            raise CheckpointError(
+                f"{index} names {shown(name)}, which is no safetensors file in its folder; fetch it again"
+            )
+    absent = [name for name in sorted(listed) if not (folder / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{len(absent)} of {len(listed)} files of the index are not in {folder}, first {absent[0]}; fetch them"
+        )
+    return [folder / name for name in sorted(listed)]
 
 
 def _kind(dtype: str) -> Kind:

@@ -11,6 +11,7 @@ plain ValueError, which is what transformers and vLLM expect of a configuration 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 NAME_ANOTHER_DRAFT = (
     "name a checkpoint that has it, such as the base model of the same size, by --speculative-config "
@@ -22,12 +23,25 @@ DEQUANTIZE = (
 
 
 SHOWN = 4  # names in a message
+_LONGEST = 160  # characters of a value in a message
 
 
 def named(names: Collection[str]) -> str:
     """How many `names` there are, and the first few: "6 tensors (a, b, c, d, ...)"."""
-    shown = f"{', '.join(sorted(names)[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+    shown = f"{', '.join(shown(name) for name in sorted(names)[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
     return f"{len(names)} tensor{'s' if len(names) != 1 else ''} ({shown})"
+
+
+def shown(value: Any) -> str:
+    """A name, value or error that came from outside, as it may stand in a message: one line, no control characters."""
+    if isinstance(value, Exception):
+        text = " ".join(str(value).split())
+    else:
+        text = value if isinstance(value, str) else repr(value)
+    text = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[: _LONGEST + 1]
+    )
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 class CheckpointError(RuntimeError):

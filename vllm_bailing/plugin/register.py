@@ -6,6 +6,7 @@ import contextlib
 import importlib.abc
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from vllm_bailing.plugin.support import (
 )
 
 _decision: Decision | None = None
+_lock = threading.RLock()
 
 
 def register() -> Decision:
@@ -30,8 +32,13 @@ def register() -> Decision:
         What was decided in this process; a second call does nothing else.
     """
     global _decision
-    if _decision is not None:
-        return _decision
+    with _lock:
+        if _decision is None:
+            _decision = _register()
+    return _decision
+
+
+def _register() -> Decision:
     from vllm.logger import init_logger
     from vllm.version import __version__ as vllm_version  # pyright: ignore[reportPrivateImportUsage]
 
@@ -78,7 +85,6 @@ def register() -> Decision:
             )
         if decided.warning:
             logger.warning("vllm-bailing %s: %s", __version__, decided.warning)
-    _decision = decided
     return decided
 
 
