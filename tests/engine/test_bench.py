@@ -6,13 +6,21 @@ import os
 import subprocess
 import sys
 
+import pytest
 from typer.testing import CliRunner
 
+from tests.support import warm
 from vllm_bailing import DEMO
 from vllm_bailing.bench import mtp, runner
 from vllm_bailing.bench.mtp import MtpTask
 from vllm_bailing.bench.statistics import AGAIN, IN_TREE, PLUGIN
 from vllm_bailing.cli import app
+
+
+@pytest.fixture(autouse=True)
+def warm_engines(monkeypatch):
+    """Every measurement has a process of its own, which need not import vLLM first here."""
+    monkeypatch.setattr(sys, "executable", str(warm.commands() / "python"))
 
 
 def test_mtp_is_measured_on_the_demo(tmp_path):
@@ -43,7 +51,7 @@ def test_an_engine_that_refuses_ends_the_measurement_with_its_reason(tmp_path):
 
 
 def test_both_classes_are_compared_on_the_demo(tmp_path):
-    command = [sys.executable, "-c", "from vllm_bailing.cli import main; main()", "bench", "compare", "demo"]
+    command = [str(warm.commands() / "vllm-bailing"), "bench", "compare", "demo"]
     command += ["--rounds", "1", "--batch-size", "1", "--output-tokens", "8", "--prefill", "64", "--eager"]
     command += ["--no-warm-up", "--bandwidth", "0.04", "--out", str(tmp_path / "x"), "--json"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}

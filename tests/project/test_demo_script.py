@@ -19,6 +19,7 @@ import psutil
 import pytest
 from vllm.utils.network_utils import get_open_port
 
+from tests.support import warm
 from tests.support.paths import ROOT
 from vllm_bailing import DEMO
 
@@ -40,6 +41,12 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
             "SKIP_SETUP": "1",
             "PYTHONPATH": str(ROOT),
         }
+
+
+@pytest.fixture
+def warm_environment(environment: dict[str, str]) -> dict[str, str]:
+    """With commands that have vLLM imported already, where what a server does is not the point."""
+    return environment | {"VENV": str(warm.commands().parent)}
 
 
 @pytest.fixture
@@ -213,9 +220,8 @@ def test_demo_help(environment):
         (["--max-model-len", "99999999"], "99999999"),
     ],
 )
-def test_demo_with_a_server_that_does_not_start(environment, port, flags, message):
-    needs_vllm_command()
-    done = demo(environment, "--port", str(port), *flags)
+def test_demo_with_a_server_that_does_not_start(warm_environment, port, flags, message):
+    done = demo(warm_environment, "--port", str(port), *flags)
     assert done.returncode == 1
     first, *details = done.stderr.splitlines()
     assert first.startswith("vllm-bailing demo: the server ended while it started (exit code ")
@@ -276,9 +282,8 @@ def test_demo_chats_and_stops(environment, port, tmp_path):
 
 
 @pytest.mark.engine
-def test_demo_keeps_the_server(environment, port):
-    needs_vllm_command()
-    done = demo(environment, "--keep", "--port", str(port), timeout_s=600)
+def test_demo_keeps_the_server(warm_environment, port):
+    done = demo(warm_environment, "--keep", "--port", str(port), timeout_s=600)
     kill = re.search(r"Stop it with: kill (\d+)", done.stdout)
     assert done.returncode == 0 and kill, done.stdout + done.stderr
     try:
@@ -291,3 +296,5 @@ def test_demo_keeps_the_server(environment, port):
     while processes_of(int(kill[1])) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not processes_of(int(kill[1])), "the printed command stops everything"
+    with pytest.raises(ConnectionError), socket.create_connection(("127.0.0.1", port), timeout=5):
+        pass

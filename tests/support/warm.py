@@ -1,4 +1,4 @@
-"""`vllm` and `vllm-bailing` as programs that need not import vLLM first.
+"""`vllm`, `vllm-bailing` and `python` as programs that need not import vLLM first.
 
 `commands()` is a folder for PATH. Its programs hand their arguments, folder, environment and open files to a process
 that has imported vLLM (`preload.py`), which forks and calls the same function as the installed program; the processes
@@ -15,6 +15,7 @@ import functools
 import json
 import multiprocessing
 import os
+import runpy
 import select
 import shutil
 import signal
@@ -28,7 +29,8 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NoReturn
 
-PROGRAMS = ("vllm", "vllm-bailing")
+_PYTHON = sys.executable
+PROGRAMS = ("vllm", "vllm-bailing", "python")
 _CLIENT = """#!{python} -SE
 import json, os, signal, socket, sys
 
@@ -49,23 +51,25 @@ def commands() -> Path:
     """A folder with the programs; it and they are gone when this process ends."""
     from tests.support.engine import ENGINE_ENV, fork_context
 
-    folder = Path(tempfile.mkdtemp(prefix="warm."))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    address = str(folder / "socket")
+    home = Path(tempfile.mkdtemp(prefix="warm."))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    address, folder = str(home / "socket"), home / "bin"  # as in a virtual environment
+    folder.mkdir()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(16)
-    process = fork_context.Process(target=_serve, args=(listener, ENGINE_ENV), daemon=True)
+    process = fork_context.Process(target=_serve, args=(listener, folder, ENGINE_ENV), daemon=True)
     process.start()
     listener.close()
     for name in PROGRAMS:
-        (folder / name).write_text(_CLIENT.format(python=sys.executable, address=address))
+        (folder / name).write_text(_CLIENT.format(python=_PYTHON, address=address))
         (folder / name).chmod(0o755)
     return folder
 
 
-def _serve(listener: socket.socket, env: dict[str, str]) -> NoReturn:
+def _serve(listener: socket.socket, folder: Path, env: dict[str, str]) -> NoReturn:
     os.environ.update(env)
+    sys.executable = str(folder / "python")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that follow
     while True:
         connection, _ = listener.accept()
@@ -108,7 +112,7 @@ def _attend(connection: socket.socket) -> NoReturn:
 
 def _become(files: list[int], name: str, arguments: list[str], folder: str, env: dict[str, str]) -> NoReturn:
     """Call what the installed program `name` calls, and end as that ends."""
-    code: Any = 1
+    code: Any = 0
     try:
         os.setsid()
         for number, file in enumerate(files):
@@ -124,14 +128,18 @@ def _become(files: list[int], name: str, arguments: list[str], folder: str, env:
         process.name = "MainProcess"
         process._config["daemon"] = False  # it may have children
         multiprocessing.get_context = _forking
-        (program,) = entry_points(group="console_scripts", name=name)
         if arguments[:1] == ["serve"]:
             _stay_forkable()
-        code = program.load()()
+        if name == "python":
+            _interpret(arguments)
+        else:
+            (program,) = entry_points(group="console_scripts", name=name)
+            code = program.load()()
     except SystemExit as end:
         code = end.code
     except BaseException:
         traceback.print_exc()
+        code = 1
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 1
@@ -142,6 +150,20 @@ def _become(files: list[int], name: str, arguments: list[str], folder: str, env:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code or 0)
+
+
+def _interpret(arguments: list[str]) -> None:
+    """What Python does with these arguments."""
+    sys.path.insert(0, "")
+    match arguments:
+        case ["-m", module, *rest]:
+            sys.argv = [module, *rest]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        case ["-c", code, *rest]:
+            sys.argv = ["-c", *rest]
+            exec(code, {"__name__": "__main__"})
+        case _:
+            os.execv(_PYTHON, ["python", *arguments])
 
 
 def _stay_forkable() -> None:
