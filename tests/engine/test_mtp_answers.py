@@ -5,7 +5,7 @@ import pytest
 from tests.support.cases import load_case
 from tests.support.checkpoints import PROMPT, make_checkpoint
 from tests.support.conversations import evenly
-from tests.support.engine import TWO_RANKS, TWO_SPAWNED_RANKS, ask, make_llm, run_in_turn
+from tests.support.engine import TWO_RANKS, ask, make_llm, run_in_turn
 from tests.support.speculation import answers, counters, mtp
 from vllm_bailing import DEMO
 
@@ -29,7 +29,7 @@ def test_greedy_answers_to_200_prompts_stay_the_same(tokens, plain_answers, draf
         ({"async_scheduling": False}, {}),
         ({"enforce_eager": False}, {}),
         ({"tensor_parallel_size": 2}, TWO_RANKS),
-        ({"tensor_parallel_size": 2, "enforce_eager": False}, TWO_SPAWNED_RANKS),
+        ({"tensor_parallel_size": 2, "enforce_eager": False}, TWO_RANKS),
     ],
     ids=["chunked", "no_prefix_cache", "preemption", "async", "sync", "compiled", "tp2", "tp2_compiled"],
 )

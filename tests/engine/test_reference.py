@@ -5,7 +5,7 @@ import pytest
 from tests.support.cases import CASES, load_case
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer
 from tests.support.config_switches import SWITCHES, VARIANTS
-from tests.support.engine import TOLERANCE, TWO_RANKS, TWO_SPAWNED_RANKS, generate, run_in_turn
+from tests.support.engine import TOLERANCE, TWO_RANKS, generate, run_in_turn
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -50,7 +50,7 @@ def test_pipeline_stages_compute_the_same(tmp_path):
     model = make_checkpoint(tmp_path, tie_word_embeddings=True)
     wanted, wanted_ids = plain_answer(model, PROMPT)
     # vLLM's CPU worker prepares the tensors between stages only while it warms up a really compiled model.
-    env = {**TWO_SPAWNED_RANKS, "VLLM_CPU_CI_ENV": "0"}
+    env = {**TWO_RANKS, "VLLM_CPU_CI_ENV": "0"}
     ((logprobs, token_ids),) = run_in_turn(
         generate, model, [PROMPT], env=env, enforce_eager=False, pipeline_parallel_size=2
     )

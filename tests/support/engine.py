@@ -38,7 +38,6 @@ ENGINE_ENV = {
 
 # Two ranks, a core each. Forking them from the engine's process saves an import of vLLM for each.
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
-TWO_SPAWNED_RANKS = {**TWO_RANKS, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 # Jobs in the engine's process may hand functions to its ranks.
 _JOB_ENV = {**ENGINE_ENV, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 fork_context = multiprocessing.get_context("forkserver")

@@ -12,9 +12,9 @@ from vllm_bailing.reference import BailingMoeV2ForCausalLM
 PROMPTS = [PROMPT, PROMPT[:7]]
 
 
-def without_head(folder, prefix="model.", labels=0, **keys):
+def without_head(folder, prefix="model.", labels=0, vocab_size=256, **keys):
     """A checkpoint as training an embedding or a reward model leaves it."""
-    make_checkpoint(folder, tie_word_embeddings=False)
+    make_checkpoint(folder, tie_word_embeddings=False, vocab_size=vocab_size)
     tensors = {
         f"{prefix}{name.removeprefix('model.')}": tensor
         for name, tensor in read_tensors(folder).items()
@@ -45,7 +45,8 @@ def last_hidden(folder, prompts=PROMPTS):
         name if name.startswith(("model.", "score.")) else f"model.{name}": tensor.float()
         for name, tensor in read_tensors(folder).items()
     }
-    model = BailingMoeV2ForCausalLM(small_config(num_hidden_layers=config["num_hidden_layers"])).float()
+    sizes = {key: config[key] for key in ("num_hidden_layers", "vocab_size")}
+    model = BailingMoeV2ForCausalLM(small_config(**sizes)).float()
     score = tensors.pop("score.weight", None)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert missing == ["lm_head.weight"] and not unexpected
