@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import logging
 import multiprocessing
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+import vllm_bailing
 from tests.support.configs import CONFIGS, write_config
 from tests.support.engine import run
 from tests.support.registration import load_plugins
@@ -279,13 +281,29 @@ def test_registering_without_vllm_warns_and_goes_on():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), ImportError("gone"), SyntaxError("cut off")], ids=repr)
+def test_a_broken_installation_is_a_warning(error, monkeypatch):
+    def broken():
+        raise error
+
+    said = []
+    monkeypatch.setattr(importlib.import_module("vllm_bailing.plugin.register"), "register", broken)
+    monkeypatch.setattr(logging.getLogger("vllm.plugins.bailing"), "warning", lambda *words: said.append(words))
+    vllm_bailing.register()
+    assert len(said) == 1 and "could not register" in said[0][0]
+
+
 def test_registering_imports_no_model_code_and_leaves_the_parsers_for_later():
     code = """
 import json, sys
 import vllm.engine.arg_utils  # from where vLLM loads plugins first
 before = set(sys.modules)
-import vllm_bailing
-vllm_bailing.register()
+import threading, vllm_bailing
+threads = [threading.Thread(target=vllm_bailing.register) for _ in range(8)]  # one line of the log from all
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
 new = sorted(set(sys.modules) - before)
 imported = "vllm.tool_parsers" in sys.modules
 from vllm.parser.parser_manager import ParserManager
