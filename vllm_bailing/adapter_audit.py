@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,12 +20,11 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_bailing.adapters import EMBEDDING_MODULE, EXPERTS, LINEAR, adaptable, is_prepared, is_routed, target_of
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.errors import AdapterError, shown
+from vllm_bailing.errors import AdapterError, first_of
 from vllm_bailing.tensor_names import HEAD, Shape, layer_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
-_SHOWN = 3
 _LARGEST_ALPHA = 1e30
 _RETRAIN = "merge the adapter into the checkpoint, or train one without it"
 # Keys of PEFT that change what the factors mean, or add something to them, if they are set.
@@ -120,12 +119,6 @@ def _check_once(folder: Path, files: tuple[tuple[str, int, int], ...], limits: L
         _check_values(folder / TENSORS, factors, settings, limits)
     except AdapterError as error:
         raise AdapterError(f"the adapter {folder}: {error}") from None
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few names."""
-    names = list(names)
-    return f"{', '.join(map(shown, names[:_SHOWN]))}{', ...' if len(names) > _SHOWN else ''}"
 
 
 # ---- adapter_config.json -------------------------------------------------------------------------------------------
@@ -266,11 +259,11 @@ def _read_header(folder: Path, limits: Limits) -> dict[str, dict[str, Factor]]:
             factors[module][letter] = Factor(name, shape, stored.get_dtype(), match["rows"] is not None)
     if others:
         raise AdapterError(
-            f"{len(others)} tensor(s) of {TENSORS} are no LoRA factors ({_some(others)}); save the adapter with PEFT's "
-            "save_pretrained(..., save_embedding_layers=False)"
+            f"{len(others)} tensor(s) of {TENSORS} are no LoRA factors ({first_of(others)}); save the adapter with "
+            "PEFT's save_pretrained(..., save_embedding_layers=False)"
         )
     if twice:
-        raise AdapterError(f"{len(twice)} factor(s) are there twice ({_some(twice)}); save the adapter again")
+        raise AdapterError(f"{len(twice)} factor(s) are there twice ({first_of(twice)}); save the adapter again")
     if not factors:
         raise AdapterError(
             f"{TENSORS} has no factors of the model's own layers, so nothing would change; check that "
@@ -311,7 +304,7 @@ def _check_modules(factors: dict[str, dict[str, Factor]], limits: Limits) -> Non
 
 
 def _refuse_dropped(names: Sequence[str], how: str) -> NoReturn:
-    raise AdapterError(f"it has {len(names)} module(s) that would be ignored ({_some(names)}): {how}")
+    raise AdapterError(f"it has {len(names)} module(s) that would be ignored ({first_of(names)}): {how}")
 
 
 def _check_shapes(factors: dict[str, dict[str, Factor]], settings: Settings, limits: Limits) -> None:
@@ -330,17 +323,17 @@ def _check_shapes(factors: dict[str, dict[str, Factor]], settings: Settings, lim
             if factor.shape != wanted:
                 wrong.append(f"{factor.name} is {list(factor.shape)}, wanted is {list(wanted)}")
     if halves:
-        raise AdapterError(f"{len(halves)} module(s) lack a factor ({_some(halves)}); save the adapter again")
+        raise AdapterError(f"{len(halves)} module(s) lack a factor ({first_of(halves)}); save the adapter again")
     if kinds:
         raise AdapterError(
-            f"{len(kinds)} factor(s) are of a kind that PEFT does not store ({_some(kinds)}), wanted are "
+            f"{len(kinds)} factor(s) are of a kind that PEFT does not store ({first_of(kinds)}), wanted are "
             f"{', '.join(_FLOATS)}, and lora_embedding_A and _B for the embedding; save the adapter again"
         )
     if wrong:
         base = f" ({_short(settings.base)})" if settings.base else ""
         raise AdapterError(
-            f"{len(wrong)} factor(s) are of the wrong shape ({_some(wrong)}): trained on another model{base} or with "
-            f"another rank than r={settings.rank}; serve it with the model that it was trained on"
+            f"{len(wrong)} factor(s) are of the wrong shape ({first_of(wrong)}): trained on another model{base} or "
+            f"with another rank than r={settings.rank}; serve it with the model that it was trained on"
         )
 
 
@@ -358,7 +351,7 @@ def _check_experts(factors: dict[str, dict[str, Factor]], settings: Settings, li
     lacking = sorted(m for m in adaptable(limits.config) if is_routed(m) and layer_of(m) in layers and m not in factors)
     if lacking:
         raise AdapterError(
-            f"{len(lacking)} module(s) of routed experts are missing ({_some(lacking)}), and vLLM takes those of a "
+            f"{len(lacking)} module(s) of routed experts are missing ({first_of(lacking)}), and vLLM takes those of a "
             "layer all or not at all; train it on all experts and projections, or merge it into the checkpoint"
         )
     ranks = Counter(
@@ -367,8 +360,8 @@ def _check_experts(factors: dict[str, dict[str, Factor]], settings: Settings, li
     mixed = sorted(f"layer {layer}, {leaf}" for (layer, leaf), count in ranks.items() if count > 1)
     if mixed:
         raise AdapterError(
-            f"the routed experts of {_some(mixed)} have different ranks, which vLLM cannot serve; give all experts of "
-            "a projection one rank, or merge the adapter into the checkpoint"
+            f"the routed experts of {first_of(mixed)} have different ranks, which vLLM cannot serve; give all experts "
+            "of a projection one rank, or merge the adapter into the checkpoint"
         )
 
 
@@ -392,6 +385,7 @@ def _check_values(file: Path, factors: dict[str, dict[str, Factor]], settings: S
                 bad.append(module)
     if bad:
         raise AdapterError(
-            f"{len(bad)} module(s) have values that are NaN, infinite or too large for {limits.dtype} ({_some(bad)}), "
-            "with which every answer would be wrong; train it again, or serve it with another --dtype"
+            f"{len(bad)} module(s) have values that are NaN, infinite or too large for {limits.dtype} "
+            f"({first_of(bad)}), with which every answer would be wrong; train it again, or serve it with another "
+            "--dtype"
         )

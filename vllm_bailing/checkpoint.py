@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.errors import CheckpointError, shown
+from vllm_bailing.errors import CheckpointError, shown, told
 from vllm_bailing.layouts import common_prefix, joined
 from vllm_bailing.tensor_names import Shape, layer_of
 
@@ -199,7 +199,7 @@ def _files_of(folder: Path) -> list[Path]:
         # vLLM reads what is in the folder; nothing else may be looked at in its place.
         if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
             raise CheckpointError(
-                f"{index} names {shown(name)}, which is no safetensors file in its folder; fetch it again"
+                f"{index} names {told(name)}, which is no safetensors file in its folder; fetch it again"
             )
     absent = [name for name in sorted(listed) if not (folder / name).is_file()]
     if absent:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_bailing.checkpoint import Checkpoint, Kind, damaged_files
 from vllm_bailing.checkpoint_diagnosis import likely_cause
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.errors import SHOWN, CheckpointError
+from vllm_bailing.errors import CheckpointError, first_of, shown
 from vllm_bailing.tensor_names import EMBEDDING, HEAD, KV_SCALES, Shape, layer_of, main_tensors, mtp_tensors
 
 if TYPE_CHECKING:  # registering must not import it
@@ -201,14 +201,12 @@ class Audit:
             ("of the wrong shape", misshapen),
             ("of integers or 8 bits", self.not_float),
         )
-        parts = [
-            f"{len(names)} {title} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
-            for title, names in found
-            if names
-        ]
+        parts = [f"{len(names)} {title} ({first_of(names)})" for title, names in found if names]
         if parts:
             cause = likely_cause(self, missing)
-            remedy = f"Likely cause: {cause}" if cause else "Take weights and config.json from the same place"
+            remedy = (
+                f"Likely cause: {shown(cause, 1000)}" if cause else "Take weights and config.json from the same place"
+            )
             raise CheckpointError(f"{what}: {'; '.join(parts)}. {remedy}")
 
 

@@ -10,12 +10,12 @@ import functools
 import inspect
 import json
 import logging
-import reprlib
 from pathlib import Path
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
 
+from vllm_bailing.errors import shown, told
 from vllm_bailing.rope import ROPE_KEYS, settled_rope, with_original_window
 from vllm_bailing.validation import (
     require_int,
@@ -68,6 +68,7 @@ _SWITCHES = (
 )
 _NUMBERS = ("rms_norm_eps", "routed_scaling_factor")  # finite, above zero
 _NULL_IS_DEFAULT = (*_SWITCHES, "initializer_range", "score_function", "router_dtype", "num_nextn_predict_layers")
+_MOST_LABELS = 2**20
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Keys beside those of the architecture: what the files are, and what the model is used for. None changes a layer.
 _COMMON = frozenset(
@@ -319,7 +320,7 @@ class BailingMoeV2Config(PretrainedConfig):
         require_number("initializer_range", self.initializer_range, or_zero=True)
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false; correct it in config.json")
+                raise ValueError(f"{name}={told(getattr(self, name))} must be true or false; correct it in config.json")
 
         require_one_of("hidden_act", self.hidden_act, ("silu",))
         require_one_of("score_function", self.score_function, ("sigmoid",))
@@ -359,14 +360,16 @@ class BailingMoeV2Config(PretrainedConfig):
         """Check the keys of all models, where transformers or vLLM would end in an error that names no key."""
         for name in common:
             if _is_attribute_of_class(name):
-                raise ValueError(f"{name}={common[name]!r} is not a key but a method or derived size; remove it")
+                raise ValueError(f"{name}={told(common[name])} is not a key but a method or derived size; remove it")
         names = architectures or [ARCHITECTURE]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"architectures={architectures!r} must be a list such as ['{ARCHITECTURE}']")
+            raise ValueError(f"architectures={told(architectures)} must be a list such as ['{ARCHITECTURE}']")
         for name in ("dtype", "torch_dtype"):
             if isinstance(common.get(name), (str, bool, int, float, list, dict)):  # not yet a torch.dtype
                 require_one_of(name, common[name], _DTYPES)
         require_quantization(common.get("quantization_config"))
+        if common.get("num_labels") is not None:  # transformers makes a table of them
+            require_int("num_labels", common["num_labels"], 0, _MOST_LABELS)
         require_token_ids("bos_token_id", common.get("bos_token_id"), self.vocab_size)
         _refuse_another_model(common)
 
@@ -412,7 +415,7 @@ def _refuse_another_model(keys: dict[str, Any]) -> None:
         if _makes_another_model(key, value):
             neutral = [json.dumps(value) for value in _ANOTHER_MODEL.get(key, ())]
             what = f"set it to {neutral[0]} or remove it" if neutral else "remove it"
-            raise ValueError(f"{key}={value!r} is not part of BailingMoeV2; {what} in config.json")
+            raise ValueError(f"{key}={told(value)} is not part of BailingMoeV2; {what} in config.json")
 
 
 def _require_known(key: str, value: Any) -> None:
@@ -422,7 +425,7 @@ def _require_known(key: str, value: Any) -> None:
         return
     near = difflib.get_close_matches(key, sorted(KEYS - _ANOTHER_MODEL.keys()), 1, cutoff=0.8)  # slips of the pen
     meant = f"write {near[0]} if that is meant, or leave it out" if near else "leave it out"
-    raise ValueError(f"{key}={value!r} is not a key of BailingMoeV2; {meant}")
+    raise ValueError(f"{shown(key)}={told(value)} is not a key of BailingMoeV2; {meant}")
 
 
 def _is_attribute_of_class(key: str) -> bool:
@@ -451,7 +454,7 @@ def _describes_this_family(config_dict: dict[str, Any]) -> bool:
     missing = [key for key in _SECOND_GENERATION if config_dict.get(key) is None]
     if missing and len(missing) < len(_SECOND_GENERATION):
         raise ValueError(
-            f"model_type={model_type!r} means two architectures, and config.json has neither architectures nor "
+            f"model_type={told(model_type)} means two architectures, and config.json has neither architectures nor "
             f'{", ".join(missing)} to tell them apart; write "architectures": ["{ARCHITECTURE}"] into it'
         )
     return not missing
@@ -468,7 +471,7 @@ def adopt(config_dict: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If no one can tell which architecture is meant, or two spellings of a key contradict each other.
     """
-    if not _describes_this_family(config_dict):
+    if not isinstance(config_dict, dict) or not _describes_this_family(config_dict):
         return config_dict
     adopted = {**with_original_window(config_dict), "model_type": MODEL_TYPE}
     compression = adopted.pop("compression_config", None) or None  # the former name
@@ -480,7 +483,7 @@ def adopt(config_dict: dict[str, Any]) -> dict[str, Any]:
         adopted["quantization_config"] = stored or compression
     dtype, former = adopted.get("dtype"), adopted.get("torch_dtype")
     if dtype and former and dtype != former:  # only here: a caller's `dtype` may stand beside the file's
-        raise ValueError(f"dtype={dtype!r} contradicts torch_dtype={former!r}; keep one of them")
+        raise ValueError(f"dtype={told(dtype)} contradicts torch_dtype={told(former)}; keep one of them")
     _warn_of_lost_keys(adopted)
     known = {
         key: value
@@ -490,7 +493,7 @@ def adopt(config_dict: dict[str, Any]) -> dict[str, Any]:
     foreign = adopted.keys() - known.keys() - {"auto_map"}
     without_effect = [key for key in sorted(foreign) if not key.startswith("_") and not _is_neutral(adopted[key])]
     if without_effect:
-        named = ", ".join(f"{key}={reprlib.repr(adopted[key])}" for key in without_effect)
+        named = ", ".join(f"{shown(key)}={told(adopted[key])}" for key in without_effect)
         _warn(f"config.json: without effect, since BailingMoeV2 does not have such keys: {named}")
     return known
 
@@ -544,14 +547,16 @@ def read_config(model: str | Path, overrides: dict[str, Any] | None = None) -> B
     register_with_transformers()
     try:
         raw, _ = PretrainedConfig.get_config_dict(str(model))
+        if not isinstance(raw, dict):
+            raise TypeError(f"it holds a {type(raw).__name__}")
         if raw.get("model_type") != MODEL_TYPE:  # which `adopt` gave to the family's
             raise ValueError(
-                f"{model} is not a BailingMoeV2 model: its config.json has model_type={raw.get('model_type')!r} and "
-                f"architectures={raw.get('architectures')!r}, not {MODEL_TYPE!r} and ['{ARCHITECTURE}']"
+                f"{model} is not a BailingMoeV2 model: its config.json has model_type={told(raw.get('model_type'))} "
+                f"and architectures={told(raw.get('architectures'))}, not {MODEL_TYPE!r} and ['{ARCHITECTURE}']"
             )
         config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"{model} has no config.json that can be had: {' '.join(str(error).split())[:200]}") from None
+    except (OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{model} has no config.json that can be read: {shown(error)}") from None
     assert isinstance(config, BailingMoeV2Config)
     config.update(overrides or {})
     config.validate_rope()

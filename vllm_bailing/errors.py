@@ -10,7 +10,7 @@ plain ValueError, which is what transformers and vLLM expect of a configuration 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 NAME_ANOTHER_DRAFT = (
@@ -22,26 +22,36 @@ DEQUANTIZE = (
 )
 
 
-SHOWN = 4  # names in a message
-_LONGEST = 160  # characters of a value in a message
+_MOST_NAMES = 4  # in a message
+_LONGEST = 160  # characters of a name or value in a message
+
+
+def shown(value: str | Exception, longest: int = _LONGEST) -> str:
+    """What came from outside, as it may stand in a message: on one line, without control characters."""
+    text = " ".join(str(value).split()) if isinstance(value, Exception) else value
+    text = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[: longest + 1]
+    )
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def told(value: Any) -> str:
+    """A value as it is written in Python, as `shown`."""
+    try:
+        return shown(repr(value))
+    except RecursionError:
+        return "(a value of too many levels)"
+
+
+def first_of(names: Iterable[str]) -> str:
+    """The first few of `names`: "a, b, c, d, ..."."""
+    names = list(names)
+    return f"{', '.join(map(shown, names[:_MOST_NAMES]))}{', ...' if len(names) > _MOST_NAMES else ''}"
 
 
 def named(names: Collection[str]) -> str:
     """How many `names` there are, and the first few: "6 tensors (a, b, c, d, ...)"."""
-    shown = f"{', '.join(shown(name) for name in sorted(names)[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
-    return f"{len(names)} tensor{'s' if len(names) != 1 else ''} ({shown})"
-
-
-def shown(value: Any) -> str:
-    """A name, value or error that came from outside, as it may stand in a message: one line, no control characters."""
-    if isinstance(value, Exception):
-        text = " ".join(str(value).split())
-    else:
-        text = value if isinstance(value, str) else repr(value)
-    text = "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[: _LONGEST + 1]
-    )
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return f"{len(names)} tensor{'s' if len(names) != 1 else ''} ({first_of(sorted(names))})"
 
 
 class CheckpointError(RuntimeError):

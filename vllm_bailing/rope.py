@@ -9,6 +9,7 @@ import math
 import sys
 from typing import Any
 
+from vllm_bailing.errors import told
 from vllm_bailing.validation import require_int, require_number, require_object
 
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_dim")
@@ -67,13 +68,13 @@ def settled_rope(
     theta = _agreed("rope_theta", rope_theta, given.get("rope_theta"), _DEFAULT_THETA)
     require_number("rope_theta", theta)
     if theta <= 1:
-        raise ValueError(f"rope_theta={theta!r} must be above 1: it is the base of the wavelengths")
+        raise ValueError(f"rope_theta={told(theta)} must be above 1: it is the base of the wavelengths")
     factor = _agreed("partial_rotary_factor", partial_rotary_factor, given.get("partial_rotary_factor"), None)
     width = _rotary_width(head_dim, factor, rotary_dim)
     if "factor" in ROPE_TYPES[rope_type]:
-        require_number(f"rope_type {rope_type!r}: factor", scaling.get("factor"), largest=sys.float_info.max)
+        require_number(f"rope_type {told(rope_type)}: factor", scaling.get("factor"), largest=sys.float_info.max)
         if scaling["factor"] < 1:
-            raise ValueError(f"factor={scaling['factor']} of rope_type {rope_type!r} must be at least 1")
+            raise ValueError(f"factor={scaling['factor']} of rope_type {told(rope_type)} must be at least 1")
     if rope_type == "yarn":
         window = _stretched_window(scaling, window)
     elif rope_type == "linear":
@@ -81,7 +82,7 @@ def settled_rope(
     else:
         _require_window(window, 1, "max_position_embeddings")
     if scaling.get("factor", 1) > LARGEST_FACTOR:
-        raise ValueError(f"factor={scaling['factor']} of rope_type {rope_type!r} must be at most {LARGEST_FACTOR}")
+        raise ValueError(f"factor={scaling['factor']} of rope_type {told(rope_type)} must be at most {LARGEST_FACTOR}")
 
     share = width / head_dim
     if int(head_dim * share) < width:  # everyone computes the width back from the share, this way
@@ -107,8 +108,8 @@ def _merged(rope_parameters: dict[str, Any] | None, rope_scaling: dict[str, Any]
         for key in sorted(set(rope_parameters) & set(rope_scaling)):
             if rope_parameters[key] != rope_scaling[key]:
                 raise ValueError(
-                    f"rope_parameters.{key}={rope_parameters[key]!r} contradicts "
-                    f"rope_scaling.{key}={rope_scaling[key]!r}; keep one of them"
+                    f"rope_parameters.{key}={told(rope_parameters[key])} contradicts "
+                    f"rope_scaling.{key}={told(rope_scaling[key])}; keep one of them"
                 )
     return {**(rope_parameters or {}), **(rope_scaling or {})}
 
@@ -117,9 +118,9 @@ def _rope_type(given: dict[str, Any]) -> str:
     spellings = [given[key] for key in ("rope_type", "type") if given.get(key) is not None] or ["default"]
     rope_type = spellings[0]
     if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
-        raise ValueError(f"rope_type={rope_type!r} is not supported; use one of {', '.join(sorted(ROPE_TYPES))}")
+        raise ValueError(f"rope_type={told(rope_type)} is not supported; use one of {', '.join(sorted(ROPE_TYPES))}")
     if spellings[-1] != rope_type:
-        raise ValueError(f"type={given['type']!r} contradicts rope_type={rope_type!r}; keep one of them")
+        raise ValueError(f"type={told(given['type'])} contradicts rope_type={told(rope_type)}; keep one of them")
     return rope_type
 
 
@@ -136,12 +137,13 @@ def _scaling(given: dict[str, Any], rope_type: str) -> dict[str, Any]:
         scaling = {}
     if rope_type == "yarn" and "attn_factor" in unknown:
         raise ValueError(
-            f"attn_factor={given['attn_factor']!r} of rope_type 'yarn' is not read by the official code, which takes "
-            "the whole factor of cosines and sines from attention_factor; remove it, or write attention_factor instead"
+            f"attn_factor={told(given['attn_factor'])} of rope_type 'yarn' is not read by the official code, which "
+            "takes the whole factor of cosines and sines from attention_factor; remove it, or write "
+            "attention_factor instead"
         )
     if unknown:
         raise ValueError(
-            f"{unknown[0]}={given[unknown[0]]!r} does not belong to rope_type={rope_type!r}; "
+            f"{unknown[0]}={told(given[unknown[0]])} does not belong to rope_type={told(rope_type)}; "
             f"it takes {', '.join(sorted(allowed)) or 'no scaling keys'} (for YaRN write rope_type 'yarn')"
         )
     return scaling
@@ -165,7 +167,7 @@ def _stretched_window(scaling: dict[str, Any], window: int) -> int:
     if fast < slow:
         raise ValueError(f"beta_fast={fast} of rope_type 'yarn' is below beta_slow={slow}; correct one of the two")
     if not isinstance(scaling.get("truncate", True), bool):
-        raise ValueError(f"truncate={scaling['truncate']!r} of rope_type 'yarn' must be true or false")
+        raise ValueError(f"truncate={told(scaling['truncate'])} of rope_type 'yarn' must be true or false")
     return extended
 
 
@@ -200,7 +202,7 @@ def with_original_window(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _agreed(name: str, outer: Any, inner: Any, default: Any) -> Any:
     if outer is not None and inner is not None and outer != inner:
-        raise ValueError(f"{name}={outer!r} contradicts rope_parameters.{name}={inner!r}; keep one of them")
+        raise ValueError(f"{name}={told(outer)} contradicts rope_parameters.{name}={told(inner)}; keep one of them")
     return next((value for value in (outer, inner) if value is not None), default)
 
 
