@@ -19,7 +19,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -40,6 +39,7 @@ from vllm.utils.network_utils import get_open_port
 from tests.support import warm
 from tests.support.engine import ENGINE_ENV, run
 from tests.support.paths import ROOT
+from tests.support.server import stop
 from vllm_bailing.cli import app
 
 README, CHANGELOG = ROOT / "README.md", ROOT / "CHANGELOG.md"
@@ -412,11 +412,7 @@ class Server:
 
     def stop(self) -> None:
         if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGINT)
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
+            stop(self.process)
         self.process, self.text = None, ""
 
 

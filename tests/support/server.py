@@ -8,7 +8,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 from openai import OpenAI
@@ -41,6 +41,12 @@ def serving(log, *flags, model=DEMO, **env):
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120)
         yield SimpleNamespace(client=client, log=log, url=f"http://127.0.0.1:{port}")
     finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a server and all in its group, if it runs."""
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGINT)
         try:
             process.wait(30)

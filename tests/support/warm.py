@@ -23,7 +23,6 @@ import socket
 import sys
 import tempfile
 import threading
-import traceback
 from importlib.metadata import entry_points
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -138,7 +137,7 @@ def _become(files: list[int], name: str, arguments: list[str], folder: str, env:
     except SystemExit as end:
         code = end.code
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # pyright: ignore[reportArgumentType]
         code = 1
     if isinstance(code, str):
         print(code, file=sys.stderr)
