@@ -46,7 +46,9 @@ def random_cases(pytestconfig):
 def pytest_configure(config):
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker:
-        # Threads of two engines on the same cores would wait for each other most of the time.
+        # Threads of two processes on the same cores would wait for each other most of the time.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
         cores = sorted(os.sched_getaffinity(0))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(cores[int(worker.removeprefix("gw")) % len(cores)])
 

@@ -440,14 +440,14 @@ def merged_tensors(tensors, adapter):
     """
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config.get("peft_type") == "LORA" and not config.get("use_dora") and not config.get("fan_in_fan_out")
-    changes, tensors = read_tensors(adapter), dict(tensors)
-    assert changes
+    stored, tensors = read_tensors(adapter), dict(tensors)
+    changes = {name.removeprefix("base_model.model."): tensor for name, tensor in stored.items()}
+    assert 0 < len(changes) == len(stored)
     while changes:
         name = next(iter(changes))
         module, _, _ = name.rpartition(".lora_")
         a, b = (changes.pop(f"{module}.lora_{letter}.weight") for letter in "AB")
         assert a.is_floating_point() and b.is_floating_point()
-        module = module.removeprefix("base_model.model.")
         product = scale_in_peft(config, module) * (b.float() @ a.float())
         assert product.shape == tensors[f"{module}.weight"].shape and product.isfinite().all()
         tensors[f"{module}.weight"] = tensors[f"{module}.weight"] + product

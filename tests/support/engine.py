@@ -181,7 +181,7 @@ def _child(sender: Any, log: str, env: dict[str, str], job: Callable[..., Any], 
     with Path(log).open("w", buffering=1) as stream:
         _redirect(stream)
         if env.get("VLLM_WORKER_MULTIPROC_METHOD") == "fork":
-            _fork_ranks()
+            fork_children()
         try:
             answer = ("ok", job(*args, **kwargs))
         except BaseException as error:
@@ -202,12 +202,11 @@ def _child(sender: Any, log: str, env: dict[str, str], job: Callable[..., Any], 
         os._exit(0)  # an engine's threads would keep the process alive
 
 
-def _fork_ranks() -> None:
-    """Let the ranks of a parallel engine be forked, where vLLM's CPU platform overrules the environment variable."""
-    from vllm.v1.executor import multiproc_executor
-
-    torch.set_num_threads(1)
-    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+def fork_children() -> None:
+    """Let vLLM fork this process's children, the engine and its ranks, where it would spawn them."""
+    torch.set_num_threads(1)  # threads do not survive a fork
+    of_method = multiprocessing.get_context
+    multiprocessing.get_context = lambda method=None: of_method("fork" if method == "spawn" else method)
 
 
 def run_ranks(job: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> list[Any]:

@@ -24,9 +24,10 @@ import sys
 import tempfile
 import threading
 from importlib.metadata import entry_points
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NoReturn
+
+from tests.support.engine import ENGINE_ENV, fork_children, fork_context
 
 _PYTHON = sys.executable
 PROGRAMS = ("vllm", "vllm-bailing", "python")
@@ -48,8 +49,6 @@ sys.exit(ended[0] if ended else 1)
 @functools.cache
 def commands() -> Path:
     """A folder with the programs; it and they are gone when this process ends."""
-    from tests.support.engine import ENGINE_ENV, fork_context
-
     home = Path(tempfile.mkdtemp(prefix="warm."))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     address, folder = str(home / "socket"), home / "bin"  # as in a virtual environment
@@ -126,9 +125,8 @@ def _become(files: list[int], name: str, arguments: list[str], folder: str, env:
         process: Any = multiprocessing.current_process()
         process.name = "MainProcess"
         process._config["daemon"] = False  # it may have children
-        multiprocessing.get_context = _forking
-        if arguments[:1] == ["serve"]:
-            _stay_forkable()
+        fork_children()
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a server's event loop has set one
         if name == "python":
             _interpret(arguments)
         else:
@@ -163,18 +161,3 @@ def _interpret(arguments: list[str]) -> None:
             exec(code, {"__name__": "__main__"})
         case _:
             os.execv(_PYTHON, ["python", *arguments])
-
-
-def _stay_forkable() -> None:
-    """Threads do not survive a fork: the front process of a server must not have those of OpenMP."""
-    import torch
-
-    torch.set_num_threads(1)
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-
-
-_get_context = multiprocessing.get_context
-
-
-def _forking(method: str | None = None) -> BaseContext:
-    return _get_context("fork" if method == "spawn" else method)
