@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_bailing.adapters import EMBEDDING_MODULE, EXPERTS, LINEAR, adaptable, is_prepared, is_routed, target_of
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.errors import AdapterError, first_of
+from vllm_bailing.errors import AdapterError, first_of, told
 from vllm_bailing.tensor_names import HEAD, Shape, layer_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -144,7 +144,7 @@ def read_settings(file: Path) -> Settings:
             raise AdapterError(f"{CONFIG} has no {key}; save the adapter with PEFT's save_pretrained")
     use_rslora = raw.get("use_rslora") or False
     if not isinstance(use_rslora, bool):
-        raise AdapterError(f"use_rslora={use_rslora!r} in {CONFIG} must be true or false; correct it")
+        raise AdapterError(f"use_rslora={told(use_rslora)} in {CONFIG} must be true or false; correct it")
     return Settings(
         _rank("r", raw["r"]),
         _alpha("lora_alpha", raw["lora_alpha"]),
@@ -158,9 +158,11 @@ def read_settings(file: Path) -> Settings:
 def _check_kind(raw: dict[str, Any]) -> None:
     kind = raw.get("peft_type") or "LORA"
     if str(kind).upper() != "LORA":
-        raise AdapterError(f"peft_type={kind!r} in {CONFIG} is not LORA; {_RETRAIN}")
-    if (bias := raw.get("bias") or "none") != "none":
-        raise AdapterError(f"bias={bias!r} in {CONFIG} is not applied here; {_RETRAIN}")
+        raise AdapterError(f"peft_type={told(kind)} in {CONFIG} is not LORA; {_RETRAIN}")
+    if (bias := raw.get("bias", "none")) is None:
+        raise AdapterError(f'bias=null in {CONFIG} is no setting; write "none"')
+    if bias != "none":
+        raise AdapterError(f"bias={told(bias)} in {CONFIG} is not applied here; {_RETRAIN}")
     for key in _NOT_APPLIED:
         if value := raw.get(key):
             raise AdapterError(f"{key}={_short(value)} in {CONFIG} is not applied here; {_RETRAIN}")

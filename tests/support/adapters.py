@@ -290,6 +290,10 @@ REFUSED = {
     "dora": (setting(use_dora=True), "use_dora=true"),
     "lora_bias": (setting(lora_bias=True), "lora_bias=true"),
     "bias": (setting(bias="lora_only"), "bias='lora_only'"),
+    "bias_of_nothing": (
+        lambda t, c: c.update(bias=None),
+        'bias=null in adapter_config.json is no setting; write "none"',
+    ),
     "modules_to_save": (setting(modules_to_save=["lm_head"]), 'modules_to_save=["lm_head"]'),
     "a_classifier": (setting(modules_to_save=["score"]), 'modules_to_save=["score"]'),
     "fan_in_fan_out": (setting(fan_in_fan_out=True), "fan_in_fan_out=true"),
@@ -439,7 +443,11 @@ def merged_tensors(tensors, adapter):
         Exception: If it is no adapter of them: of whatever kind comes first.
     """
     config = json.loads((adapter / "adapter_config.json").read_text())
-    assert config.get("peft_type") == "LORA" and not config.get("use_dora") and not config.get("fan_in_fan_out")
+    assert (
+        str(config.get("peft_type") or "LORA").upper() == "LORA"
+        and not config.get("use_dora")
+        and not config.get("fan_in_fan_out")
+    )
     stored, tensors = read_tensors(adapter), dict(tensors)
     changes = {name.removeprefix("base_model.model."): tensor for name, tensor in stored.items()}
     assert 0 < len(changes) == len(stored)

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_bailing.adapter_audit import CONFIG, Limits, check_adapter
 from vllm_bailing.adapters import ENDS, EXPERTS, LINEAR, TARGETS, AdapterSlots, is_prepared, unknown_targets
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.errors import AdapterError
+from vllm_bailing.errors import AdapterError, shown
 from vllm_bailing.plugin.shims import knows_scales_of_modules
 from vllm_bailing.tensor_names import layer_of
 from vllm_bailing.units import GIB, dtype_name
@@ -149,6 +149,18 @@ def refuse_misfit(model_config: Any, lora_config: Any, request: Any) -> None:
         knows_scales_of_modules(),
     )
     check_adapter(folder, limits)
+    _read_as_vllm_does(folder, lora_config)
+
+
+def _read_as_vllm_does(folder: Path, lora_config: Any) -> None:
+    """What vLLM refuses in an adapter's settings it refuses in a step of the engine, which does not survive that."""
+    from vllm.lora.peft_helper import PEFTHelper
+
+    try:
+        settings = PEFTHelper.from_local_dir(str(folder), None)
+        settings.validate_legal(lora_config)
+    except Exception as error:  # of whatever kind
+        raise AdapterError(f"the adapter {folder}: vLLM does not take its {CONFIG}: {shown(error)}") from None
 
 
 def _folder_of(path: str) -> Path:
