@@ -315,7 +315,8 @@ print(json.dumps([new, imported, parser.tool_parser_cls.__name__, parser.reasoni
     assert not imported and parsers == ["BailingToolParser", "BailingReasoningParser"]
     own = {name for name in new if name.startswith("vllm_bailing")}
     plugin = {f"vllm_bailing.plugin{name}" for name in ("", ".excepthook", ".patches", ".register", ".support")}
-    assert own == {"vllm_bailing", "vllm_bailing.config", "vllm_bailing.rope", "vllm_bailing.validation"} | plugin
+    files = {f"vllm_bailing.{name}" for name in ("config", "errors", "rope", "validation")}
+    assert own == {"vllm_bailing"} | files | plugin
     registry = {"registry", "interfaces", "interfaces_base"}  # which `from vllm import ModelRegistry` needs
     settings = {"config"}  # checks of settings by architecture
     models = {name.rsplit(".", 1)[-1] for name in new if name.startswith("vllm.model_executor.models.")}
