@@ -50,6 +50,7 @@ class Limits:
         dtype: Full name of the data type that the factors become.
         experts_remedy: What to do with an adapter of routed experts if they are not prepared; `None` for the flag.
         scales_each_module: Whether vLLM knows ranks and scales of single modules, and rsLoRA for experts.
+        check_settings: vLLM's own reading of the folder's settings; raises AdapterError.
     """
 
     config: BailingMoeV2Config = field(hash=False)
@@ -58,6 +59,7 @@ class Limits:
     dtype: str = "float32"
     experts_remedy: str | None = None
     scales_each_module: bool = True
+    check_settings: Callable[[Path], None] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def _check_once(folder: Path, files: tuple[tuple[str, int, int], ...], limits: L
         _check_shapes(factors, settings, limits)
         _check_experts(factors, settings, limits)
         _check_values(folder / TENSORS, factors, settings, limits)
+        if limits.check_settings is not None:
+            limits.check_settings(folder)
     except AdapterError as error:
         raise AdapterError(f"the adapter {folder}: {error}") from None
 

@@ -147,12 +147,12 @@ def refuse_misfit(model_config: Any, lora_config: Any, request: Any) -> None:
         adapter_dtype(lora_config, model_config.dtype),
         _NO_EXPERTS_ON_CPU if current_platform.is_cpu() else None,
         knows_scales_of_modules(),
+        functools.partial(_read_as_vllm_does, lora_config),
     )
     check_adapter(folder, limits)
-    _read_as_vllm_does(folder, lora_config)
 
 
-def _read_as_vllm_does(folder: Path, lora_config: Any) -> None:
+def _read_as_vllm_does(lora_config: Any, folder: Path) -> None:
     """What vLLM refuses in an adapter's settings it refuses in a step of the engine, which does not survive that."""
     from vllm.lora.peft_helper import PEFTHelper
 
@@ -160,7 +160,7 @@ def _read_as_vllm_does(folder: Path, lora_config: Any) -> None:
         settings = PEFTHelper.from_local_dir(str(folder), None)
         settings.validate_legal(lora_config)
     except Exception as error:  # of whatever kind
-        raise AdapterError(f"the adapter {folder}: vLLM does not take its {CONFIG}: {shown(error)}") from None
+        raise AdapterError(f"vLLM does not take its {CONFIG}: {shown(error)}") from None
 
 
 def _folder_of(path: str) -> Path:
