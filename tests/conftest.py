@@ -34,7 +34,7 @@ GROUP_OF = {part: group for group, parts in GROUPS.items() for part in parts}
 
 def pytest_addoption(parser):
     text = "How many cases to draw at random and to put through an engine, where tests do so."
-    parser.addoption("--random-cases", type=int, default=100, help=text)
+    parser.addoption("--random-cases", type=int, default=500, help=text)
 
 
 @pytest.fixture(scope="session")
