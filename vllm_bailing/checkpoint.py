@@ -134,10 +134,10 @@ class Checkpoint:
         try:
             for name, parts in joined(stored, config, self.prefix):
                 first, *rest = (StoredTensor(t.file, piece.shape, t.kind, t.name, piece.take) for piece, t in parts)
-                rows = sum(part.shape[0] for part in (first, *rest))
-                whole.tensors[name] = (
-                    replace(first, shape=(rows, *first.shape[1:]), rest=tuple(rest)) if rest else first
-                )
+                if rest:  # parts have rows; what is whole may be a scalar, as the scale of a tensor is
+                    rows = sum(part.shape[0] for part in (first, *rest))
+                    first = replace(first, shape=(rows, *first.shape[1:]), rest=tuple(rest))
+                whole.tensors[name] = first
         except CheckpointError as error:
             whole.damage = self.damage or str(error)
         return whole

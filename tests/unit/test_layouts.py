@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +22,14 @@ from tests.support.layouts import (
     split_projections,
     stacked_experts,
 )
-from vllm_bailing.checkpoint import Checkpoint
+from vllm_bailing.checkpoint import Checkpoint, StoredTensor
 from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.errors import CheckpointError
 from vllm_bailing.layouts import as_published, published_name
 from vllm_bailing.tensor_names import main_tensors
+
+ZEROS = {name: torch.zeros(shape) for name, shape in PUBLISHED.items()}
+NAMES = {layout: [name for name, _ in turned(ZEROS)] for layout, turned in LAYOUTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +94,23 @@ def test_files_with_two_tensors_that_are_the_same_one_are_damaged(tensors, tmp_p
     write_tensors(tmp_path, {**tensors, "actor.lm_head.weight": tensors["lm_head.weight"].clone()})
     checkpoint = Checkpoint(tmp_path)
     assert not checkpoint.damage and "are both lm_head.weight; keep one" in checkpoint.published(CONFIG).damage
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_tensors_of_any_shape_are_described(data):
+    """Scalars, as the scale of a whole tensor is one, and whatever else a file may hold."""
+    layout = data.draw(st.sampled_from(sorted(LAYOUTS)))
+    names = data.draw(st.lists(st.sampled_from(NAMES[layout]), unique=True, min_size=1, max_size=6))
+    checkpoint = Checkpoint(None)
+    for name in names:
+        name = data.draw(st.sampled_from([name, f"{name}_scale", f"{name}_scale_inv", f"{name}.stranger"]))
+        shape = tuple(data.draw(st.lists(st.sampled_from([0, 1, 2, 48, 64, 96, 128]), max_size=4)))
+        checkpoint.tensors[name] = StoredTensor(Path("model.safetensors"), shape, "plain", name)
+    described = checkpoint.published(CONFIG)
+    assert described.damage or sum(math.prod(one.shape) for one in described.tensors.values()) <= sum(
+        math.prod(one.shape) for one in checkpoint.tensors.values()
+    )
 
 
 # ---- what is not turned is told apart --------------------------------------------------------------------------------
