@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm_bailing.checkpoint import Checkpoint, Kind, damaged_files
-from vllm_bailing.checkpoint_diagnosis import likely_cause
+from vllm_bailing.checkpoint_causes import likely_cause
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import CheckpointError, first_of, shown
 from vllm_bailing.tensor_names import EMBEDDING, HEAD, KV_SCALES, Shape, layer_of, main_tensors, mtp_tensors
@@ -24,7 +24,7 @@ class Audit:
 
     A tensor is loaded, or skipped by a rule named in `skip_rule`, or held back and reported. Only names, shapes and
     kinds of numbers are looked at: no byte of a tensor is read here. `check` does the same with the headers of the
-    files alone. Why something does not fit is guessed in `checkpoint_diagnosis.py`.
+    files alone. Why something does not fit is guessed in `checkpoint_causes.py`.
 
     Args:
         config: The model's configuration.

@@ -1,8 +1,9 @@
 """The classes of the errors that this package raises for its users, and the remedies that several messages share.
 
 The text of a message stands where it is raised: search for its words. What is wrong with the tensors of a checkpoint is
-said in `checkpoint_audit.py`, with a value of config.json in `config.py`, `rope.py` and `validation.py`, with flags in
-`plugin/checks.py` and `plugin/options.py`, with a request in `parsers.py`.
+said in `checkpoint_audit.py` and the likely cause of it in `checkpoint_causes.py`, with a value of config.json in
+`config.py`, `rope.py` and `validation.py`, with flags in `plugin/checks.py` and `plugin/options.py`, with a request in
+`parsers.py`.
 
 A message is one sentence on one line: what came, what was wanted, what to do next. A wrong value in a config.json is a
 plain ValueError, which is what transformers and vLLM expect of a configuration class.

@@ -1,7 +1,7 @@
 """The router on vLLM: the gate's projection, and the rule by which vLLM's runner chooses and weights experts.
 
 The rule itself, line by line as in the official code, is `grouped_topk` and `BailingMoeV2Gate.forward` in
-`reference.py`, which the tests hold against this file.
+`reference_layers.py`, which the tests hold against this file.
 
 Dimension letters: T tokens of all requests, H hidden size, E routed experts.
 """

@@ -24,7 +24,7 @@ from bench_files import random_checkpoint
 from rich.progress import track
 
 from vllm_bailing.bench.runner import turns
-from vllm_bailing.plugin.support import USE_INTREE
+from vllm_bailing.plugin.supported_versions import USE_INTREE
 
 ARMS = {"vLLM's own": {USE_INTREE: "1"}, "vllm-bailing": {USE_INTREE: "0"}}
 # Many small tensors, which cost more time than their bytes.

@@ -28,7 +28,7 @@ from rich.table import Table
 from vllm_bailing import DEMO
 from vllm_bailing.bench import shapes
 from vllm_bailing.config import read_config
-from vllm_bailing.plugin.support import USE_INTREE
+from vllm_bailing.plugin.supported_versions import USE_INTREE
 from vllm_bailing.tools import verify
 
 HELD_OUT = ROOT / "tests" / "data" / "demo_heldout.jsonl"

@@ -29,7 +29,7 @@ from vllm_bailing import DEMO
 from vllm_bailing.bench import shapes
 from vllm_bailing.bench.runner import turns
 from vllm_bailing.bench.statistics import AGAIN, IN_TREE, PLUGIN, interval
-from vllm_bailing.plugin.support import USE_INTREE
+from vllm_bailing.plugin.supported_versions import USE_INTREE
 
 ARMS = {IN_TREE: "1", PLUGIN: "0", AGAIN: "1"}
 PATIENCE = 600  # seconds

@@ -31,7 +31,7 @@ import typer
 from packaging.version import Version
 from tables import replaced
 
-from vllm_bailing.plugin.support import USE_INTREE
+from vllm_bailing.plugin.supported_versions import USE_INTREE
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "data" / "versions.json"

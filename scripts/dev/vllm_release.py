@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SUPPORT = ROOT / "vllm_bailing" / "plugin" / "support.py"
+SUPPORT = ROOT / "vllm_bailing" / "plugin" / "supported_versions.py"
 RESULTS = ROOT / "tests" / "data" / "versions.json"
 
 
 def last_checked(source: str) -> tuple[int, int]:
-    """The last minor version in CHECKED_VLLM, read from the source of `plugin/support.py` without importing it."""
+    """The last minor version in CHECKED_VLLM, read from `supported_versions.py` without importing it."""
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CHECKED_VLLM":
             major, minor = ast.literal_eval(node.value)[1].split(".")

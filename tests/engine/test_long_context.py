@@ -42,7 +42,7 @@ def test_facts_are_found_at_four_times_the_window_as_by_the_plain_model():
         logits = [model(torch.tensor([prompt])).logits[0] for prompt, _ in ASKED]
     assert [int(row[-1].argmax()) for row in logits] == found
     for table, row in zip(tables, logits, strict=False):
-        # Largest difference measured: see tests/test_engine_reference.py, whose tolerance this is.
+        # Largest difference measured: see tests/engine/test_reference.py, whose tolerance this is.
         torch.testing.assert_close(table, row[:-1].log_softmax(-1), atol=1e-4, rtol=0)
 
     without, _ = run_in_turn(_served, PLAIN)

@@ -26,21 +26,21 @@ WITHOUT = {
     "vllm_bailing.tensor_names": ["vllm"],
     "vllm_bailing.checkpoint": ["vllm"],
     "vllm_bailing.checkpoint_audit": ["vllm"],
-    "vllm_bailing.checkpoint_diagnosis": ["vllm"],
+    "vllm_bailing.checkpoint_causes": ["vllm"],
     "vllm_bailing.layouts": ["vllm"],
     "vllm_bailing.adapters": ["vllm"],
     "vllm_bailing.adapter_audit": ["vllm"],
     "vllm_bailing.dequantize": ["vllm"],
     "vllm_bailing.reference": ["vllm"],
     "vllm_bailing.reference_layers": ["vllm"],
-    "vllm_bailing.plugin.support": ["vllm", "torch", "transformers"],
+    "vllm_bailing.plugin.supported_versions": ["vllm", "torch", "transformers"],
     "vllm_bailing.plugin.patches": ["vllm", "torch", "transformers"],
     "vllm_bailing.planning.plan": ["vllm"],
     "vllm_bailing.cli": ["vllm", "torch", "transformers"],
 }
 # Modules that registration imports, or that must answer at once: torch comes when it computes. (transformers imports
 # it by itself, so this looks at our own imports.)
-WITHOUT_TORCH = "config rope tensor_names layouts checkpoint checkpoint_audit checkpoint_diagnosis"
+WITHOUT_TORCH = "config rope tensor_names layouts checkpoint checkpoint_audit checkpoint_causes"
 WITHOUT_TORCH += " adapters adapter_audit dequantize"
 WITHOUT_TORCH += " plugin/patches plugin/checks plugin/speculation plugin/lora"
 WITHOUT_TORCH += " planning/gpus planning/memory planning/plan tools/doctor tools/verify tools/chat tools/demo"

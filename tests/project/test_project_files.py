@@ -223,9 +223,10 @@ def test_the_newest_release_that_was_not_checked():
 
 
 def test_the_checked_versions_are_read_as_they_are():
-    from vllm_bailing.plugin.support import CHECKED_VLLM
+    from vllm_bailing.plugin.supported_versions import CHECKED_VLLM
 
-    found = script("vllm_release").last_checked((ROOT / "vllm_bailing/plugin/support.py").read_text(encoding="utf-8"))
+    source = (ROOT / "vllm_bailing/plugin/supported_versions.py").read_text(encoding="utf-8")
+    found = script("vllm_release").last_checked(source)
     assert ".".join(map(str, found)) == CHECKED_VLLM[1]
 
 

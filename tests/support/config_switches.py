@@ -1,6 +1,7 @@
-"""The switches of config.json, a row each: with them vLLM's layers are compared with the plain model.
+"""The switches of config.json, a row each.
 
-A new switch gets a row here; a value that is refused gets one in `MISTAKES` of tests/unit/test_config.py.
+With each, tests/engine/test_reference.py compares vLLM's layers with the plain model. A new switch gets a row here; a
+value that is refused gets one in `MISTAKES` of tests/unit/test_config.py.
 """
 
 from typing import Any

@@ -29,7 +29,7 @@ from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import BenchError
 from vllm_bailing.planning.gpus import gpu_called
 from vllm_bailing.planning.roofline import step_bytes
-from vllm_bailing.plugin.support import USE_INTREE
+from vllm_bailing.plugin.supported_versions import USE_INTREE
 from vllm_bailing.units import short_dtype
 
 _OTHER_PREFIXES = {IN_TREE: "vllm.", AGAIN: "vllm."}  # of the arms whose model class is not this package's

@@ -1,4 +1,6 @@
-"""The command `vllm-bailing`: what belongs to it; each command has a file of its own.
+"""The command `vllm-bailing`: what belongs to it; each command has a file here for its options and its output.
+
+The work behind it is in `tools/`, or in a room of its own (`planning/`, `bench/`, `tuning/`).
 
 Heavy packages are imported inside the command that needs them, so that `--help` and `--version` answer at once.
 """

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_bailing import __version__
-from vllm_bailing.plugin.support import (
+from vllm_bailing.plugin.supported_versions import (
     ARCHITECTURES,
     DRAFT_ARCHITECTURES,
     PARSER,

@@ -1,4 +1,7 @@
-"""Where vLLM's versions differ: one call for each difference, with when it can go. Nothing is changed in vLLM here."""
+"""Where vLLM's versions differ: one call for each difference, with when it can go. Nothing is changed in vLLM here.
+
+Which versions are served is decided in `supported_versions.py`; the steps for a new one stand in CONTRIBUTING.md.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from vllm_bailing.config import differing_keys
 from vllm_bailing.dequantize import dequantized
 from vllm_bailing.errors import CheckpointError, UpdateError, named
 from vllm_bailing.layouts import as_published
-from vllm_bailing.plugin.kernels.layouts import has_checkpoint_layout, in_checkpoint_layout
+from vllm_bailing.plugin.kernels.unpack import has_checkpoint_layout, in_checkpoint_layout
 from vllm_bailing.plugin.patches import settle_partial_layers
 from vllm_bailing.tensor_names import EMBEDDING, HEAD, fused_module
 from vllm_bailing.units import GIB

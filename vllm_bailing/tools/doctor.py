@@ -21,8 +21,8 @@ import json
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from vllm import ModelRegistry
-from vllm_bailing.plugin import support
-names = [*support.ARCHITECTURES, *support.DRAFT_ARCHITECTURES]
+from vllm_bailing.plugin import supported_versions
+names = [*supported_versions.ARCHITECTURES, *supported_versions.DRAFT_ARCHITECTURES]
 where = {{name: getattr(ModelRegistry.models.get(name), "module_name", "") for name in names}}
 print("{NAME}:" + json.dumps(where))
 """
@@ -51,7 +51,7 @@ def environment() -> Iterator[Check]:
 
 def _packages() -> Iterator[Check]:
     from vllm_bailing import __version__
-    from vllm_bailing.plugin import support
+    from vllm_bailing.plugin import supported_versions
 
     yield Check("vllm-bailing", True, __version__)
     try:
@@ -59,8 +59,8 @@ def _packages() -> Iterator[Check]:
     except PackageNotFoundError:
         yield Check("vllm", False, "not installed", "pip install vllm, or for CPUs see scripts/setup.sh")
         return
-    decision = support.decide(_vllm_version() or installed)
-    first, last = support.CHECKED_VLLM
+    decision = supported_versions.decide(_vllm_version() or installed)
+    first, last = supported_versions.CHECKED_VLLM
     if not decision.active:
         yield Check("vllm", False, f"{installed}: {decision.reason}", f"install vLLM {first} to {last}")
     elif decision.warning:
@@ -106,7 +106,7 @@ def _worker() -> Check:
     detail = ", ".join(f"{name} from {module.partition('.')[0] or 'nowhere'}" for name, module in where.items())
     if all(module.startswith("vllm_bailing") for module in where.values()):
         return Check("a worker's classes", True, detail)
-    from vllm_bailing.plugin.support import USE_INTREE
+    from vllm_bailing.plugin.supported_versions import USE_INTREE
 
     if os.environ.get(USE_INTREE, "0") not in ("", "0"):
         return Check("a worker's classes", None, f"{detail}, since {USE_INTREE} is set")

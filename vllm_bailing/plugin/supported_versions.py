@@ -17,8 +17,8 @@ USE_INTREE = "VLLM_BAILING_USE_INTREE"
 PARSER = "bailing"  # for --reasoning-parser and --tool-call-parser
 ARCHITECTURES = {"BailingMoeV2ForCausalLM": "vllm_bailing.model:BailingMoeV2ForCausalLM"}
 DRAFT_ARCHITECTURES = {"BailingMoeV2MTPModel": "vllm_bailing.mtp:BailingMoeV2MTPModel"}  # vLLM has none of its own
-# The arguments that model.py passes by name: file or folder below vllm/, symbol, arguments. That every imported name is
-# there is looked up besides, see `imported_names`.
+# The arguments that model.py and router.py pass by name: file or folder below vllm/, symbol, arguments. That every
+# imported name is there is looked up besides, see `imported_names`.
 REQUIRED = (
     (
         "model_executor/layers/fused_moe",

@@ -1,6 +1,7 @@
 """Why the tensors of a checkpoint do not fit its configuration, as far as names, shapes and counts agree on a cause.
 
-Each cause says what to do about it. Where nothing agrees, none is named: a wrong guess costs more than no guess.
+What is refused is decided in `checkpoint_audit.py`; this file guesses why. Each cause says what to do about it. Where
+nothing agrees, none is named: a wrong guess costs more than no guess.
 """
 
 from __future__ import annotations
