@@ -22,6 +22,7 @@ WITHOUT = {
     "vllm_bailing.rope": ["vllm", "torch", "transformers", "safetensors"],
     "vllm_bailing.reasoning": ["vllm", "torch", "transformers"],
     "vllm_bailing.tool_calls": ["vllm", "torch", "transformers"],
+    "vllm_bailing.control_tokens": ["vllm", "torch", "transformers"],
     "vllm_bailing.config": ["vllm"],
     "vllm_bailing.tensor_names": ["vllm"],
     "vllm_bailing.checkpoint": ["vllm"],

@@ -164,9 +164,9 @@ def manager():
     """What keeps the grammars in vLLM's engine, without the engine."""
     import vllm.v1.structured_output as module
 
-    from vllm_bailing.plugin.register import register_parsers
+    from vllm_bailing.plugin.register import register_extensions
 
-    register_parsers()
+    register_extensions()
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     settings = SimpleNamespace(
         reasoning_parser="bailing", reasoning_parser_plugin="", enable_in_reasoning=False, disable_any_whitespace=False

@@ -14,7 +14,7 @@ from tests.support.answers import ASK, ROME, TOOLS, WEATHER, read_calls, read_th
 from tests.support.conversations import HELD_OUT
 from vllm_bailing import DEMO, TEMPLATES
 from vllm_bailing.errors import RequestError
-from vllm_bailing.plugin.register import register_parsers
+from vllm_bailing.plugin.register import register_extensions
 
 
 def by_kind(kind, count):
@@ -73,7 +73,7 @@ def tokenizer():
 def build(tokenizer):
     """Makes the parser of a request, as vLLM's chat endpoint does."""
     vllm_bailing.register()
-    register_parsers()
+    register_extensions()
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.parser import ParserManager
 

@@ -246,11 +246,15 @@ class Manager:
 def test_a_parser_is_registered_whenever_its_manager_is_imported(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     monkeypatch.syspath_prepend(tmp_path)
+
+    def register(module):
+        module.Manager.register_lazy_module("bailing", "vllm_bailing.parsers", "Parser")
+
     texts = {"whole": MANAGER, "broken": "raise ValueError('broken')", "changed": "Manager = None"}
     for name, text in texts.items():
         (tmp_path / f"manager_{name}.py").write_text(text)
         for _ in range(2):  # as after two registrations
-            sys.meta_path.insert(0, WhenImported(f"manager_{name}", "Manager", "Parser"))
+            sys.meta_path.insert(0, WhenImported(f"manager_{name}", register))
     for load in (importlib.import_module, lambda name: importlib.reload(sys.modules[name])):
         assert load("manager_whole").Manager.known == {"bailing": ("vllm_bailing.parsers", "Parser")}
     with pytest.raises(ValueError, match="broken"):
@@ -314,7 +318,8 @@ print(json.dumps([new, imported, parser.tool_parser_cls.__name__, parser.reasoni
     new, imported, *parsers = json.loads(done.stdout.strip().splitlines()[-1])
     assert not imported and parsers == ["BailingToolParser", "BailingReasoningParser"]
     own = {name for name in new if name.startswith("vllm_bailing")}
-    plugin = {f"vllm_bailing.plugin{name}" for name in ("", ".excepthook", ".patches", ".register", ".support")}
+    parts = ("", ".excepthook", ".patches", ".register", ".supported_versions")
+    plugin = {f"vllm_bailing.plugin{name}" for name in parts}
     files = {f"vllm_bailing.{name}" for name in ("config", "errors", "rope", "validation")}
     assert own == {"vllm_bailing"} | files | plugin
     registry = {"registry", "interfaces", "interfaces_base"}  # which `from vllm import ModelRegistry` needs

@@ -35,9 +35,10 @@ In workers that `vllm-bailing bench` starts:
 - `time_model_loading`: `BaseModelLoader.load_model`.
 
 Beside vLLM: `sys.excepthook` of the `vllm` command (`excepthook.shorten_in_vllm_command`), `sys.meta_path`
-(`register.register_parsers`) and `transformers.PretrainedConfig.get_config_dict` (`config.register_with_transformers`).
-What is public interface of vLLM and transformers is in `register`. The kernels that the model's own layers take on CPUs
-are chosen in `kernels.cpu`, and a router that turns to fp32 tells vLLM's record for reloads so (`router.py`).
+(`register.register_extensions`) and `transformers.PretrainedConfig.get_config_dict`
+(`config.register_with_transformers`). What is public interface of vLLM and transformers is in `register`. The kernels
+that the model's own layers take on CPUs are chosen in `kernels.cpu`, and a router that turns to fp32 tells vLLM's
+record for reloads so (`router.py`).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import importlib.abc
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_bailing import __version__
@@ -15,6 +15,7 @@ from vllm_bailing.plugin.supported_versions import (
     ARCHITECTURES,
     DRAFT_ARCHITECTURES,
     PARSER,
+    TOKENIZER_MODES,
     USE_INTREE,
     Decision,
     decide,
@@ -63,7 +64,7 @@ def _register() -> Decision:
         except (ImportError, AttributeError) as error:
             decided.warning = f"no MTP drafts on this vLLM, whose settings differ from the checked ones: {error}"
     try:
-        register_parsers()
+        register_extensions()
     except Exception as error:  # a server can do without
         decided.warning = decided.warning or f"no parsers named {PARSER!r}: {type(error).__name__}: {error}"
     with _visible(logger):
@@ -123,31 +124,48 @@ def _visible(logger: logging.Logger) -> Iterator[None]:
         logger.propagate = before[1]
 
 
-def register_parsers() -> None:
-    """Make `--reasoning-parser bailing` and `--tool-call-parser bailing` known, as soon as vLLM's parsers are imported.
+def register_extensions() -> None:
+    """Make the parsers and tokenizers of this package known by name, as soon as vLLM's registries are imported.
 
+    `--reasoning-parser bailing`, `--tool-call-parser bailing`, `--tokenizer-mode bailing_split` and `bailing_refuse`.
     Importing vLLM's tool parsers takes seconds, so processes that do without them, the workers, are spared.
     """
-    for module, manager, parser in (
-        ("vllm.reasoning", "ReasoningParserManager", "BailingReasoningParser"),
-        ("vllm.tool_parsers", "ToolParserManager", "BailingToolParser"),
+    for module, register_with in (
+        ("vllm.reasoning", _register_reasoning_parser),
+        ("vllm.tool_parsers", _register_tool_parser),
+        ("vllm.tokenizers.registry", _register_tokenizers),
+        ("vllm.renderers.registry", _register_renderers),
     ):
-        finder = WhenImported(module, manager, parser)
+        finder = WhenImported(module, register_with)
         if module in sys.modules:
             finder.register(sys.modules[module])
         else:
             sys.meta_path.insert(0, finder)
 
 
+def _register_reasoning_parser(module: Any) -> None:
+    module.ReasoningParserManager.register_lazy_module(PARSER, "vllm_bailing.parsers", "BailingReasoningParser")
+
+
+def _register_tool_parser(module: Any) -> None:
+    module.ToolParserManager.register_lazy_module(PARSER, "vllm_bailing.parsers", "BailingToolParser")
+
+
+def _register_tokenizers(module: Any) -> None:
+    for mode, name in TOKENIZER_MODES.items():
+        module.TokenizerRegistry.register(mode, "vllm_bailing.control_tokens", name)
+
+
+def _register_renderers(module: Any) -> None:
+    for mode in TOKENIZER_MODES:
+        module.RENDERER_REGISTRY.register(mode, "vllm.renderers.hf", "HfRenderer")
+
+
 class WhenImported(importlib.abc.MetaPathFinder):
-    """Registers a parser with a manager of vLLM's when the module of the manager is imported; finds nothing itself."""
+    """Calls `register` with one of vLLM's modules when it is imported; finds nothing itself."""
 
-    def __init__(self, module: str, manager: str, parser: str) -> None:
-        self.module, self.manager, self.parser = module, manager, parser
-
-    def register(self, module: Any) -> None:
-        """Make the parser known to the manager in `module`."""
-        getattr(module, self.manager).register_lazy_module(PARSER, "vllm_bailing.parsers", self.parser)
+    def __init__(self, module: str, register: Callable[[Any], None]) -> None:
+        self.module, self.register = module, register
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         """What the other finders find for the module, with the registration after its execution."""
