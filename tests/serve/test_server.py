@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
+import time
 import urllib.request
 
 import pytest
@@ -16,6 +19,7 @@ from tests.support.checkpoints import without_its_end, without_mtp_in_config
 from tests.support.configs import change_config
 from tests.support.conversations import MAX_TOKENS, as_openai, conversation, greedy, prompt_ids, spread
 from tests.support.engine import ENGINE_ENV
+from tests.support.server import serving
 from vllm_bailing import DEMO
 
 
@@ -25,6 +29,40 @@ def test_the_log_says_once_per_process_whose_class_serves(server):
     processes = {line.split(")")[0] for line in lines}
     assert len(lines) == len(processes)
     assert re.search(r"This rank's \S+ GiB of weights took \S+ s \(\S+ GB/s\)", server.log.read_text())
+
+
+def test_a_server_that_is_told_to_stop_finishes_its_answers(tmp_path):
+    """As the files of deploy/ have it; without the flag they are cut off."""
+    told = {}
+
+    def listen(number):
+        stream = server.client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": f"Count to {number}."}],
+            max_tokens=300,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        told[number] = [chunk.choices[0].finish_reason for chunk in stream if chunk.choices]
+
+    with serving(tmp_path / "log", "--shutdown-timeout", "60") as server:
+        listeners = [threading.Thread(target=listen, args=(number,)) for number in range(8)]
+        for listener in listeners:
+            listener.start()
+        while requests_under_way(server) < 8:
+            time.sleep(0.1)
+        server.process.send_signal(signal.SIGTERM)
+        for listener in listeners:
+            listener.join(90)
+        assert server.process.wait(90) == 0
+    assert sorted(told) == list(range(8))
+    assert {reasons[-1] for reasons in told.values()} == {"length"}
+
+
+def requests_under_way(server):
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as metrics:
+        found = re.findall(r"^vllm:num_requests_running\{.*\} (\S+)", metrics.read().decode(), re.MULTILINE)
+    return sum(map(float, found))
 
 
 @pytest.mark.parametrize("stream", [False, True])

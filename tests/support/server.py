@@ -39,7 +39,7 @@ def serving(log, *flags, model=DEMO, **env):
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.5)
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120)
-        yield SimpleNamespace(client=client, log=log, url=f"http://127.0.0.1:{port}")
+        yield SimpleNamespace(client=client, log=log, url=f"http://127.0.0.1:{port}", process=process)
     finally:
         stop(process)
 

@@ -214,8 +214,8 @@ def test_a_command_is_broken_only_where_a_line_would_be_too_long():
 
 def test_a_file_begins_with_its_comments():
     text = config_file({"model": "m", "z": 1, "a": True}, {"A": "1", "B": "2"}, ["one", "two"])
-    assert text == "# one\n# two\n# Set A=1 and B=2.\nmodel: m\nz: 1\na: true\n"
-    assert config_file({"model": "m"}, {}, []) == "model: m\n"
+    assert text == "# one\n# two\n# Set A=1 and B=2.\nmodel: m\nz: 1\na: true\nshutdown-timeout: 60\n"
+    assert config_file({"model": "m"}, {}, []) == "model: m\nshutdown-timeout: 60\n"
 
 
 @pytest.mark.parametrize("case", list(COMMANDS)[:2])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MEMORY_UTILIZATION = 0.92  # vLLM's own default
 _COLUMNS = 100  # of the command, with "  " before a line and " \" after it
+SHUTDOWN_TIMEOUT = 60  # seconds for answers that are under way when a server is told to stop; vLLM's default is none
 _PARSERS = {"enable-auto-tool-choice": True, "tool-call-parser": "bailing", "reasoning-parser": "bailing"}
 
 
@@ -104,11 +105,11 @@ def serve_line(model: str, flags: dict[str, Any], environment: dict[str, str]) -
 
 
 def config_file(flags: dict[str, Any], environment: dict[str, str], comments: Iterable[str]) -> str:
-    """Text of a file for `vllm serve --config FILE`, `comments` first."""
+    """Text of a file for `vllm serve --config FILE`, `comments` first; a server of it finishes its answers."""
     import yaml
 
     lines = list(comments)
     if environment:
         lines.append("Set " + " and ".join(f"{name}={value}" for name, value in environment.items()) + ".")
     header = "".join(f"# {line}\n" for line in lines)
-    return header + yaml.safe_dump(flags, sort_keys=False, width=1000)
+    return header + yaml.safe_dump({**flags, "shutdown-timeout": SHUTDOWN_TIMEOUT}, sort_keys=False, width=1000)
