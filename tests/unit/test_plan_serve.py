@@ -121,7 +121,7 @@ def test_vllm_reads_command_and_file_as_planned(case, tmp_path):
     by_command.pop("model"), by_file.pop("model_tag")
     assert by_command == by_file
     assert {name: by_command[name] for name in EXPECTED[case]} == EXPECTED[case]
-    assert yaml.safe_load(found.yaml()) == found.flags
+    assert yaml.safe_load(found.yaml()) == {**found.flags, "shutdown-timeout": 60}
 
 
 # What they are by vLLM's own parser is tested above, that nothing else is given here.
