@@ -18,6 +18,7 @@ from transformers.configuration_utils import PretrainedConfig
 from vllm_bailing.errors import shown, told
 from vllm_bailing.rope import ROPE_KEYS, settled_rope, with_original_window
 from vllm_bailing.validation import (
+    LARGEST,
     require_int,
     require_number,
     require_object,
@@ -69,6 +70,16 @@ _SWITCHES = (
 _NUMBERS = ("rms_norm_eps", "routed_scaling_factor")  # finite, above zero
 _NULL_IS_DEFAULT = (*_SWITCHES, "initializer_range", "score_function", "router_dtype", "num_nextn_predict_layers")
 _MOST_LABELS = 2**20
+# Far beyond any model, and small enough for the lists that are made of them: layers, names of tensors, the
+# rotation of every position.
+_LARGEST = {
+    "num_hidden_layers": 2**10,
+    "num_nextn_predict_layers": 2**6,
+    "num_experts": 2**12,
+    "head_dim": 2**13,
+    "max_position_embeddings": 2**24,
+}
+_MOST_EXPERTS = 2**17  # of all layers
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Keys beside those of the architecture: what the files are, and what the model is used for. None changes a layer.
 _COMMON = frozenset(
@@ -307,9 +318,14 @@ class BailingMoeV2Config(PretrainedConfig):
 
     def _check_fields(self) -> None:
         for name in _SIZES:
-            require_int(name, getattr(self, name), 1)
+            require_int(name, getattr(self, name), 1, _LARGEST.get(name, LARGEST))
         for name in _COUNTS:
-            require_int(name, getattr(self, name), 0)
+            require_int(name, getattr(self, name), 0, _LARGEST.get(name, LARGEST))
+        if self.num_hidden_layers * self.num_experts > _MOST_EXPERTS:
+            raise ValueError(
+                f"num_hidden_layers={self.num_hidden_layers} with num_experts={self.num_experts} are more than "
+                f"{_MOST_EXPERTS} experts, and no model has so many; correct config.json"
+            )
         shared = 1 if self.num_shared_experts else 0
         require_int("moe_shared_expert_intermediate_size", self.moe_shared_expert_intermediate_size, shared)
         for name in ("eos_token_id", "bos_token_id"):

@@ -170,6 +170,18 @@ def test_any_even_width_survives_a_round_trip(head_dim):
 
 
 MISTAKES = [
+    # what would take all memory
+    *(
+        ({key: 10**9}, [f"{key}=1000000000 must be an integer from"])
+        for key in (
+            "num_hidden_layers",
+            "num_nextn_predict_layers",
+            "num_experts",
+            "head_dim",
+            "max_position_embeddings",
+        )
+    ),
+    ({"num_hidden_layers": 1000, "num_experts": 4096}, ["num_hidden_layers=1000", "num_experts=4096"]),
     # two keys against each other
     ({"rotary_dim": 32}, ["rotary_dim=32", "partial_rotary_factor=0.5"]),
     ({"rotary_dim": 64, "head_dim": 32}, ["rotary_dim=64", "partial_rotary_factor=0.5", "head_dim=32"]),
