@@ -24,6 +24,7 @@ GROUPS = {
         f"unit/test_{name}.py" for name in "gpu_timer grammars parsers rope tuning_command tuning_table".split()
     ),
     "servers of the pages": ("project/test_docs.py",),
+    "what modules import": ("project/test_import_rules.py",),
     "the built wheel": ("project/test_packaging.py",),
     "the demo script": ("project/test_demo_script.py",),
     "the demo checkpoint": ("project/test_demo_checkpoint.py",),

@@ -168,10 +168,8 @@ def test_setup_without_network_then_interrupted(environment, tmp_path):
 def test_setup_accepts_a_complete_environment(environment):
     if not (Path(sys.prefix) / ".vllm-bailing-complete").is_file():
         pytest.skip("this environment was not made by scripts/setup.sh")
-    start = time.monotonic()
     done = setup(environment, Path(sys.prefix), PIP_INDEX_URL="http://127.0.0.1:9/simple")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert time.monotonic() - start < 5
 
 
 # --- demo.sh ------------------------------------------------------------------------------------------------------

@@ -130,24 +130,6 @@ def test_sdist_is_sufficient_by_itself(unpacked_sdist):
     assert os.access(unpacked_sdist / "scripts" / "demo.sh", os.X_OK)
 
 
-def test_wheel_is_found_by_vllm(installed, tmp_path):
-    code = """
-import json, vllm_bailing
-from importlib.metadata import entry_points
-from pathlib import Path
-from vllm.engine.arg_utils import EngineArgs
-from vllm import ModelRegistry
-plugins = entry_points(group="vllm.general_plugins")
-(bailing,) = [plugin for plugin in plugins if plugin.name == "bailing"]
-model = EngineArgs(model=str(vllm_bailing.DEMO)).create_engine_config().model_config
-found, _ = ModelRegistry.resolve_model_cls(["BailingMoeV2ForCausalLM"], model)
-print(json.dumps([vllm_bailing.__file__, bailing.value, found.__module__, type(model.hf_config).__module__]))
-"""
-    file, value, model, config = json.loads(run(installed, code, tmp_path))
-    assert Path(file).is_relative_to(installed.parents[1]), "not the wheel, but the project beside it"
-    assert (value, model, config) == ("vllm_bailing:register", "vllm_bailing.model", "vllm_bailing.config")
-
-
 def test_wheel_brings_the_command(installed, tmp_path):
     done = subprocess.run(
         [str(installed.parent / "vllm-bailing"), "demo-path"], capture_output=True, text=True, cwd=tmp_path, check=False
@@ -156,19 +138,37 @@ def test_wheel_brings_the_command(installed, tmp_path):
     assert Path(done.stdout.strip()).is_relative_to(installed.parents[1])
 
 
-@pytest.mark.engine
-def test_wheel_answers_offline(installed, tmp_path):
+@pytest.fixture(scope="module")
+def used(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What an engine in the environment of the wheel takes from where, and what it answers."""
     code = """
 import json
-from pathlib import Path
+from importlib.metadata import entry_points
 import vllm_bailing
-from vllm import LLM, SamplingParams
+from vllm import LLM, ModelRegistry, SamplingParams
 llm = LLM(str(vllm_bailing.DEMO), enforce_eager=True, dtype="float32", max_model_len=512)
+plugins = entry_points(group="vllm.general_plugins")
+(bailing,) = [plugin for plugin in plugins if plugin.name == "bailing"]
+model = llm.llm_engine.model_config
+found, _ = ModelRegistry.resolve_model_cls(["BailingMoeV2ForCausalLM"], model)
 question = [{"role": "user", "content": "What is the capital of France?"}]
 answer = llm.chat([question], SamplingParams(temperature=0, max_tokens=40))[0].outputs[0].text
-print(json.dumps(answer))
+classes = [found.__module__, type(model.hf_config).__module__]
+print(json.dumps({"file": vllm_bailing.__file__, "plugin": bailing.value, "classes": classes, "answer": answer}))
 """
-    assert json.loads(run(installed, code, tmp_path)) == "The capital of France is Paris."
+    return json.loads(run(installed, code, tmp_path_factory.mktemp("used")))
+
+
+@pytest.mark.engine
+def test_wheel_is_found_by_vllm(installed, used):
+    assert Path(used["file"]).is_relative_to(installed.parents[1]), "not the wheel, but the project beside it"
+    assert used["plugin"] == "vllm_bailing:register"
+    assert used["classes"] == ["vllm_bailing.model", "vllm_bailing.config"]
+
+
+@pytest.mark.engine
+def test_wheel_answers_offline(used):
+    assert used["answer"] == "The capital of France is Paris."
 
 
 def test_readme_shows_the_recorded_versions():

@@ -127,9 +127,9 @@ def run_in_turn(
     """As `run`, in a process that did such jobs before, with the same `env`: for jobs that change nothing in vLLM.
 
     The second engine of a process takes a third of the time that the first one takes. A job that fails ends it, and
-    engines of several ranks or with a compiled model get a process of their own.
+    engines of several ranks get a process of their own.
     """
-    if "VLLM_WORKER_MULTIPROC_METHOD" in (env or {}) or kwargs.get("enforce_eager") is False:
+    if "VLLM_WORKER_MULTIPROC_METHOD" in (env or {}):
         return run(job, *args, env=env, timeout=timeout, **kwargs)
     env = {**_JOB_ENV, **(env or {})}
     key = frozenset(env.items())
@@ -161,11 +161,12 @@ def _turns(connection: Any, log: str, env: dict[str, str]) -> None:
 
 def _forget_engines() -> None:
     """Free what the job's engines hold, above all their caches."""
-    # Each collection of garbage walks through all of vLLM, so one has to do, and what is left is set aside again.
-    with mock.patch.object(gc, "collect"):
+    # Collections of garbage have only this engine to walk through as long as all else is set aside.
+    with mock.patch.object(gc, "collect"), mock.patch.object(gc, "unfreeze"):
         for llm in _engines:
             llm.llm_engine.engine_core.shutdown()
     _engines.clear()
+    torch._dynamo.reset()
     gc.collect()
     gc.freeze()
 
@@ -256,11 +257,17 @@ _engines: list[Any] = []  # keeps engines: one that is dropped waits some second
 def make_llm(model: str | Path, **options: Any) -> Any:
     """An offline engine with the options that the comparisons need; `options` override them."""
     from vllm import LLM
+    from vllm.model_executor.layers import vocab_parallel_embedding
     from vllm.v1.sample import sampler
 
-    # vLLM compiles this little helper for the ranks of log-probabilities, which takes longer than all else here.
-    helper = getattr(sampler, "batched_count_greater_than", None)
-    sampler.batched_count_greater_than = getattr(helper, "_torchdynamo_orig_callable", helper)
+    # vLLM compiles these little helpers, for ranks of log-probabilities and for a divided vocabulary: longer work than
+    # all else here.
+    for module, name in (
+        (sampler, "batched_count_greater_than"),
+        (vocab_parallel_embedding, "get_masked_input_and_mask"),
+    ):
+        helper = getattr(module, name, None)
+        setattr(module, name, getattr(helper, "_torchdynamo_orig_callable", helper))
 
     defaults: dict[str, Any] = {
         "dtype": "float32",
@@ -270,9 +277,14 @@ def make_llm(model: str | Path, **options: Any) -> Any:
         "disable_log_stats": True,
         "skip_tokenizer_init": not (Path(model) / "tokenizer.json").exists(),
     }
-    if "gpu_memory_utilization" not in options:
-        defaults["kv_cache_memory_bytes"] = 2**28  # on a CPU, all of it is filled with zeros at the start
-    _engines.append(LLM(str(model), **{**defaults, **options}))
+    with (
+        mock.patch.object(gc, "freeze"),  # what vLLM sets aside would never be freed
+        mock.patch.dict(os.environ),
+    ):
+        if "gpu_memory_utilization" not in options:
+            defaults["kv_cache_memory_bytes"] = 2**26  # on a CPU, all of it is filled with zeros at the start
+            os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win
+        _engines.append(LLM(str(model), **{**defaults, **options}))
     return _engines[-1]
 
 

@@ -8,6 +8,8 @@ import gc
 import importlib
 import os
 
+import torch
+
 # Inductor would otherwise start compiling processes as soon as it is imported.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
@@ -61,6 +63,17 @@ MODULES = """
 for name in MODULES:
     with contextlib.suppress(ImportError):  # older vLLM has other modules
         importlib.import_module(name)
+# Points all modules' references to Triton kernels at those of the CPU build, which is done once and for all.
+with contextlib.suppress(AttributeError):
+    from vllm.platforms import current_platform
+
+    current_platform.register_triton_kernel_overrides()
+    type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
+# The first trace of a process prepares much that later ones share.
+with contextlib.suppress(Exception):
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.SiLU())
+    torch.compile(layer, backend="eager", fullgraph=True)(torch.zeros(1, 2))
+    torch._dynamo.reset()
 # Collections of garbage would walk through all of this in every engine.
 gc.collect()
 gc.freeze()

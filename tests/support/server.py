@@ -27,6 +27,7 @@ def serving(log, *flags, model=DEMO, **env):
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--max-logprobs", "-1", "--kv-cache-memory-bytes", str(2**28), *flags]
     env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **env}
+    del env["VLLM_CPU_KVCACHE_SPACE"]  # it would overrule the flag above
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=env, start_new_session=True)
     try:
