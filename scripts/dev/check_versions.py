@@ -310,9 +310,9 @@ def overlay_plan(version: str) -> Iterator[None]:
     ensure(Version(vllm.__version__).base_version == version, f"this is vLLM {vllm.__version__}")
     ensure(current_platform.is_cpu(), f"the platform is {type(current_platform).__name__}")
     yield
-    from vllm_bailing.plugin import register, support
+    from vllm_bailing.plugin import register, supported_versions
 
-    ensure(not support.missing_from_vllm(), str(support.missing_from_vllm()))
+    ensure(not supported_versions.missing_from_vllm(), str(supported_versions.missing_from_vllm()))
     yield
     from vllm import ModelRegistry
     from vllm.engine.arg_utils import EngineArgs

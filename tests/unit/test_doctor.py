@@ -12,7 +12,7 @@ from tests.support.checkpoints import read_tensors, without_mtp_in_config, write
 from tests.support.commands import invoke, run_command
 from tests.support.configs import change_config
 from vllm_bailing import DEMO
-from vllm_bailing.plugin import support
+from vllm_bailing.plugin import supported_versions
 from vllm_bailing.tools import doctor
 
 
@@ -55,7 +55,7 @@ def test_vllms_version_is_compared_with_the_checked_ones(found, ok, words, monke
 
 def test_a_newer_vllm_that_lacks_what_is_needed_is_told(monkeypatch):
     monkeypatch.setattr(doctor, "_vllm_version", lambda: "0.99.0")
-    monkeypatch.setattr(support, "missing_from_vllm", lambda root: ["FusedMoEFactory is gone"])
+    monkeypatch.setattr(supported_versions, "missing_from_vllm", lambda root: ["FusedMoEFactory is gone"])
     check = by_name(doctor._packages())["vllm"]
     assert check.ok is False and "FusedMoEFactory is gone" in check.detail
 

@@ -186,15 +186,15 @@ def register_with_a_fault(fault: str) -> tuple[list, str]:
     if fault == "registry fails":
         type(ModelRegistry).register_model = broken
     if fault == "probe fails":
-        from vllm_bailing.plugin import support
+        from vllm_bailing.plugin import supported_versions
 
         pretend_version("99.0")
-        support.missing_from_vllm = broken
+        supported_versions.missing_from_vllm = broken
     if fault == "missing symbol":
-        from vllm_bailing.plugin import support
+        from vllm_bailing.plugin import supported_versions
 
         pretend_version("99.0")
-        support.REQUIRED = (*support.REQUIRED, ("model_executor/layers", "NoSuchLayer", ""))
+        supported_versions.REQUIRED = (*supported_versions.REQUIRED, ("model_executor/layers", "NoSuchLayer", ""))
     if fault == "too old":
         pretend_version("0.26.1")
     return load_plugins(None), registered_models()[ARCHITECTURE]
