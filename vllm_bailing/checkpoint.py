@@ -152,6 +152,11 @@ class Checkpoint:
         return any(".mlp.experts." in name and name.rpartition(".")[2] in _SCALES for name in self.tensors)
 
     @property
+    def has_integers(self) -> bool:
+        """Whether any tensor is stored as integers, in packs or one by one."""
+        return any(tensor.kind == "integer" for tensor in self.tensors.values())
+
+    @property
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.stat().st_size for file in {stored.file for stored in self.tensors.values()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer, read_tensors, write_tensors
 from tests.support.cpu import NEEDS_AVX512
@@ -55,6 +56,21 @@ def test_linear_layers_in_vllms_quantized_kernels(scheme, mean_error, tmp_path):
     wanted, _ = plain_answer(plain_copy(model, meaning, tmp_path / "meaning"), PROMPT)
     ((logprobs, _),) = run_in_turn(generate, model, [PROMPT], dtype="bfloat16")
     assert (logprobs - wanted).abs().mean() <= mean_error
+
+
+def _start_without_avx512(model):
+    torch.cpu._is_avx512_supported = bool
+    make_llm(model)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "gptq", "awq"])
+def test_integers_are_refused_where_no_processor_of_this_kind_has_a_kernel(scheme, tmp_path):
+    """It would start, and the first request would end the engine."""
+    model = make_checkpoint(tmp_path, hidden_size=128, moe_intermediate_size=128)
+    quantize(model, scheme, no_expert)
+    message = r"no kernel for \S+ layers of integers on a processor without AVX-512; .*\"dequantize\": true"
+    with pytest.raises(EngineError, match=message):
+        run(_start_without_avx512, model)
 
 
 @pytest.mark.parametrize(

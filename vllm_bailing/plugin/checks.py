@@ -94,6 +94,11 @@ def check_quantization(vllm_config: Any) -> None:
                 f"vLLM's CPU build has no kernel for {model_config.quantization} experts on a processor without AMX; "
                 f"{DEQUANTIZE}"
             )
+        if checkpoint.has_integers and _lacks_avx512():
+            raise SettingsError(
+                f"vLLM's CPU build has no kernel for {model_config.quantization} layers of integers on a processor "
+                f"without AVX-512; {DEQUANTIZE}"
+            )
 
 
 def check_stop_tokens(model_config: Any) -> None:
@@ -113,6 +118,15 @@ def _has_amx() -> bool:
     import torch
 
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
+def _lacks_avx512() -> bool:
+    """Whether this is an x86 processor for which vLLM's build leaves its kernels for integers out."""
+    import torch
+    from vllm.platforms import CpuArchEnum, current_platform
+
+    is_x86 = current_platform.get_cpu_architecture() == CpuArchEnum.X86
+    return is_x86 and not torch.cpu._is_avx512_supported()
 
 
 @contextlib.contextmanager
