@@ -120,7 +120,7 @@ class ControlTokens:
         def see(text: str, where: str, pattern: re.Pattern[str]) -> str:
             nonlocal is_open
             is_open = is_open or text.endswith(self._beginnings) or text.startswith(self._endings)
-            if not found and (match := pattern.search(self._normalized(text))):
+            if not found and (match := pattern.search(text)):
                 found.append((match[1], where))
             return text
 
@@ -131,7 +131,6 @@ class ControlTokens:
         """A copy with a `mark` wherever a control token, or a part of one, would be encoded together otherwise."""
 
         def marked(text: str, where: str, pattern: re.Pattern[str]) -> str:
-            text = self._normalized(text)
             head = mark if text.startswith(self._endings) else ""
             tail = mark if text.endswith(self._beginnings) else ""
             return head + pattern.sub(lambda match: match[0] + mark, text) + tail
@@ -145,11 +144,13 @@ class ControlTokens:
         return next(char for char in _PRIVATE_USE if char not in used)
 
     def _mapped(self, request: dict[str, Any], change: Callable[[str, str, re.Pattern[str]], str]) -> dict[str, Any]:
+        """A copy with each text changed, which `change` gets as the tokenizer will see it."""
+
         def anywhere(text: str, where: str) -> str:
-            return change(text, where, self._any)
+            return change(self._normalized(text), where, self._any)
 
         def said(text: str, where: str) -> str:
-            return change(text, where, self._any_but_reasoning)
+            return change(self._normalized(text), where, self._any_but_reasoning)
 
         messages = [
             {

@@ -2,8 +2,8 @@
 
 A call is handed out when it is complete, and its arguments are then the JSON text of an object. All else comes out as
 the text that it was: calls that are cut off, and what only looks like a call. The stream gives the same however the
-text is cut, and loses none of it; a whole answer is a stream fed once. No vLLM in here;
-its side is `parsers.py`.
+text is cut, and loses none of it; a whole answer is a stream fed once. No vLLM in here; its
+side is `parsers.py`.
 """
 
 from __future__ import annotations

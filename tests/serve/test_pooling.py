@@ -7,13 +7,7 @@ from transformers import AutoTokenizer
 
 from tests.support.engine import TOLERANCE
 from tests.support.pooling import PROMPTS, last_hidden, without_head
-from tests.support.server import serving
-
-
-def posted(server, path, **body):
-    answer = httpx.post(f"{server.url}{path}", json={"model": "demo", **body}, timeout=120)
-    assert answer.status_code == 200, answer.text
-    return answer.json()["data"]
+from tests.support.server import posted, serving
 
 
 def test_embeddings_and_their_similarity(tmp_path):
@@ -23,7 +17,7 @@ def test_embeddings_and_their_similarity(tmp_path):
     wanted = F.normalize(last_hidden(folder, prompts)[0], dim=-1)
     with serving(tmp_path / "log", "--runner", "pooling", "--convert", "embed", model=folder) as server:
         data = server.client.embeddings.create(model="demo", input=PROMPTS, encoding_format="float").data
-        scores = posted(server, "/score", text_1=texts[0], text_2=texts[1])
+        scores = posted(server, "/score", text_1=texts[0], text_2=texts[1])["data"]
         chat = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "demo", "messages": []}, timeout=60)
     embeddings = torch.tensor([one.embedding for one in data])
     assert (embeddings - wanted[: len(PROMPTS)]).abs().max() <= TOLERANCE
@@ -34,7 +28,7 @@ def test_embeddings_and_their_similarity(tmp_path):
 def test_classes(tmp_path):
     folder = without_head(tmp_path / "model", labels=3)
     with serving(tmp_path / "log", "--runner", "pooling", "--convert", "classify", model=folder) as server:
-        data = posted(server, "/classify", input=PROMPTS)
+        data = posted(server, "/classify", input=PROMPTS)["data"]
     hidden_states, score = last_hidden(folder)
     wanted = (hidden_states @ score.T).softmax(-1)
     assert (torch.tensor([one["probs"] for one in data]) - wanted).abs().max() <= TOLERANCE

@@ -11,6 +11,7 @@ import urllib.request
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
+import httpx
 from openai import OpenAI
 from vllm.utils.network_utils import get_open_port
 
@@ -43,6 +44,13 @@ def serving(log, *flags, model=DEMO, **env):
         yield SimpleNamespace(client=client, log=log, url=f"http://127.0.0.1:{port}", process=process)
     finally:
         stop(process)
+
+
+def posted(server, path, **body):
+    """What the server answers to `body`, which has to be a success."""
+    answer = httpx.post(f"{server.url}{path}", json={"model": "demo", **body}, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
 
 
 def stop(process: subprocess.Popen) -> None:

@@ -178,6 +178,9 @@ def test_letters_that_are_normalized_to_a_control_token_are_one():
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
     tokenizer.add_tokens(["<stop>"])
     wide = [{"role": "user", "content": "\uff1cstop\uff1e"}]
+    halves = [{"role": "user", "content": [{"text": "\uff1cst"}, {"text": "op\uff1e"}]}]
     stop = tokenizer.convert_tokens_to_ids("<stop>")
     assert stop in tokenizer.encode(rendered(tokenizer, wide))
     assert stop not in rendered(guarded(tokenizer), wide)
+    assert stop in tokenizer.encode(rendered(tokenizer, halves, template=PARTS))
+    assert stop not in rendered(guarded(tokenizer), halves, template=PARTS)

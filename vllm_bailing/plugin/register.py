@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.abc
 import logging
 import sys
@@ -66,7 +67,10 @@ def _register() -> Decision:
     try:
         register_extensions()
     except Exception as error:  # a server can do without
-        decided.warning = decided.warning or f"no parsers named {PARSER!r}: {type(error).__name__}: {error}"
+        decided.warning = decided.warning or (
+            f"not all of the parsers named {PARSER!r} and the tokenizer modes {', '.join(TOKENIZER_MODES)} are there: "
+            f"{type(error).__name__}: {error}"
+        )
     with _visible(logger):
         if decided.active:
             logger.info(
@@ -131,8 +135,8 @@ def register_extensions() -> None:
     Importing vLLM's tool parsers takes seconds, so processes that do without them, the workers, are spared.
     """
     for module, register_with in (
-        ("vllm.reasoning", _register_reasoning_parser),
-        ("vllm.tool_parsers", _register_tool_parser),
+        ("vllm.reasoning", functools.partial(_register_parser, "ReasoningParserManager", "BailingReasoningParser")),
+        ("vllm.tool_parsers", functools.partial(_register_parser, "ToolParserManager", "BailingToolParser")),
         ("vllm.tokenizers.registry", _register_tokenizers),
         ("vllm.renderers.registry", _register_renderers),
     ):
@@ -143,12 +147,8 @@ def register_extensions() -> None:
             sys.meta_path.insert(0, finder)
 
 
-def _register_reasoning_parser(module: Any) -> None:
-    module.ReasoningParserManager.register_lazy_module(PARSER, "vllm_bailing.parsers", "BailingReasoningParser")
-
-
-def _register_tool_parser(module: Any) -> None:
-    module.ToolParserManager.register_lazy_module(PARSER, "vllm_bailing.parsers", "BailingToolParser")
+def _register_parser(manager: str, parser: str, module: Any) -> None:
+    getattr(module, manager).register_lazy_module(PARSER, "vllm_bailing.parsers", parser)
 
 
 def _register_tokenizers(module: Any) -> None:

@@ -15,10 +15,8 @@ MINIMUM_VLLM = "0.27"
 CHECKED_VLLM = ("0.27", "0.33")  # first and last minor release checked; README says how each was
 USE_INTREE = "VLLM_BAILING_USE_INTREE"
 PARSER = "bailing"  # for --reasoning-parser and --tool-call-parser
-TOKENIZER_MODES = {
-    "bailing_split": "SplitsControlTokens",
-    "bailing_refuse": "RefusesControlTokens",
-}  # control_tokens.py
+# For --tokenizer-mode, with the classes of control_tokens.py.
+TOKENIZER_MODES = {"bailing_split": "SplitsControlTokens", "bailing_refuse": "RefusesControlTokens"}
 ARCHITECTURES = {"BailingMoeV2ForCausalLM": "vllm_bailing.model:BailingMoeV2ForCausalLM"}
 DRAFT_ARCHITECTURES = {"BailingMoeV2MTPModel": "vllm_bailing.mtp:BailingMoeV2MTPModel"}  # vLLM has none of its own
 # The arguments that model.py and router.py pass by name: file or folder below vllm/, symbol, arguments. That every
