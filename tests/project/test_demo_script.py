@@ -234,6 +234,8 @@ def started_demo(environment, port) -> Iterator[subprocess.Popen[str]]:
     needs_vllm_command()
     command = [SH, str(ROOT / "scripts" / "demo.sh"), "--port", str(port)]
     pipe = subprocess.PIPE
+    # vLLM need not inspect the model class again: that takes a process and, on a slow machine, most of a minute.
+    environment |= {"VLLM_CACHE_ROOT": str(Path("~/.cache/vllm").expanduser())}
     process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     yield process
     if process.poll() is None:

@@ -68,6 +68,11 @@ def commands() -> Path:
 def _serve(listener: socket.socket, folder: Path, env: dict[str, str]) -> NoReturn:
     os.environ.update(env)
     sys.executable = str(folder / "python")
+    with contextlib.suppress(ImportError, AttributeError):
+        from vllm.model_executor.models import registry
+
+        # How vLLM inspects a model class that its cache does not know; read from sys.executable when it was imported.
+        registry._SUBPROCESS_COMMAND = [sys.executable, *registry._SUBPROCESS_COMMAND[1:]]
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that follow
     while True:
         connection, _ = listener.accept()

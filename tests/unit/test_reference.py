@@ -1,8 +1,5 @@
 """The plain PyTorch reference against the recorded outputs of the official code, and as a transformers model."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -128,8 +125,3 @@ def test_loss_is_the_shifted_cross_entropy(tmp_path):
     output = model(ids, labels=ids)
     wanted = -output.logits[0].log_softmax(-1)[:-1].gather(1, ids[0, 1:, None]).mean()
     torch.testing.assert_close(output.loss, wanted)
-
-
-def test_importing_the_reference_imports_no_vllm():
-    code = "import sys, vllm_bailing.reference; sys.exit('vllm' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,5 +1,6 @@
 """Which vLLM versions the model is registered with, and what is looked for in those that were never tested."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ def _no_preference(monkeypatch):
     monkeypatch.delenv(supported_versions.USE_INTREE, raising=False)
 
 
+def file_of(root: Path, module: str) -> Path:
+    return root.joinpath(*(module.split(".")[1:] or ["__init__"])).with_suffix(".py")
+
+
 @pytest.fixture
 def vllm_root(tmp_path):
     """Sources with everything that the model needs, and nothing else."""
@@ -24,7 +29,7 @@ def vllm_root(tmp_path):
         signature = ", ".join(["self", *(f"{argument}=None" for argument in arguments.split())])
         (folder / f"file_{number}.py").write_text(f"class {name}:\n    def __init__({signature}): ...\n")
     for module, name in supported_versions.imported_names():
-        file = tmp_path.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        file = file_of(tmp_path, module)
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as text:
             text.write(f"from somewhere import {name}\n")
@@ -38,6 +43,25 @@ def rewrite(root: Path, name: str, text: str) -> None:
 
 def test_the_installed_vllm_has_all_that_the_model_needs():
     assert supported_versions.missing_from_vllm() == []
+
+
+def test_every_argument_that_is_passed_by_name_is_looked_for():
+    """In calls of what is imported from vLLM; of a decorator with overloads the first form says nothing."""
+    looked_for = {name: set(arguments.split()) for _, name, arguments in supported_versions.REQUIRED}
+    passed: dict[str, set[str]] = {}
+    imported = {name for _, name in supported_versions.imported_names()} - {"support_torch_compile"}
+    for tree in supported_versions.model_files().values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in imported:
+                passed.setdefault(node.func.id, set()).update(key.arg for key in node.keywords if key.arg)
+    assert [name for name, names in passed.items() if not names <= looked_for.get(name, set())] == []
+    assert passed["RowParallelLinear"] and passed["Attention"]
+
+
+def test_all_that_is_imported_with_the_model_classes_is_looked_at():
+    names = {str(file.relative_to(ROOT / "vllm_bailing")) for file in supported_versions.model_files()}
+    assert {"model.py", "mtp.py", "router.py", "plugin/weight_loading.py", "plugin/kernels/unpack.py"} <= names
+    assert ("vllm", "_custom_ops") in supported_versions.imported_names()
 
 
 @pytest.mark.parametrize("version", ["0.27", "0.27.1", "0.30.0+cpu", "0.32.0", "0.33.0", "0.33.7", "0.33.1.dev5+g123"])
@@ -70,7 +94,7 @@ def test_an_untested_version_with_all_that_is_needed_is_served_with_one_warning(
 @pytest.mark.parametrize(("module", "name"), supported_versions.imported_names())
 def test_an_untested_version_without_an_imported_name_keeps_its_own_class(module, name, vllm_root):
     """It must not surface as an ImportError when the model class is loaded."""
-    file = vllm_root.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    file = file_of(vllm_root, module)
     file.write_text(file.read_text().replace(f"import {name}\n", "import something_else\n"))
     decided = supported_versions.decide("0.34.0", vllm_root)
     assert decided.active == ()

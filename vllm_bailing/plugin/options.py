@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ DRAFT_VOCABULARY = "bailing_draft_vocab"
 FP32_ROUTER = "bailing_fp32_router"
 FUSED_QK_NORM_ROPE = "bailing_fused_qk_norm_rope"
 CPU_KERNELS = "bailing_cpu_kernels"
+_KEYS = (DRAFT_VOCABULARY, FP32_ROUTER, FUSED_QK_NORM_ROPE, CPU_KERNELS)
 
 
 def _additional(vllm_config: Any, key: str) -> Any:
@@ -55,11 +57,17 @@ def wants_cpu_kernels(vllm_config: Any) -> bool | None:
 
 
 def check_switches(vllm_config: Any) -> None:
-    """Check the keys that are true or false.
+    """Check the keys that are true or false, and that none of this package's is misspelt.
 
     Raises:
-        SettingsError: If one of them is neither.
+        SettingsError: If one of them is neither, or a key says `bailing` and is none of ours.
     """
+    given = vllm_config.additional_config
+    for key in given if isinstance(given, dict) else ():
+        if key not in _KEYS and "bailing" in str(key).lower():
+            near = difflib.get_close_matches(str(key).lower().replace("-", "_"), _KEYS, 1)
+            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(_KEYS)}"
+            raise SettingsError(f"{key!r} in --additional-config is not a key of vllm-bailing; {meant}")
     for key in (FP32_ROUTER, FUSED_QK_NORM_ROPE, CPU_KERNELS):
         _switch(vllm_config, key)
 

@@ -32,13 +32,16 @@ REQUIRED = (
     ("model_executor/layers/fused_moe", "GateLinear", "input_size output_size out_dtype params_dtype prefix"),
     ("model_executor/layers/rotary_embedding", "get_rope", "head_size max_position is_neox_style rope_parameters"),
     ("model_executor/layers/attention", "Attention", "num_kv_heads cache_config quant_config prefix"),
+    ("model_executor/layers/layernorm", "RMSNorm", "eps dtype"),
     ("model_executor/layers/linear", "QKVParallelLinear", "bias quant_config prefix"),
-    ("model_executor/layers/linear", "RowParallelLinear", "bias quant_config reduce_results prefix"),
-    ("model_executor/layers/linear", "MergedColumnParallelLinear", "bias quant_config prefix"),
+    ("model_executor/layers/linear", "RowParallelLinear", "bias quant_config reduce_results prefix disable_tp"),
+    ("model_executor/layers/linear", "MergedColumnParallelLinear", "bias quant_config prefix disable_tp"),
+    ("model_executor/layers/linear", "ReplicatedLinear", "bias quant_config prefix"),
+    ("model_executor/layers", "VocabParallelEmbedding", "quant_config prefix"),
     ("model_executor/layers", "ParallelLMHead", "quant_config prefix"),
+    ("model_executor/models/utils", "WeightsMapper", "orig_to_new_prefix orig_to_new_stacked"),
+    ("model_executor/models/utils", "make_layers", "prefix"),
 )
-# The files that vLLM's processes import for this architecture, below this package.
-_MODEL_FILES = ("model.py", "mtp.py", "router.py", "plugin/kernels/cpu.py", "plugin/kernels/qk_norm_rope.py")
 
 
 @dataclass
@@ -110,18 +113,39 @@ def missing_from_vllm(vllm_root: Path | None = None) -> list[str]:
     for module, name in imported_names():
         base = vllm_root.joinpath(*module.split(".")[1:])
         files = [file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()]
-        if not any(re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")) for file in files):
+        is_module = (base / f"{name}.py").is_file() or (base / name).is_dir()
+        if not is_module and not any(re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")) for file in files):
             problems.append(f"{name} is gone from {module}")
     return problems
 
 
 def imported_names() -> list[tuple[str, str]]:
-    """(module, name) of all that the model classes import from vLLM."""
-    folder = Path(__file__).parents[1]
-    trees = [ast.parse((folder / file).read_text(encoding="utf-8")) for file in _MODEL_FILES]
-    imports = [node for tree in trees for node in tree.body if isinstance(node, ast.ImportFrom)]
-    names = {(node.module or "", alias.name) for node in imports for alias in node.names}
-    return sorted((module, name) for module, name in names if module.startswith("vllm."))
+    """(module, name) of all that the model classes, and what they import of this package, import from vLLM."""
+    names = {
+        (node.module or "", alias.name)
+        for tree in model_files().values()
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    return sorted((module, name) for module, name in names if module.partition(".")[0] == "vllm")
+
+
+def model_files() -> dict[Path, ast.Module]:
+    """This package's files that are imported with the model classes, as they stand and parsed."""
+    package = Path(__file__).parents[1]
+    found: dict[Path, ast.Module] = {}
+    waiting = [package / "model.py", package / "mtp.py"]
+    while waiting:
+        file = waiting.pop()
+        if file in found or not file.is_file():
+            continue
+        found[file] = ast.parse(file.read_text(encoding="utf-8"))
+        for node in found[file].body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == package.name:
+                module = package.parent.joinpath(*(node.module or "").split("."))
+                waiting += [module.with_suffix(".py"), *(module / f"{alias.name}.py" for alias in node.names)]
+    return found
 
 
 def _missing(where: Path, name: str, arguments: list[str]) -> str:
