@@ -8,6 +8,7 @@ Dimension letters: T tokens of all requests, H hidden size, E routed experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import GateLinear
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
 from vllm_bailing.config import BailingMoeV2Config
@@ -52,6 +54,7 @@ class BailingMoeV2Gate(GateLinear):
     """
 
     weight: Any  # torch declares every attribute of a module as "Tensor | Module"
+    expert_bias: torch.Tensor
 
     def __init__(self, config: BailingMoeV2Config, vllm_config: VllmConfig, prefix: str) -> None:
         model_dtype = torch.get_default_dtype()
@@ -70,7 +73,8 @@ class BailingMoeV2Gate(GateLinear):
         # Dummy weights are never loaded, and the model runs before real ones replace them.
         self._is_settled = vllm_config.load_config.load_format == "dummy"
         self.weight.weight_loader = self._load_weight
-        self.expert_bias = nn.Parameter(torch.zeros(config.num_experts, dtype=torch.float32), requires_grad=False)
+        # A buffer, as in the official code: vLLM keeps those over a deep sleep, and trainers may send parameters alone.
+        self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Logits [T, E] fp32 of hidden states [T, H], in the form of a vLLM linear layer."""
@@ -78,6 +82,15 @@ class BailingMoeV2Gate(GateLinear):
             return super().forward(x)
         # GateLinear casts to its weight's dtype, but on CPUs vLLM packs the weight and may leave an empty one in bf16.
         return super(GateLinear, self).forward(x.float())
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Called by vLLM's AutoWeightsLoader, which by itself loads parameters alone; returns the names."""
+        loaded = set()
+        for name, tensor in weights:
+            own = getattr(self, name)
+            getattr(own, "weight_loader", default_weight_loader)(own, tensor)
+            loaded.add(name)
+        return loaded
 
     def _keep_fp32(self) -> None:
         self.weight.data = self.weight.data.float()

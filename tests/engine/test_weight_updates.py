@@ -4,7 +4,9 @@ The judge is the plain reference with the weights that the engine should have.
 """
 
 import random
+import shutil
 from functools import partial
+from pathlib import Path
 from zlib import crc32
 
 import pytest
@@ -20,6 +22,7 @@ from tests.support.checkpoints import (
     write_tensors,
 )
 from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, ask, make_llm, run, run_in_turn
+from tests.support.quantized import DEQUANTIZE, quantize
 from vllm_bailing import DEMO, DEMO_ADAPTER
 
 SIZES = {"num_nextn_predict_layers": 0}
@@ -37,7 +40,8 @@ def served(llm, prompt=PROMPT):
 
 
 def differs(llm, judge, tensors, prompt=PROMPT):
-    return float((served(llm, prompt) - judge.logprobs(tensors, prompt)).abs().max())
+    difference = (served(llm, prompt) - judge.logprobs(tensors, prompt)).abs()
+    return float(difference.nan_to_num(nan=torch.inf).max())  # NaN is above no tolerance
 
 
 # ---- ways of sending: what reaches the engine is a list of calls -----------------------------------------------------
@@ -350,6 +354,72 @@ def test_dummy_weights_are_replaced_in_any_portions(checkpoints):
     names = sorted(read_tensors(checkpoints[0]))
     wanted = plain_answer(checkpoints[0], PROMPT)[0]
     assert (run(_dummy, checkpoints[0], cut(names, 11)) - wanted).abs().max() <= TOLERANCE
+
+
+# ---- quantized -------------------------------------------------------------------------------------------------------
+
+
+def _dequantized_then(folder, sent):
+    llm = make_llm(folder, **DEQUANTIZE)
+    before = served(llm)
+    reload(llm, list(sent.items())[:9])
+    reload(llm, list(sent.items())[9:])
+    after = served(llm)
+    llm.collective_rpc("reload_weights")  # of its own folder
+    assert torch.equal(before, served(llm))
+    return after
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "gptq", "w8a8"])
+def test_a_model_that_was_dequantized_takes_plain_tensors(scheme, checkpoints, tmp_path):
+    folder = Path(shutil.copytree(checkpoints[0], tmp_path / "quantized"))
+    quantize(folder, scheme)
+    answer = run_in_turn(_dequantized_then, folder, read_tensors(checkpoints[1]))
+    assert (answer - plain_answer(checkpoints[1], PROMPT)[0]).abs().max() <= TOLERANCE
+
+
+# ---- sleep -----------------------------------------------------------------------------------------------------------
+
+
+def _slept(worker):
+    """What a sleep of level 2 and waking up leave: buffers as they were, parameters of any bytes."""
+    for parameter in worker.model_runner.model.parameters():
+        parameter.data.view(torch.uint8).random_()
+
+
+def _sleeping(folders, portions, send):
+    from vllm.platforms import current_platform
+
+    type(current_platform).is_sleep_mode_available = lambda self: True  # of CPUs, on which vLLM ignores to sleep
+    llm = make_llm(folders[0], enable_sleep_mode=True)
+    new = read_tensors(folders[1])
+    reload(llm, list(read_tensors(folders[0]).items()))  # an update before the sleep is none after it
+    llm.collective_rpc(_slept)
+    for portion in portions:
+        send(llm, [(name, new[name]) for name in portion])
+    return served(llm)
+
+
+@pytest.mark.parametrize("send", [reload, load, session])
+@pytest.mark.parametrize("size", [1000, 7])
+def test_parameters_alone_wake_a_model_that_slept_deeply(checkpoints, send, size, tmp_path):
+    """Parameters of the second checkpoint, beside the first one's buffers."""
+    olds, news = map(read_tensors, checkpoints)
+    names = [name for name in news if not name.endswith("expert_bias")]
+    mixed = {name: news[name] if name in names else olds[name] for name in news}
+    folder = Path(shutil.copytree(checkpoints[1], tmp_path / "mixed"))
+    write_tensors(folder, mixed)
+    wanted = plain_answer(folder, PROMPT)[0]
+    assert (run(_sleeping, checkpoints, cut(names, size), send) - wanted).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("left_out", ["model.layers.2.mlp.experts.3.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("send", [reload, load, session])
+def test_what_a_deep_sleep_discarded_is_refused_by_name(checkpoints, send, left_out):
+    names = [name for name in read_tensors(checkpoints[0]) if name != left_out]
+    with pytest.raises(EngineError) as refusal:
+        run(_sleeping, checkpoints, [names], send)
+    assert left_out in refusal.value.message and "discarded when the engine slept" in refusal.value.message
 
 
 @pytest.mark.parametrize("send", [reload, load, session])

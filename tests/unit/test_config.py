@@ -236,7 +236,7 @@ MISTAKES = [
     ({"rope_scaling": {"type": "linear", "factor": 4000}}, ["factor=4000", "16777216"]),
     ({"max_position_embeddings": 2**25}, ["max_position_embeddings=33554432", "16777216"]),
     ({"rope_scaling": {**YARN, "beta_fast": 0.5}}, ["beta_fast=0.5", "beta_slow=1"]),
-    ({"rope_scaling": {**YARN, "attn_factor": 1.2}}, ["attn_factor=1.2", "attention_factor"]),
+    ({"rope_scaling": {**YARN, "attn_factor": 1.2}}, ["attn_factor=1.2", "not read by the official code"]),
     ({"rope_scaling": {**YARN, "attention_factor": 0}}, ["attention_factor", "=0"]),
     ({"rope_scaling": {**YARN, "mscale_all_dim": -1}}, ["mscale_all_dim", "-1"]),
     ({"rope_theta": 1}, ["rope_theta=1"]),
@@ -329,3 +329,11 @@ def test_any_values_give_a_valid_config_or_one_clear_line(keys, data):
         return
     config.validate_rope()
     assert BailingMoeV2Config.from_dict(config.to_dict()).to_json_string() == config.to_json_string()
+
+
+@pytest.mark.parametrize("key", ["sliding_window", "attention_chunk_size"])
+def test_a_window_that_is_assigned_later_is_none(key):
+    """transformers' caches would obey it, whatever says that it is not in use."""
+    config = BailingMoeV2Config()
+    setattr(config, key, 64)
+    assert getattr(config, key) is None

@@ -43,6 +43,7 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 # Bytes of an update that are looked at before the first is loaded. A GPU's memory belongs to its KV cache.
 _LOOK_AHEAD = {"cpu": GIB, "cuda": GIB // 8}
 _SEND_THEM = "send them too (expert_bias is a buffer, which named_parameters() leaves out)"
+_SAMPLES = 16  # small tensors that are looked at to tell whether a deep sleep discarded the weights
 
 
 class WeightLoading:
@@ -68,6 +69,8 @@ class WeightLoading:
         self._was_tied = getattr(vllm_config.model_config, "word_embeddings_untied_by_checkpoint", False)
         self._folder = vllm_config.model_config.model
         self._sent: dict[str, None] = {}  # by the update under way, in order
+        self._why = "the model started with dummy weights"
+        self._samples: list[tuple[torch.Tensor, torch.Tensor]] = []
         settle_partial_layers()
 
     @cached_property
@@ -77,7 +80,7 @@ class WeightLoading:
 
     @cached_property
     def never_came(self) -> set[str]:
-        """Tensors in whose place the model still has dummies."""
+        """Tensors in whose place the model still has dummies, or what a deep sleep left."""
         return set(self.audit.restarted().missing()) if self.is_dummy else set()
 
     def load(self, weights: Weights) -> set[str]:
@@ -102,6 +105,7 @@ class WeightLoading:
         loaded = self._load(audit.passed(plain))
         audit.finish()
         self.is_running = True
+        self._take_samples()
         seconds, size = time.perf_counter() - start, sum(parameter.nbytes for parameter in self.model.parameters())
         logger.info(
             "This rank's %.2f GiB of weights took %.1f s (%.2f GB/s)", size / GIB, seconds, size / seconds / 1e9
@@ -115,13 +119,12 @@ class WeightLoading:
             UpdateError: If it started with dummy weights, and an update left some of them.
         """
         if self.has_update and self.never_came:
-            raise UpdateError(
-                f"the model started with dummy weights, and {named(self.never_came)} never came; {_SEND_THEM}"
-            )
+            raise UpdateError(f"{self._why}, and {named(sorted(self.never_came))} never came; {_SEND_THEM}")
 
     # ---- updates of the running model ---------------------------------------------------------------------------
 
     def _update(self, weights: Weights) -> set[str]:
+        self._notice_deep_sleep()
         has_session = get_layerwise_info(self.model).can_load()  # of `reload_weights`, or a weight update session
         if not has_session:
             self._sent.clear()
@@ -138,6 +141,8 @@ class WeightLoading:
                 raise self._taken_back(error, in_place) from error
         self.has_update = True
         self.never_came -= self.audit.seen
+        if not has_session:
+            self._take_samples()
         self._folder = self.audit.folder = self.vllm_config.model_config.model
         return loaded
 
@@ -196,6 +201,22 @@ class WeightLoading:
         weight = getattr(head, "weight", None)
         if current_platform.is_cpu() and weight is not None and weight is getattr(embedding, "weight", None):
             head.quant_method.process_weights_after_loading(head)
+        self._take_samples()
+
+    def _take_samples(self) -> None:
+        """Note some weights' present values: vLLM does not tell a model that its weights were discarded."""
+        if self.vllm_config.model_config.enable_sleep_mode:
+            # Of CPUs, packed weights leave empty ones.
+            small = [one.detach() for one in self.model.parameters() if one.dim() == 1 and one.numel()]
+            chosen = small[:: max(1, len(small) // _SAMPLES)]
+            self._samples = [(one, one.to("cpu", copy=True)) for one in chosen]
+
+    def _notice_deep_sleep(self) -> None:
+        """Sleep of level 2 discards parameters, and vLLM puts buffers alone back: the update must bring all others."""
+        if self._samples and not any(torch.equal(now.cpu(), then) for now, then in self._samples):
+            self._samples = []
+            self.never_came = {name for name in self.audit.restarted().missing() if not name.endswith(".expert_bias")}
+            self._why = "the weights were discarded when the engine slept (level 2)"
 
     def _open_layers(self) -> list[tuple[str, nn.Module]]:
         """Layers that wait for weights, with their paths."""
@@ -222,8 +243,8 @@ class WeightLoading:
         lacking = [name for name in self.never_came - self._sent.keys() if fused_module(name) in begun]
         if lacking:
             raise UpdateError(
-                f"{named(sorted(lacking))} never had a value: the model started with dummy weights, and the update has "
-                f"only other tensors of the same module; {_SEND_THEM}"
+                f"{named(sorted(lacking))} never had a value: {self._why}, and the update has only other tensors of "
+                f"the same module; {_SEND_THEM}"
             )
 
     def _refuse_another_configuration(self) -> None:
@@ -289,6 +310,8 @@ def _filled(layer: nn.Module) -> bool:
     values = in_checkpoint_layout(layer, info.restore_metadata[0], info.kernel_tensors[0])
     if values is None:
         return False
+    stored, kept = info.restore_metadata[1], info.kernel_tensors[1]  # buffers, which no kernel repacks
+    values |= {name: kept[name] for name in stored if name in kept}
     for name, value in values.items():
         tensor = materialize_meta_tensor(getattr(layer, name))
         tensor.data.copy_(value)
