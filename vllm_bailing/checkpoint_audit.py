@@ -1,4 +1,7 @@
-"""What became of each tensor of a checkpoint: loaded, skipped by a named rule, or reported with the likely cause."""
+"""Which tensors of a checkpoint are refused, and by which rule; which are skipped, by which rule; which are loaded.
+
+What may have happened to a checkpoint whose tensors do not fit is guessed in `likely_causes.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm_bailing.checkpoint import Checkpoint, Kind, damaged_files
-from vllm_bailing.checkpoint_causes import likely_cause
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import CheckpointError, first_of, shown
+from vllm_bailing.likely_causes import likely_cause
 from vllm_bailing.tensor_names import EMBEDDING, HEAD, KV_SCALES, Shape, layer_of, main_tensors, mtp_tensors
 
 if TYPE_CHECKING:  # registering must not import it
@@ -24,7 +27,7 @@ class Audit:
 
     A tensor is loaded, or skipped by a rule named in `skip_rule`, or held back and reported. Only names, shapes and
     kinds of numbers are looked at: no byte of a tensor is read here. `check` does the same with the headers of the
-    files alone. Why something does not fit is guessed in `checkpoint_causes.py`.
+    files alone. Why something does not fit is guessed in `likely_causes.py`.
 
     Args:
         config: The model's configuration.

@@ -1,5 +1,8 @@
 """Quantized checkpoints turned into plain ones while they load, for platforms that have no kernel for a scheme.
 
+The table of schemes that are read is in `Dequantizer`; those that `vllm-bailing quantize` writes are in
+`tools/quantize.py`.
+
 The arithmetic is that of the compressed-tensors library, which vLLM depends on; GPTQ alone is laid out here, since the
 library does not read it.
 """

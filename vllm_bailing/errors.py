@@ -1,9 +1,16 @@
 """The classes of the errors that this package raises for its users, and the remedies that several messages share.
 
-The text of a message stands where it is raised: search for its words. What is wrong with the tensors of a checkpoint is
-said in `checkpoint_audit.py` and the likely cause of it in `checkpoint_causes.py`, with a value of config.json in
-`config.py`, `rope.py` and `validation.py`, with flags in `plugin/checks.py` and `plugin/options.py`, with a request in
-`parsers.py`.
+The text of a message stands where it is raised: search for its words. What is wrong is said,
+
+- with a key or value of config.json, in `config.py`, `rope.py` and `validation.py`;
+- with the files of a checkpoint in `checkpoint.py`, with its tensors in `checkpoint_audit.py`, `layouts.py` and
+  `dequantize.py`, and the likely cause of it in `likely_causes.py`;
+- with flags in `plugin/checks.py`, `plugin/options.py`, `plugin/speculation.py` and `plugin/kernels/`;
+- with adapters in `adapters.py`, `adapter_audit.py` and `plugin/lora.py`;
+- with updates in `plugin/weight_loading.py` and `router.py`;
+- with a parallel layout that the model cannot be divided by in `model.py` and `mtp.py`;
+- with a request in `parsers.py` and `control_tokens.py`;
+- with the input of a command in the command's file of `cli/`, `tools/`, `planning/`, `bench/` or `tuning/`.
 
 A message is one sentence on one line: what came, what was wanted, what to do next. A wrong value in a config.json is a
 plain ValueError, which is what transformers and vLLM expect of a configuration class.

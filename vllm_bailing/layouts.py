@@ -1,7 +1,7 @@
 """Other tools' layouts of the same weights, turned into that of the published checkpoints.
 
 Only what is exact is turned: names in wrappers, experts stacked into one tensor, a projection split into three, rows of
-the vocabulary that an exporter added. What is known but not turned is told apart in `checkpoint_causes.py`. No
+the vocabulary that an exporter added. What is known but not turned is told apart in `likely_causes.py`. No
 nn.Module and no vLLM in here.
 """
 

@@ -1,4 +1,8 @@
-"""What a value of config.json must be. Every error names the key, its value and what to do."""
+"""What a value of config.json must be. Every error names the key, its value and what to do.
+
+Which keys there are, and keys that contradict each other: `_require_known` and `_check_fields` in `config.py`. Where
+the texts of all other refusals stand: `errors.py`.
+"""
 
 from __future__ import annotations
 

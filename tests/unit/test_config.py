@@ -1,7 +1,8 @@
 """The configuration: published files, derived values, round trips, and one clear line for each mistake.
 
-A switch that changes what the model computes gets a row in tests/support/config_switches.py, a refused value one in
-`MISTAKES`. `data/configs` holds config.json files with the keys and sizes of the published checkpoints.
+To test a new switch that changes what the model computes, add a row to tests/support/config_switches.py; a refused
+value gets one in `MISTAKES` here. `data/configs` holds config.json files with the keys and sizes of the published
+checkpoints.
 """
 
 import copy

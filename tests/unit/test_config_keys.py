@@ -27,7 +27,7 @@ from vllm_bailing.plugin.checks import check_stop_tokens
 pytestmark = pytest.mark.usefixtures("registered")
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.json"))
-SWITCHES = {
+OFFICIAL_DEFAULTS = {
     "use_bias": False,
     "use_qkv_bias": False,
     "use_qk_norm": True,
@@ -103,7 +103,7 @@ def official(raw: dict[str, Any]) -> dict[str, Any]:
         "scaling": of("routed_scaling_factor", 1.0),
         "shared": stated if stated == one * shared else stated * shared,
         "eps": of("rms_norm_eps", 1e-6),
-        "switches": {key: of(key, default) for key, default in SWITCHES.items()},
+        "switches": {key: of(key, default) for key, default in OFFICIAL_DEFAULTS.items()},
         "stops": raw.get("eos_token_id"),
         "rope": (width, frequencies, magnitude, window),
     }
@@ -133,7 +133,7 @@ def computed(config: BailingMoeV2Config) -> dict[str, Any]:
         "scaling": config.routed_scaling_factor,
         "shared": config.shared_expert_intermediate_size,
         "eps": config.rms_norm_eps,
-        "switches": {key: getattr(config, key) for key in SWITCHES},
+        "switches": {key: getattr(config, key) for key in OFFICIAL_DEFAULTS},
         "stops": config.eos_token_id,
         "rope": (width, frequencies, magnitude, window),
     }
@@ -209,7 +209,7 @@ def test_keys_of_other_architectures_leave_the_configuration_as_it_is(name, fore
 # ---- keys that say nothing ------------------------------------------------------------------------------------------
 
 HARMLESS = [
-    *({key: None} for key in (*SWITCHES, "use_rmsnorm", "norm_topk_prob", "initializer_range", "rotary_dim")),
+    *({key: None} for key in (*OFFICIAL_DEFAULTS, "use_rmsnorm", "norm_topk_prob", "initializer_range", "rotary_dim")),
     *({key: None} for key in ("use_sliding_window", "is_causal", "layer_types", "quantization_config", "router_type")),
     {"use_sliding_window": None, "sliding_window": 81920},
     {"use_sliding_window": False, "sliding_window": 81920},

@@ -3,7 +3,7 @@
 Memory is what torch reports, which is less than the data sheet's: the driver keeps a part, and error correction a part
 of GDDR. FLOP/s are dense, half of what a sheet gives "with sparsity". Shared memory follows from the compute
 capability (CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"), compute capabilities
-are listed at https://developer.nvidia.com/cuda-gpus.
+are listed at https://developer.nvidia.com/cuda-gpus. tests/data/gpus.json has the data sheets once more.
 """
 
 from __future__ import annotations

@@ -70,6 +70,11 @@ def patch_configuration(settle_engine_config: Callable[[Any], None]) -> None:
 
     Args:
         settle_engine_config: Called with every complete `VllmConfig` of this architecture; may change it, and raise.
+
+    Differs:  vLLM knows the draft layers of the model types that it lists, and offers a plugin no check of a complete
+              configuration.
+    Upstream: `SpeculativeConfig.hf_config_override` and `.__post_init__`, `MODELS_CONFIG_MAP`, in 0.27 to 0.33.
+    Remove:   when a model class can name its draft and check the configuration that it gets.
     """
     from vllm.config.speculative import SpeculativeConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
@@ -181,6 +186,10 @@ def use_shipped_tables() -> None:
     """Point vLLM at this package's tables of the fused experts, unless the user names a folder.
 
     For processes that build this architecture on a GPU; vLLM reads the variable when the experts first run.
+
+    Differs:  vLLM looks for tables in its own folder and in the one that the variable names.
+    Upstream: `get_moe_configs`, in 0.27 to 0.33.
+    Remove:   when a plugin can add a folder, or vLLM ships tables of these shapes.
     """
     from vllm.platforms import current_platform
 
@@ -445,7 +454,12 @@ _load_seconds = 0.0
 
 
 def time_model_loading() -> Callable[[], float]:
-    """Put a stopwatch around vLLM's loader; returns a function that reads it, in seconds. Safe to call again."""
+    """Put a stopwatch around vLLM's loader; returns a function that reads it, in seconds. Safe to call again.
+
+    Differs:  vLLM writes the time into its log and keeps it nowhere.
+    Upstream: `BaseModelLoader.load_model`, in 0.27 to 0.33.
+    Remove:   when a worker can be asked for it.
+    """
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     load_model = BaseModelLoader.load_model

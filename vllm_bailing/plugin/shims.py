@@ -16,6 +16,7 @@ def protocol() -> Any:
     """vLLM's module with `DeltaMessage` and the other parts of an answer.
 
     Differs:  moved from the OpenAI server's folder in 0.29.
+    Upstream: `vllm.entrypoints.generate.base.protocol`.
     Remove:   when the oldest supported version has it at the new place.
     """
     return _first_of("vllm.entrypoints.generate.base.protocol", "vllm.entrypoints.openai.engine.protocol")
@@ -25,6 +26,7 @@ def make_tool_call_id() -> str:
     """A fresh id for a tool call, as vLLM makes them.
 
     Differs:  moved to the renderers after 0.31.
+    Upstream: `vllm.renderers.chat_utils.make_tool_call_id`.
     Remove:   when the oldest supported version has it there.
     """
     return _first_of("vllm.renderers.chat_utils", "vllm.entrypoints.chat_utils").make_tool_call_id()

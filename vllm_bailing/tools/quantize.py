@@ -1,7 +1,8 @@
 """Quantize a BailingMoeV2 checkpoint's linear layers, one file at a time, without calibration data.
 
 Attention, dense and shared MLPs and experts are quantized, those of MTP layers too; router, embeddings, head, norms
-and `eh_proj` stay as they are. The result is in the compressed-tensors format, which vLLM reads.
+and `eh_proj` stay as they are. The result is in the compressed-tensors format, which vLLM reads. This file has the
+schemes that are written; those that are read are in `dequantize.py`.
 
 torch and compressed-tensors are imported where they are used, so that the command line can name the schemes at once.
 """
