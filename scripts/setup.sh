@@ -7,7 +7,8 @@
 #   VLLM_VERSION=0.27.1   which vLLM (default: 0.32.0 without a GPU, the newest with one)
 #   PYTHON=path           which Python to make it with (default: the first of python3.11 ... that is 3.11 or newer)
 #
-# With an NVIDIA GPU it installs vLLM as published; without one, vLLM's CPU build (see requirements/cpu).
+#   VLLM_BUILD=cuda       which build of vLLM, cuda or cpu (default: cuda with an NVIDIA GPU, which is vLLM as published;
+#                         without one cpu, see requirements/cpu)
 set -euo pipefail
 
 readonly default_cpu_version=0.32.0
@@ -24,11 +25,12 @@ fail() {
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; }
 
-if has_gpu; then
-    kind=cuda version=${VLLM_VERSION:-newest}
-else
-    kind=cpu version=${VLLM_VERSION:-$default_cpu_version}
-fi
+kind=${VLLM_BUILD:-$(has_gpu && echo cuda || echo cpu)}
+case $kind in
+cuda) version=${VLLM_VERSION:-newest} ;;
+cpu) version=${VLLM_VERSION:-$default_cpu_version} ;;
+*) fail "VLLM_BUILD=$kind is neither cuda nor cpu" ;;
+esac
 [[ $version == newest || $version =~ ^[0-9]+\.[0-9]+(\.[0-9]+)?([a-z.]+[0-9]+)?$ ]] ||
     fail "VLLM_VERSION=$version is not a version such as 0.32.0"
 
@@ -158,6 +160,8 @@ index=${PIP_INDEX_URL:-$(pip_setting index-url)}
 install=("$uv" pip install --python "$python" --editable "$root" --group "$root/pyproject.toml:test")
 if [[ $kind == cuda ]]; then
     [[ $version == newest ]] || install+=("vllm==$version")
+    # Of cuda-python 12, which satisfies what vLLM names, the bindings overwrite those of CUDA 13 that vLLM needs.
+    install+=("cuda-python>=13")
     run "Installing vLLM ($version, CUDA)" "${install[@]}"
 else
     sed "s/@VERSION@/$version/" "$root/requirements/cpu/vllm.toml.in" >"$work/pyproject.toml"

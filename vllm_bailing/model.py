@@ -111,8 +111,6 @@ class BailingMoeV2Attention(nn.Module):
             is_neox_style=True,
             rope_parameters=rope_parameters(config.rope_parameters),
         )
-        self.fused_qk_norm_rope = fused_qk_norm_rope_for(self, get_current_vllm_config())
-        self.norm_and_rotate = self._in_one_kernel if self.fused_qk_norm_rope else self._layer_by_layer
         self.attn = Attention(
             self.num_heads,
             self.head_dim,
@@ -122,6 +120,8 @@ class BailingMoeV2Attention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
         )
+        self.fused_qk_norm_rope = fused_qk_norm_rope_for(self, get_current_vllm_config())
+        self.norm_and_rotate = self._in_one_kernel if self.fused_qk_norm_rope else self._layer_by_layer
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """Output [T, H] for positions [T] and hidden states [T, H]."""

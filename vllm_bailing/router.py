@@ -98,8 +98,17 @@ class BailingMoeV2Gate(GateLinear):
         remembered = get_layerwise_info(self).restore_metadata[0].get("weight")
         if remembered is not None:
             remembered.data = remembered.data.float()
-        # Both take bf16 weights only; without them GateLinear multiplies in the weight's dtype.
-        self.allow_ll_bf16_gemm = self.allow_cublas_router_gemm = False
+        # GateLinear decides by its first dtype which kernels it may take, and has some warmed up. One that is built in
+        # fp32 decides as it is right now.
+        with torch.device("meta"):
+            same = GateLinear(
+                self.input_size,
+                self.output_size,
+                out_dtype=torch.float32,
+                params_dtype=torch.float32,
+                prefix=self.prefix,
+            )
+        vars(self).update({name: value for name, value in vars(same).items() if name.startswith("allow_")})
 
     def _load_weight(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
         if param.dtype == torch.bfloat16 and not torch.equal(loaded_weight.bfloat16().float(), loaded_weight.float()):

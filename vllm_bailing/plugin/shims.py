@@ -72,10 +72,11 @@ def portable_cpu_experts() -> Any:
     from vllm.model_executor.layers.fused_moe import modular_kernel
 
     try:
-        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
-    except ImportError:
+        module = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
+        experts = module.CPUUnquantizedExperts
+    except (ImportError, AttributeError):
         return None
-    return CPUUnquantizedExperts if issubclass(CPUUnquantizedExperts, modular_kernel.FusedMoEExpertsModular) else None
+    return experts if issubclass(experts, modular_kernel.FusedMoEExpertsModular) else None
 
 
 def knows_scales_of_modules() -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm import _custom_ops as ops
+from vllm import _custom_ops
 from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -33,6 +33,7 @@ from vllm_bailing.plugin.shims import portable_cpu_experts
 
 logger = init_logger("vllm.plugins.bailing.cpu")
 
+ops: Any = _custom_ops  # of older vLLM some of `_NEEDED` are missing
 _NEEDED = ("weight_packed_linear_cpu", "fused_experts_cpu", "CPUQuantMethod")  # of vllm._custom_ops; new in 0.32
 _BLOCKS = (16, 32)  # the kernels take weights [N, K] with N and K divisible by these
 _TOKENS = (3, 37)  # below and above the number of tokens where the kernels change their way of working

@@ -25,6 +25,9 @@ logger = init_logger("vllm.plugins.bailing.fusion")
 # That vLLM's kernel was compiled for.
 _HEAD_SIZES = (64, 128, 256)
 _DTYPES = (torch.bfloat16, torch.float16)
+# Attention backends whose kernels take queries with gaps between the tokens. FlashInfer, the default on Blackwell,
+# copies them first (`contiguous()` in v1/attention/backends/flashinfer.py); nobody measured which is faster there.
+_TAKE_STRIDES = ("FLASH_ATTN", "TRITON_ATTN")
 _TOKENS = 37  # an odd number, so that the last block of threads is not full
 
 
@@ -42,8 +45,12 @@ def fused_qk_norm_rope_for(attention: Any, vllm_config: Any) -> Callable[..., No
         return None
     dtype = torch.get_default_dtype()
     kernel = _kernel()
-    obstacle = _obstacle(kernel, attention, vllm_config, dtype) or _difference(
-        kernel, attention.num_heads, attention.num_kv_heads, attention.head_dim, attention.rotary_emb, dtype
+    obstacle = (
+        _obstacle(kernel, attention, vllm_config, dtype)
+        or ("" if is_asked_for else _price(attention.attn.attn_backend.get_name()))
+        or _difference(
+            kernel, attention.num_heads, attention.num_kv_heads, attention.head_dim, attention.rotary_emb, dtype
+        )
     )
     if obstacle and is_asked_for:
         raise SettingsError(f"{FUSED_QK_NORM_ROPE}=true in --additional-config: {obstacle}; leave it out")
@@ -72,6 +79,13 @@ def _obstacle(kernel: Any, attention: Any, vllm_config: Any, dtype: torch.dtype)
     if attention.head_dim not in _HEAD_SIZES:
         return f"the kernel does not take heads of {attention.head_dim}"
     return ""
+
+
+def _price(backend: str) -> str:
+    """Why the kernel may cost more than it saves; empty if it does not. It leaves queries as a part of the product."""
+    if current_platform.is_cpu() or backend in _TAKE_STRIDES:
+        return ""
+    return f"{backend} would copy the queries in every layer, which lie apart after the kernel"
 
 
 @proof  # once for all layers, which share their rotary embedding

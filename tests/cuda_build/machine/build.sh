@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Builds into the folder $1 what a machine with an NVIDIA driver has: libcuda.so.1, of which every call fails with "no
+# device", libnvidia-ml.so.1 (nvml.c), and a library to preload (cudart.c).
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+out=$1
+mkdir -p "$out"
+# What vLLM's compiled libraries, Triton and FlashInfer link to.
+driver="
+    cuCtxGetCurrent cuCtxSetCurrent cuDeviceGet cuDeviceGetAttribute cuDevicePrimaryCtxGetState cuDevicePrimaryCtxRetain
+    cuDriverGetVersion cuFuncGetAttribute cuFuncSetAttribute cuFuncSetCacheConfig cuGetErrorString cuGetProcAddress_v2
+    cuInit cuLaunchCooperativeKernel cuLaunchKernel cuLinkAddData_v2 cuLinkComplete cuLinkCreate_v2 cuMemAddressFree
+    cuMemAddressReserve cuMemCreate cuMemGetAllocationGranularity cuMemMap cuMemRelease cuMemSetAccess cuMemUnmap
+    cuModuleGetFunction cuModuleLoad cuModuleLoadData cuModuleLoadDataEx cuModuleUnload
+    cuOccupancyMaxActiveBlocksPerMultiprocessor cuPointerGetAttribute cuTensorMapEncodeTiled
+"
+for name in $driver; do echo "int $name(void) { return 100; }"; done |
+    gcc -x c -shared -fPIC -w -Wl,-soname,libcuda.so.1 -o "$out/libcuda.so.1" -
+gcc -shared -fPIC -w -Wl,-soname,libnvidia-ml.so.1 -o "$out/libnvidia-ml.so.1" "$here/nvml.c"
+gcc -shared -fPIC -w -o "$out/cudart.so" "$here/cudart.c"
+ln -sf libcuda.so.1 "$out/libcuda.so"
