@@ -6,12 +6,9 @@ import os
 from types import SimpleNamespace
 
 import pytest
-import torch
-from transformers import AutoTokenizer
 from xdist.scheduler import LoadScopeScheduling
 
 from vllm_bailing import DEMO
-from vllm_bailing.reference import BailingMoeV2ForCausalLM
 
 # Tests that share what takes long to make stay on one process. The group with the most tests is started first, and
 # tests without a group fill the gaps, so that two processes end at the same time.
@@ -49,6 +46,8 @@ def pytest_configure(config):
     if worker:
         # Threads of two processes on the same cores would wait for each other most of the time.
         os.environ["OMP_NUM_THREADS"] = "1"
+        import torch  # not in the process that only hands out tests
+
         torch.set_num_threads(1)
         cores = sorted(os.sched_getaffinity(0))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(cores[int(worker.removeprefix("gw")) % len(cores)])
@@ -76,5 +75,10 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(scope="session")
 def plain():
     """The plain model in fp32 and its tokenizer."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from vllm_bailing.reference import BailingMoeV2ForCausalLM
+
     model = BailingMoeV2ForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     return SimpleNamespace(model=model, tokenizer=AutoTokenizer.from_pretrained(DEMO))

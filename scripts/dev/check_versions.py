@@ -3,6 +3,7 @@
     python scripts/dev/check_versions.py run 0.27.1 0.32.0           the whole test-suite on each (own environment each)
     python scripts/dev/check_versions.py run 0.27.1 -- -m "not slow"  further arguments go to pytest
     python scripts/dev/check_versions.py static 0.28.0 ... 0.33.0     names, signatures; import, config, build, load
+    python scripts/dev/check_versions.py rehearsed 0.33.0 build/rehearsal/0.33.0/*.xml    from scripts/gpu/rehearse.sh
     python scripts/dev/check_versions.py table --write                the README's table from the results
 
 Run it with the Python of the environment that scripts/setup.sh makes without a GPU. `static` needs no environment for
@@ -92,20 +93,24 @@ def passed(kind: str, result: dict[str, Any]) -> bool:
 def table_lines(results: dict[str, dict[str, Any]]) -> list[str]:
     """The README's table: one row for each release, only what ran."""
     lines = [
-        "| vLLM | test-suite on the CPU build | names and signatures | import, register, config, build, load, draft |",
-        "|---|---|---|---|",
+        "| vLLM | test-suite on the CPU build | rehearsed on the CUDA build | names and signatures "
+        "| import, register, config, build, load, draft |",
+        "|---|---|---|---|---|",
     ]
     for version, result in results.items():
-        suite, static = result.get("tests"), result.get("static")
-        cells = [version, "not run", "not run", "not run"]
+        suite, static, rehearsal = (result.get(kind) for kind in ("tests", "static", "rehearsal"))
+        cells = [version, *["not run"] * 4]
         if suite:
             counts = [f"{suite[key]} {key}" for key in ("passed", "failed", "skipped") if suite[key] or key == "passed"]
             only = f" of a part: `{' '.join(suite['arguments'])}`" if suite["arguments"] else ""
             cells[1] = f"{', '.join(counts)}{only} (torch {suite['torch']}, {suite['date']})"
+        if rehearsal:
+            counts = [f"{rehearsal[key]} {key}" for key in ("passed", "failed") if rehearsal[key] or key == "passed"]
+            cells[2] = f"{', '.join(counts)} ({', '.join(rehearsal['gpus'])}; {rehearsal['date']})"
         if static:
-            cells[2] = f"{len(static['errors'])} errors" if static["errors"] else "ok"
+            cells[3] = f"{len(static['errors'])} errors" if static["errors"] else "ok"
             bad = [f"{step}: {outcome}" for step, outcome in static["steps"].items() if outcome != "ok"]
-            cells[3] = "; ".join(bad).replace("|", "\\|") or f"ok (over {static['over']})"
+            cells[4] = "; ".join(bad).replace("|", "\\|") or f"ok (over {static['over']})"
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -113,6 +118,14 @@ def table_lines(results: dict[str, dict[str, Any]]) -> list[str]:
 def with_table(readme: str, results: dict[str, dict[str, Any]]) -> str:
     """`readme` with the table between its two marks replaced."""
     return replaced(readme, BEGIN, END, table_lines(results))
+
+
+@app.command()
+def rehearsed(version: str, reports: list[Path]) -> None:
+    """Take over what scripts/gpu/rehearse.sh found, from its reports, one for each GPU."""
+    counts = [counted(file) for file in reports]
+    sums = {key: sum(count[key] for count in counts) for key in counts[0]}
+    record(version, "rehearsal", {**sums, "gpus": sorted(file.stem for file in reports)})
 
 
 @app.command()
@@ -154,17 +167,11 @@ def run_suite(version: str, pytest_arguments: list[str]) -> bool:
     subprocess.run(command, env=environment, cwd=ROOT, check=False)
     if not report.is_file():
         raise SystemExit(f"check_versions: pytest wrote no report on vLLM {version}; see its output above")
-    root = ElementTree.parse(report).getroot()
-    suite = root if root.tag == "testsuite" else root[0]
-    count = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    failed = count["failures"] + count["errors"]
+    count = counted(report)
     ask = "from importlib.metadata import version as v; print(v('torch'), v('transformers'))"
     torch, transformers = subprocess.check_output([str(python), "-c", ask], text=True).split()
     result = {
-        "passed": count["tests"] - failed - count["skipped"],
-        "failed": failed,
-        "skipped": count["skipped"],
-        "seconds": round(float(suite.get("time", 0))),
+        **count,
         "torch": torch,
         "transformers": transformers,
         "arguments": pytest_arguments,
@@ -172,6 +179,16 @@ def run_suite(version: str, pytest_arguments: list[str]) -> bool:
     record(version, "tests", result)
     say(f"vLLM {version}: {result}")
     return passed("tests", result)
+
+
+def counted(report: Path) -> dict[str, int]:
+    """How many tests passed, failed and were skipped, and in how many seconds, by a report of pytest's (JUnit XML)."""
+    root = ElementTree.parse(report).getroot()
+    suite = root if root.tag == "testsuite" else root[0]
+    tests, *others, skipped = (int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped"))
+    failed = sum(others)
+    seconds = round(float(suite.get("time", 0)))
+    return {"passed": tests - failed - skipped, "failed": failed, "skipped": skipped, "seconds": seconds}
 
 
 # --- the sources of a release --------------------------------------------------------------------------------------

@@ -63,7 +63,12 @@ def forked() -> Callable[..., Any]:
 
 
 # What does not depend on the GPU is checked for one.
-ONCE = ("test_operations.py", "test_experts.py", "test_configuration.py::test_a_deployment_is_configured")
+ONCE = (
+    "test_operations.py",
+    "test_experts.py",
+    "test_commands.py",
+    "test_configuration.py::test_a_deployment_is_configured",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from vllm.utils.network_utils import get_open_port
 
 from tests.support import warm
 from tests.support.paths import ROOT
+from tests.support.server import free_port
 from vllm_bailing import DEMO
 
 SH = shutil.which("bash") or "bash"
@@ -51,7 +51,7 @@ def warm_environment(environment: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture
 def port() -> int:
-    return get_open_port()
+    return free_port()
 
 
 def demo(environment: dict[str, str], *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:

@@ -34,12 +34,11 @@ import pytest
 import typer
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from vllm.utils.network_utils import get_open_port
 
 from tests.support import warm
 from tests.support.engine import ENGINE_ENV, run
 from tests.support.paths import ROOT
-from tests.support.server import stop
+from tests.support.server import free_port, stop
 from vllm_bailing.cli import app
 
 README, CHANGELOG = ROOT / "README.md", ROOT / "CHANGELOG.md"
@@ -150,6 +149,12 @@ def test_the_table_of_benchmarks_shows_the_results_beside_it():
     table = importlib.import_module("benchmark_table")
     page = table.PAGE.read_text(encoding="utf-8")
     assert table.with_table(page) == page, "run `python scripts/dev/benchmark_table.py --write`"
+
+
+def test_the_tables_of_kernels_are_those_of_the_rehearsal():
+    table = importlib.import_module("kernel_table")
+    page = (ROOT / "docs" / "gpus.md").read_text()
+    assert table.with_tables(page) == page, "run `python scripts/dev/kernel_table.py --write`"
 
 
 def test_every_block_is_one_that_the_tests_know():
@@ -389,7 +394,7 @@ class Server:
         if block.text == self.text:
             return
         self.stop()
-        self.port = get_open_port()
+        self.port = free_port()
         command = f"{block.text.strip()} --host 127.0.0.1 --port {self.port}"
         log = self.folder / f"{block.page.stem}-{block.line}.log"
         with log.open("w") as stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 import urllib.error
@@ -13,17 +14,23 @@ from types import SimpleNamespace
 
 import httpx
 from openai import OpenAI
-from vllm.utils.network_utils import get_open_port
 
 from tests.support import warm
 from tests.support.engine import ENGINE_ENV
 from vllm_bailing import DEMO
 
 
+def free_port() -> int:
+    """A port on which nothing listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 @contextmanager
 def serving(log, *flags, model=DEMO, **env):
     """`vllm serve` on the demo checkpoint or another one, in fp32, without any trust flag, under the name `demo`."""
-    port = get_open_port()
+    port = free_port()
     command = [str(warm.commands() / "vllm"), "serve", str(model), "--served-model-name", "demo"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--max-logprobs", "-1", "--kv-cache-memory-bytes", str(2**28), *flags]

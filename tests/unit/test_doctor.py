@@ -66,10 +66,20 @@ def test_gpus_are_asked_of_the_driver(works, tmp_path, monkeypatch):
     tool.write_text("#!/bin/sh\n" + ("echo 'Some GPU, 570.1, 81559 MiB'" if works else "echo no devices; exit 9"))
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    check = doctor._accelerator()
+    check = doctor._accelerator({"platform": "cpu", "gpus": []})
     # The driver is a fake, so torch cannot use what it lists.
     assert check.ok is False and check.fix
     assert ("Some GPU, 570.1" if works else "no devices") in check.detail
+
+
+def test_gpus_that_vllm_finds_need_no_tool(monkeypatch):
+    """Containers have the driver's libraries, and often not its programs."""
+    monkeypatch.setenv("PATH", "")
+    names = ["NVIDIA H100 80GB HBM3"] * 7 + ["NVIDIA H200"]
+    check = doctor._accelerator({"platform": "cuda", "gpus": names})
+    assert (check.ok, check.detail) == (True, "7 x NVIDIA H100 80GB HBM3, 1 x NVIDIA H200")
+    assert doctor._accelerator({"platform": "cpu", "gpus": []}).detail == "none: vLLM runs on cpu"
+    assert doctor._accelerator({}).ok is None
 
 
 def without_a_tensor(folder):

@@ -137,8 +137,9 @@ def adding_the_remedy(vllm_config: Any) -> Iterator[None]:
     except (ValueError, NotImplementedError) as error:
         if vllm_config.quant_config is None:
             raise
-        reason = " ".join(str(error).split())
-        raise SettingsError(f"{vllm_config.model_config.quantization}: {reason}. {DEQUANTIZE}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        way = "start with a smaller --tensor-parallel-size; or " if "tensor_parallel_size" in reason else ""
+        raise SettingsError(f"{vllm_config.model_config.quantization}: {reason}; {way}{DEQUANTIZE}") from error
 
 
 def _check_draft_head(vllm_config: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -21,10 +22,12 @@ import json
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from vllm import ModelRegistry
+from vllm.platforms import current_platform as platform
 from vllm_bailing.plugin import supported_versions
 names = [*supported_versions.ARCHITECTURES, *supported_versions.DRAFT_ARCHITECTURES]
 where = {{name: getattr(ModelRegistry.models.get(name), "module_name", "") for name in names}}
-print("{NAME}:" + json.dumps(where))
+gpus = [platform.get_device_name(number) for number in range(platform.device_count())] if platform.is_cuda() else []
+print("{NAME}:" + json.dumps({{"classes": where, "platform": platform.device_name, "gpus": gpus}}))
 """
 
 
@@ -43,10 +46,11 @@ def environment() -> Iterator[Check]:
     yield Check("python", sys.version_info >= (3, 10), sys.version.split()[0], "use Python 3.10 or newer")
     yield from _packages()
     yield _entry_point()
-    yield _accelerator()
     yield _memory()
     yield _disk()
-    yield _worker()
+    answer, problem = _ask_worker()
+    yield _worker(answer, problem)
+    yield _accelerator(answer)
 
 
 def _packages() -> Iterator[Check]:
@@ -95,14 +99,21 @@ def _entry_point() -> Check:
     return Check("entry point", True, f"{NAME} = {points[0].value}")
 
 
-def _worker() -> Check:
-    """What a process that vLLM starts would use."""
+def _ask_worker() -> tuple[dict[str, Any], str]:
+    """What a process that vLLM starts would use: `classes`, `platform` and `gpus`; or nothing, and its last line."""
     done = subprocess.run([sys.executable, "-c", _WORKER], capture_output=True, text=True)
     answers = [line for line in done.stdout.splitlines() if line.startswith(f"{NAME}:")]
-    if not answers:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return Check("a worker's classes", False, last[:200], "run `python -c 'import vllm'` and fix what it reports")
-    where: dict[str, str] = json.loads(answers[0].partition(":")[2])
+    if answers:
+        return json.loads(answers[0].partition(":")[2]), ""
+    return {}, (done.stderr.strip().splitlines() or ["no output"])[-1]
+
+
+def _worker(answer: dict[str, Any], problem: str) -> Check:
+    if not answer:
+        return Check(
+            "a worker's classes", False, problem[:200], "run `python -c 'import vllm'` and fix what it reports"
+        )
+    where: dict[str, str] = answer["classes"]
     detail = ", ".join(f"{name} from {module.partition('.')[0] or 'nowhere'}" for name, module in where.items())
     if all(module.startswith("vllm_bailing") for module in where.values()):
         return Check("a worker's classes", True, detail)
@@ -113,10 +124,14 @@ def _worker() -> Check:
     return Check("a worker's classes", False, detail, "see the lines above: vLLM's version, or VLLM_PLUGINS")
 
 
-def _accelerator() -> Check:
+def _accelerator(answer: dict[str, Any]) -> Check:
+    """The GPUs that vLLM finds, through NVML; where it finds none, what the driver's tool says."""
+    if answer.get("gpus"):
+        kinds = Counter(answer["gpus"])
+        return Check("GPU", True, ", ".join(f"{count} x {name}" for name, count in kinds.items()))
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return Check("GPU", None, "no nvidia-smi: vLLM runs on what its build is for, such as the CPU")
+        return Check("GPU", None, f"none: vLLM runs on {answer.get('platform') or 'what its build is for'}")
     query = "name,driver_version,memory.total"
     done = subprocess.run([tool, f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
     if done.returncode or not done.stdout.strip():
