@@ -39,6 +39,7 @@ export FLASHINFER_WORKSPACE_BASE=$out/cache HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS
 export VLLM_USE_AOT_COMPILE=0 VLLM_DISABLE_COMPILE_CACHE=1
 
 cd "$root"
+read -ra more <<<"${PYTEST_ARGUMENTS:-}"
 failed=0
 for gpu in "${gpus[@]}"; do
     facts=$("$python" - "$gpu" <<'PYTHON'
@@ -57,7 +58,7 @@ PYTHON
     printf '%-9s' "$gpu"
     if FAKE_GPU_NAME=$name FAKE_GPU_CAPABILITY=$capability FAKE_GPU_GIB=$gib LD_PRELOAD=$machine/cudart.so \
         PYTHONPATH=$root/tests/cuda_build/machine/site "$python" -m pytest tests/cuda_build -p no:cacheprovider -n 0 -q \
-        --junitxml="$out/$gpu.xml" ${PYTEST_ARGUMENTS:-} >"$log" 2>&1 </dev/null; then
+        --junitxml="$out/$gpu.xml" "${more[@]}" >"$log" 2>&1 </dev/null; then
         outcome=ok
     else
         outcome="FAILED, see $log" failed=1

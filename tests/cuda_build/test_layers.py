@@ -53,10 +53,9 @@ def kernels(model: Any) -> dict[str, str]:
         if leaf == "attn":
             found["attention"] = _name(layer.impl).removesuffix("Impl")
         elif leaf == "gate":
-            tiers = sorted(
-                key.removeprefix("allow_") for key, on in vars(layer).items() if key.startswith("allow_") and on
-            )
-            found["router"] = " ".join([str(layer.weight.dtype).removeprefix("torch."), *tiers])
+            allowed = [key.removeprefix("allow_") for key, on in vars(layer).items() if key.startswith("allow_") and on]
+            kernels = sorted(set(allowed) - {"specialized_router_gemm"})  # says that some of the others may be
+            found["router"] = " ".join([str(layer.weight.dtype).removeprefix("torch."), *kernels])
         elif leaf == "routed_experts":
             found["experts"] = _experts(layer)
         elif leaf == "query_key_value":
