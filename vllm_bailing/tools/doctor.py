@@ -49,8 +49,8 @@ def environment() -> Iterator[Check]:
     yield _memory()
     yield _disk()
     answer, problem = _ask_worker()
-    yield _worker(answer, problem)
     yield _accelerator(answer)
+    yield _worker(answer, problem)
 
 
 def _packages() -> Iterator[Check]:
