@@ -33,6 +33,7 @@ def _loaded_bytes(rank, ranks, init, options):
             draft_config = settings.speculative_config.draft_model_config
             models.append(initialize_model(vllm_config=settings, model_config=draft_config))
     named = [named for model in models for named in model.named_parameters()]
+    named += [named for model in models for named in model.named_buffers() if named[0].endswith("expert_bias")]
     routers = sum(parameter.numel() for name, parameter in named if name.endswith("gate.weight"))
     return sum(parameter.nbytes for _, parameter in named), routers
 
