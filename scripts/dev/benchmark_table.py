@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from tables import replaced
+from tables import print_or_write, replaced
 
 from vllm_bailing.bench.statistics import PLUGIN
 
@@ -60,10 +60,7 @@ def with_table(page: str) -> str:
 
 def main(write: Annotated[bool, typer.Option("--write", help="Replace the table in the page.")] = False) -> None:
     """Print or write the table."""
-    if write:
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print("\n".join(lines()))
+    print_or_write(PAGE, BEGIN, END, lines(), write)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from typing import Annotated, Any, cast
 
 import typer
 from packaging.version import Version
-from tables import replaced
+from tables import print_or_write, replaced
 
 from vllm_bailing.plugin.supported_versions import USE_INTREE
 
@@ -133,10 +133,7 @@ def table(
     write: Annotated[bool, typer.Option("--write", help="Replace the table in README.md; print nothing.")] = False,
 ) -> None:
     """Print the table of tested versions, or write it into the README."""
-    if write:
-        README.write_text(with_table(README.read_text(), read_results()))
-    else:
-        print("\n".join(table_lines(read_results())))
+    print_or_write(README, BEGIN, END, table_lines(read_results()), write)
 
 
 # --- the test-suite in an environment of its own -------------------------------------------------------------------

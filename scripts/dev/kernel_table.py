@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from tables import replaced
+from tables import print_or_write, replaced
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "tests" / "data" / "cuda_build.json", ROOT / "docs" / "gpus.md"
@@ -49,10 +49,7 @@ def with_tables(page: str) -> str:
 
 def main(write: Annotated[bool, typer.Option("--write", help="Replace the tables in docs/gpus.md.")] = False) -> None:
     """Print the tables, or write them into the page."""
-    if write:
-        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print("\n".join(lines()))
+    print_or_write(PAGE, BEGIN, END, lines(), write)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ Elsewhere they are not collected: vLLM decides while it is imported on which pla
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -30,12 +30,14 @@ def forked() -> Callable[..., Any]:
     A failure has the end of what the process printed.
     """
     from tests.cuda_build import fakes
+    from tests.support.engine import outcome
 
     fakes.pretend()
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    import vllm_bailing.mtp  # noqa: F401
+    for name in ("vllm.engine.arg_utils", "vllm.model_executor.model_loader", "vllm_bailing.model", "vllm_bailing.mtp"):
+        importlib.import_module(name)  # once, and not in every fork
 
     def run(job: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile("w+", errors="replace") as log:
@@ -44,13 +46,9 @@ def forked() -> Callable[..., Any]:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
                 sys.stdout = sys.stderr = log
-                try:
-                    outcome = ("ok", job(*args, **kwargs))
-                except BaseException as error:
-                    traceback.print_exc()
-                    outcome = ("error", f"{type(error).__name__}: {error}")
+                found = outcome(job, args, kwargs)
                 log.flush()
-                os.write(answer.fileno(), pickle.dumps(outcome))
+                os.write(answer.fileno(), pickle.dumps(found))
                 os._exit(0)
             os.waitpid(process, 0)
             answer.seek(0)

@@ -11,7 +11,6 @@ import torch
 
 def gate(hidden_size: int = 64, num_experts: int = 16) -> Any:
     """A gate in a bf16 model, as vLLM's loader leaves it before the weights come."""
-    import torch.distributed as dist
     import vllm.distributed.parallel_state as state
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
@@ -22,13 +21,7 @@ def gate(hidden_size: int = 64, num_experts: int = 16) -> Any:
     config = VllmConfig()
     context = set_current_vllm_config(config)
     context.__enter__()
-    if not dist.is_initialized():
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        dist.init_process_group(backend="fake", store=FakeStore(), rank=0, world_size=1)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(state, "GroupCoordinator", lambda **_: SimpleNamespace(rank_in_group=0, world_size=1))
-            state._TP = SimpleNamespace(rank_in_group=0, world_size=1)  # pyright: ignore
+    state._TP = SimpleNamespace(rank_in_group=0, world_size=1)  # pyright: ignore
     with set_default_torch_dtype(torch.bfloat16):
         made = BailingMoeV2Gate(SimpleNamespace(hidden_size=hidden_size, num_experts=num_experts), config, "gate")
     record_metadata_for_reloading(made)

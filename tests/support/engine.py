@@ -142,17 +142,21 @@ def run_in_turn(
         raise
 
 
+def outcome(job: Callable[..., Any], args: tuple, kwargs: dict) -> tuple[str, Any]:
+    """("ok", what `job` returns) or ("error", its message), with the traceback printed."""
+    try:
+        return "ok", job(*args, **kwargs)
+    except BaseException as error:
+        traceback.print_exc()
+        return "error", f"{type(error).__name__}: {error}"
+
+
 def _turns(connection: Any, log: str, env: dict[str, str]) -> None:
     os.environ.update(env)
     with Path(log).open("w", buffering=1) as stream:
         _redirect(stream)
         while True:
-            job, args, kwargs = pickle.loads(connection.recv_bytes())
-            try:
-                answer = ("ok", job(*args, **kwargs))
-            except BaseException as error:
-                traceback.print_exc()
-                answer = ("error", f"{type(error).__name__}: {error}")
+            answer = outcome(*pickle.loads(connection.recv_bytes()))
             stream.flush()
             connection.send_bytes(pickle.dumps(answer))
             del answer
@@ -183,11 +187,7 @@ def _child(sender: Any, log: str, env: dict[str, str], job: Callable[..., Any], 
         _redirect(stream)
         if env.get("VLLM_WORKER_MULTIPROC_METHOD") == "fork":
             fork_children()
-        try:
-            answer = ("ok", job(*args, **kwargs))
-        except BaseException as error:
-            traceback.print_exc()
-            answer = ("error", f"{type(error).__name__}: {error}")
+        answer = outcome(job, args, kwargs)
         stream.flush()
         # Plain pickle: multiprocessing's own would pass tensors as handles into a process that is about to end.
         sender.send_bytes(pickle.dumps(answer))

@@ -43,7 +43,7 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 # Bytes of an update that are looked at before the first is loaded. A GPU's memory belongs to its KV cache.
 _LOOK_AHEAD = {"cpu": GIB, "cuda": GIB // 8}
 _SEND_THEM = "send them too (expert_bias is a buffer, which named_parameters() leaves out)"
-_SAMPLES = 16  # small tensors that are looked at to tell whether a deep sleep discarded the weights
+_SAMPLES = 16  # about so many small tensors are looked at to tell whether a deep sleep discarded the weights
 
 
 class WeightLoading:
@@ -141,7 +141,7 @@ class WeightLoading:
                 raise self._taken_back(error, in_place) from error
         self.has_update = True
         self.never_came -= self.audit.seen
-        if not has_session:
+        if in_place:  # elsewhere vLLM's reload ends with `after_update`
             self._take_samples()
         self._folder = self.audit.folder = self.vllm_config.model_config.model
         return loaded
