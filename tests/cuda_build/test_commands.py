@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from typer.testing import CliRunner
+
 from tests.cuda_build import fakes
 from tests.cuda_build.deployments import MINI, W4A16
 
@@ -31,3 +34,33 @@ def test_groups_that_ranks_would_cut_are_refused_with_both_ways_out(forked):
     message = forked(_refused)
     assert "\n" not in message and ".." not in message
     assert 0 < message.find("smaller --tensor-parallel-size") < message.find("dequantize")
+
+
+def _tuned(*arguments: str) -> tuple[int, str]:
+    from vllm_bailing.cli import app
+
+    model = fakes.CONFIGS / f"{MINI}.json"
+    done = CliRunner().invoke(app, ["tune", str(model), "--dry-run", "--device-name", *arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "backend"),
+    [
+        (("NVIDIA_H20",), "TRITON"),
+        (("NVIDIA_H20", "--dtype", "fp8"), "TRITON"),
+        (("NVIDIA_B200",), "FLASHINFER_TRTLLM"),
+        (("NVIDIA_B200", "--dtype", "fp8"), "FLASHINFER_TRTLLM"),
+        (("NVIDIA_B200", "--moe-backend", "triton"), "TRITON"),
+        (("NVIDIA_B200", "--dtype", "fp8", "--moe-backend", "triton"), "TRITON"),
+        (("NVIDIA_A100-SXM4-80GB",), "TRITON"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+)
+def test_no_table_is_tuned_that_vllm_would_not_read(arguments, backend, forked):
+    code, text = forked(_tuned, *arguments)
+    assert code == (0 if backend == "TRITON" else 2), text
+    assert (f"vLLM chooses {backend} experts, which read it" if code == 0 else f"vLLM chooses {backend} with") in text
+    assert ("add it here" in text) == (code == 2)

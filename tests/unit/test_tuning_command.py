@@ -51,6 +51,7 @@ def test_a_dry_run_says_what_is_there(mini, tmp_path):
     assert "device_name=NVIDIA_H20.json (exists)" in done.stdout
     assert "vLLM's own: none, so it would use its defaults" in done.stdout
     assert "w1 [256, 256, 2048], w2 [256, 2048, 128]" in done.stdout
+    assert "only its CUDA build can tell" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
@@ -107,8 +108,18 @@ def test_the_command_prints_times_and_how_to_use_the_table(mini, tmp_path, with_
     assert "(does not exist yet)" in done.stderr and "vLLM's own: " in done.stderr
     serve = f"VLLM_TUNED_CONFIG_FOLDER={tmp_path / 'tables'} vllm serve {mini} --tensor-parallel-size 2"
     assert serve in lines
+    asked = invoke(mini, "-tp", 2, "--out", tmp_path / "asked", "--moe-backend", "triton")
+    assert "--tensor-parallel-size 2 --moe-backend triton" in asked.stdout
     again = invoke(mini, "-tp", 2, "--out", tmp_path / "tables")
     assert again.exit_code == 2 and "is there; use it, or add --overwrite" in again.stderr
+
+
+def test_no_table_is_tuned_that_vllm_would_not_read(mini, with_gpu, monkeypatch):
+    monkeypatch.setattr(plan, "chosen_backend", lambda _experts, _device, moe_backend: {"auto": "AITER"}[moe_backend])
+    done = invoke(mini)
+    (line,) = [line for line in done.stderr.splitlines() if "vllm-bailing tune:" in line]
+    assert done.exit_code == 2 and "bf16 on this GPU, vLLM chooses AITER with --moe-backend auto" in line
+    assert "--moe-backend triton" in line
 
 
 def test_ctrl_c_says_how_to_go_on(mini, tmp_path, with_gpu, monkeypatch):

@@ -109,7 +109,7 @@ def test_the_baseline_is_what_vllm_does_without_the_users_folder(tmp_path):
 def test_a_run_writes_table_and_provenance_and_removes_its_notes(tmp_path, monkeypatch):
     made = plan.make_tuning_plan(MINI, tmp_path / "tables", H20)
     one = {tokens: [ONE, TEN] for tokens in LADDER}
-    made = plan.TuningPlan(MINI, H20, made.file, one, 1.0, made.replaced, False)
+    made = plan.TuningPlan(MINI, H20, made.file, one, 1.0, made.replaced, False, None)
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", "another")
     monkeypatch.setattr(plan, "device_info", lambda: MACHINE)
 

@@ -31,6 +31,7 @@ def tune(
     device_name: Annotated[
         str | None, typer.Option(help="With --dry-run: a GPU that need not be here, such as NVIDIA_H20.")
     ] = None,
+    moe_backend: Annotated[str, typer.Option(help="As you will give it to `vllm serve`.")] = "auto",
     as_json: options.AsJson = False,
 ) -> None:
     """Make the table of tile sizes that vLLM's fused experts lack for a model on this GPU.
@@ -51,7 +52,7 @@ def tune(
             experts = space.experts_of(read_config(model), tensor_parallel_size, dtype and short_dtype(dtype))
             if not device_name and (reason := gpu_timer.missing()):
                 raise output.fail("tune", reason, 2)
-            plan = make_tuning_plan(experts, out, device_name)
+            plan = make_tuning_plan(experts, out, device_name, moe_backend)
         except ValueError as error:
             raise output.fail("tune", error, 2) from None
     if dry_run:
@@ -72,6 +73,8 @@ def tune(
     serve = f"VLLM_TUNED_CONFIG_FOLDER={shlex.quote(str(out))} vllm serve {shlex.quote(model)}"
     if tensor_parallel_size > 1:
         serve += f" --tensor-parallel-size {tensor_parallel_size}"
+    if moe_backend != "auto":
+        serve += f" --moe-backend {shlex.quote(moe_backend)}"
     if as_json:
         files = [str(file) for file in written]
         typer.echo(json.dumps({"files": files, "serve": serve, "tokens": [asdict(row) for row in rows]}))
@@ -112,6 +115,7 @@ def show_tuning_plan(plan: TuningPlan, as_json: bool) -> None:
         facts: dict[str, Any] = {
             "file": str(plan.file),
             "exists": plan.is_there,
+            "moe_backend": plan.backend,
             "in_vllm": plan.replaced and str(plan.replaced),
             "experts": asdict(experts),
             "candidates": counts,
@@ -124,6 +128,12 @@ def show_tuning_plan(plan: TuningPlan, as_json: bool) -> None:
     typer.echo(
         f"{experts.num_experts} experts in {experts.dtype}, {experts.top_k} per token; on each rank "
         f"w1 {list(experts.w1_shape)}, w2 {list(experts.w2_shape)}, {output.gib(experts.weight_bytes)} GiB per layer"
+    )
+    typer.echo(
+        f"vLLM chooses {plan.backend} experts, which read it"
+        if plan.backend
+        else "Whether vLLM chooses Triton's experts, which alone read it, only its CUDA build can tell, for GPUs that "
+        "`vllm-bailing plan` knows"
     )
     typer.echo("candidates by tokens: " + ", ".join(f"{tokens}: {count}" for tokens, count in counts.items()))
     typer.echo(f"about {plan.seconds / 60:.0f} minutes")
@@ -147,5 +157,4 @@ def show_table(rows: list[Row], written: list[Path], serve: str) -> None:
     )
     console.print(f"written to {' and '.join(map(str, written))}", soft_wrap=True)
     console.print(f"\n{serve}", soft_wrap=True, markup=False)
-    console.print("vLLM's log names the table. Where it does not, it chose other experts than Triton's; on GPUs newer")
-    console.print("than Hopper it does so by itself, and --moe-backend triton changes that.")
+    console.print("vLLM's log names the table.")

@@ -47,6 +47,7 @@ def settle_engine_config(vllm_config: Any) -> None:
         )
     check_switches(vllm_config)
     check_quantization(vllm_config)
+    settle_experts(vllm_config)
     check_stop_tokens(vllm_config.model_config)
     if draft_vocabulary(vllm_config):
         _check_draft_head(vllm_config)
@@ -99,6 +100,31 @@ def check_quantization(vllm_config: Any) -> None:
                 f"vLLM's CPU build has no kernel for {model_config.quantization} layers of integers on a processor "
                 f"without AVX-512; {DEQUANTIZE}"
             )
+
+
+def settle_experts(vllm_config: Any) -> None:
+    """Ask for Triton's experts where vLLM would pick TensorRT-LLM's for fp16 weights, which those do not take.
+
+    That is on data-center GPUs of the Blackwell generation (`TrtLlmBf16Experts`): without this, vLLM ends while it
+    loads.
+    """
+    import torch
+    from vllm.logger import init_logger
+    from vllm.platforms import current_platform
+
+    model_config, kernels = vllm_config.model_config, vllm_config.kernel_config
+    if (
+        current_platform.is_cuda()
+        and current_platform.is_device_capability_family(100)
+        and model_config.dtype == torch.float16
+        and model_config.quantization is None
+        and kernels.moe_backend == "auto"
+    ):
+        kernels.moe_backend = "triton"
+        init_logger("vllm.plugins.bailing").warning(
+            "--dtype float16: experts run in Triton, because the kernels that vLLM would pick on this GPU take bfloat16 "
+            "alone; leave --dtype out, or say bfloat16, to have those"
+        )
 
 
 def check_stop_tokens(model_config: Any) -> None:

@@ -28,7 +28,8 @@ Objects of this model alone:
 For a moment, undone afterwards:
 
 - `experts_without_lora`: `VllmConfig.lora_config` while expert layers are built;
-- `pretend_device`: `current_platform.get_device_name` during a look-up by `vllm-bailing tune`.
+- `pretend_device`: `current_platform.get_device_name` and `.get_device_capability` during a question of
+  `vllm-bailing tune`.
 
 In workers that `vllm-bailing bench` starts:
 
@@ -421,17 +422,22 @@ def experts_without_lora(are_wanted: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def pretend_device(name: str | None) -> Iterator[None]:
-    """Let vLLM's look-up of tables of the fused experts take this machine's GPU for the one called `name`, if any.
+def pretend_device(name: str | None, capability: str | None = None) -> Iterator[None]:
+    """Let vLLM take this machine's GPU for the one called `name`, if any, when it chooses experts and their table.
 
-    Differs:  it takes the device's name from the machine that it runs on, and remembers the result.
-    Upstream: `get_config_file_name` and `get_moe_configs`, in 0.27 to 0.33.
-    Remove:   when they take the name as an argument.
+    Args:
+        capability: Its compute capability, such as "9.0"; left as it is if left out.
+
+    Differs:  it asks the machine that it runs on, and remembers the answer.
+    Upstream: `get_config_file_name`, `get_moe_configs`, `select_unquantized_moe_backend` and `select_fp8_moe_backend`,
+              in 0.27 to 0.33.
+    Remove:   when they take the device as an argument.
     """
     from unittest import mock
 
     from vllm.model_executor.layers.fused_moe.fused_moe import get_moe_configs
     from vllm.platforms import current_platform
+    from vllm.platforms.interface import DeviceCapability
     from vllm.utils.platform_utils import get_device_name_as_file_name
 
     if name is None:
@@ -439,7 +445,12 @@ def pretend_device(name: str | None) -> Iterator[None]:
         return
     remembering = (get_device_name_as_file_name, get_moe_configs)
     try:
-        with mock.patch.object(current_platform, "get_device_name", lambda *_args: name):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(current_platform, "get_device_name", lambda *_args: name))
+            if capability is not None:
+                version = DeviceCapability(*map(int, capability.split(".")))
+                answer = classmethod(lambda *_args, **_kwargs: version)
+                stack.enter_context(mock.patch.object(type(current_platform), "get_device_capability", answer))
             for function in remembering:
                 function.cache_clear()
             yield

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vllm_bailing.errors import TuneError
 from vllm_bailing.planning.gpus import GPUS, gpu_called, shared_memory_of
+from vllm_bailing.tuning.backend import AUTO, READERS, chosen_backend
 from vllm_bailing.tuning.device import device_info, shared_memory
 from vllm_bailing.tuning.gpu_timer import GpuTimer
 from vllm_bailing.tuning.search import (
@@ -57,6 +58,7 @@ class TuningPlan:
         seconds: About how long it takes.
         replaced: The table that this vLLM has itself, if any.
         is_there: Whether `file` existed when the plan was made.
+        backend: The experts that vLLM chooses; None if the vLLM of this machine cannot tell.
     """
 
     experts: Experts
@@ -66,17 +68,33 @@ class TuningPlan:
     seconds: float
     replaced: Path | None
     is_there: bool
+    backend: str | None
 
 
-def make_tuning_plan(experts: Experts, folder: Path, device_name: str | None = None) -> TuningPlan:
-    """Plan a table in `folder`, for this machine's GPU or the one called `device_name`, which need not be here."""
+def make_tuning_plan(
+    experts: Experts, folder: Path, device_name: str | None = None, moe_backend: str = AUTO
+) -> TuningPlan:
+    """Plan a table in `folder`, for this machine's GPU or the one called `device_name`, which need not be here.
+
+    Args:
+        moe_backend: What `vllm serve` will be given as `--moe-backend`.
+    Raises:
+        ValueError: If vLLM would choose experts that read no table.
+    """
+    backend = chosen_backend(experts, device_name, moe_backend)
+    if backend is not None and backend not in READERS:
+        raise ValueError(
+            f"for experts in {experts.dtype} on {device_name or 'this GPU'}, vLLM chooses {backend} with --moe-backend "
+            f"{moe_backend}, and its Triton kernel alone reads tables; nothing to tune, unless you serve with "
+            "--moe-backend triton: then add it here"
+        )
     name = table_name(experts, device_name)
     limit = shared_memory_of(device_name) if device_name else shared_memory()
     device_name = device_name or name.partition("device_name=")[2].partition(",")[0].removesuffix(".json")
     space = {tokens: candidates(experts, tokens, limit) for tokens in LADDER}
     file = folder / name
     seconds = estimate_seconds(experts, space, device_name)
-    return TuningPlan(experts, device_name, file, space, seconds, vllm_table(name), file.is_file())
+    return TuningPlan(experts, device_name, file, space, seconds, vllm_table(name), file.is_file(), backend)
 
 
 def estimate_seconds(experts: Experts, space: dict[int, list[TileConfig]], device_name: str) -> float:
