@@ -200,7 +200,6 @@ def _awq(quantization: dict[str, Any]) -> tuple[Any, ...]:
 
 def _gptq(quantization: dict[str, Any]) -> tuple[Any, Any, Any]:
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-    from compressed_tensors.quantization.lifecycle.forward import dequantize
 
     bits, group_size = quantization.get("bits", 4), quantization.get("group_size", -1)
     if type(bits) is not int or bits not in _GPTQ_BITS:
@@ -257,7 +256,7 @@ def _gptq(quantization: dict[str, Any]) -> tuple[Any, Any, Any]:
             # As floats: a zero point of 2^bits leaves the range of the stored integers.
             zeros = unpack_from_int32(stored["qzeros"], bits, torch.Size((groups, width))).float() + shift
             weight = weight - zeros[index]
-        return dequantize(weight.T, scales.T, g_idx=index)
+        return weight.T * scales.T[:, index]
 
     return lambda module: needed, weight_of, check_spare
 

@@ -17,6 +17,7 @@ from vllm_bailing.adapters import (
     target_of,
     unknown_targets,
 )
+from vllm_bailing.planning.memory import Layout, Stage
 from vllm_bailing.units import GIB
 
 MIB = 2**20
@@ -74,6 +75,12 @@ def test_a_plan_counts_adapters_of_every_stage():
     sizes = [sum(own.layer_bytes(config, layer) for layer in layers) for layers in stages]
     ends = 2 * 16 * 2 * (config.vocab_size + config.hidden_size)
     assert found.weights.adapters in [size + ends for size in sizes]
+    layout = Layout(config, "bf16", pp=2, adapters=own)
+    first, last = (layout.weights(stage).adapters for stage in layout.stages((10, 10)))
+    # Embedding and head take factors of the vocabulary and the hidden size, on the first stage and on the last.
+    assert (first, last) == tuple(size + ends for size in sizes)
+    whole = Layout(config, "bf16", adapters=own).weights(Stage(0, 0, 20)).adapters
+    assert whole == first + last
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,29 @@ def test_every_rule_has_a_name(absent, name, rule):
     assert audit.skip_rule(name) == rule
 
 
+def test_an_audit_starts_again_with_the_same_expectations_and_nothing_seen():
+    audit = Audit.of_target(small_config(), quantized=True, folder="/a/folder")
+    list(audit.passed([(GATE, torch.empty(32, 64)), ("a.stranger", torch.empty(1))]))
+    again = audit.restarted()
+    assert (again.expected, again.quantized, again.folder) == (audit.expected, True, "/a/folder")
+    assert (again.seen, again.unexpected) == (set(), {}) and (audit.seen, len(audit.unexpected)) == ({GATE}, 1)
+
+
+@pytest.mark.parametrize("head", ["", "score.weight"])
+def test_a_model_without_the_usual_head_skips_it(head):
+    audit = Audit.of_target(small_config(num_labels=3), head=head)
+    assert audit.skip_rule("lm_head.weight") == "no head of this kind is used"
+    assert ("score.weight" in audit.expected) == (head == "score.weight")
+
+
+def test_a_draft_may_have_an_embedding_and_options_of_its_own():
+    config = small_config(num_nextn_predict_layers=1)
+    embedding = "model.word_embeddings.weight"
+    assert embedding not in Audit.of_draft(config).expected
+    own = Audit.of_draft(config, has_embedding=True, quantized=True)
+    assert own.expected[embedding] == main_tensors(config)[embedding] and own.quantized
+
+
 def test_a_tied_head_is_skipped_and_nothing_else():
     audit = Audit.of_target(small_config(tie_word_embeddings=True))
     assert audit.skip_rule("lm_head.weight") == "the head is the embedding"
@@ -201,6 +224,21 @@ def test_integers_of_another_shape_are_a_quantized_checkpoints_own_affair(tensor
         CheckpointError, match=r"1 of integers or 8 bits .*quantized weights without a quantization_config"
     ):
         audited(small_config(), packed)
+
+
+@pytest.mark.parametrize(("dtype", "is_plain"), [(torch.float8_e4m3fn, False), (torch.bfloat16, True)])
+def test_eight_bits_are_no_plain_weight(tensors, dtype, is_plain):
+    given = {**tensors, GATE: torch.empty(32, 64, dtype=dtype, device="meta")}
+    assert audited(small_config(), given, quantized=True) == set(tensors)
+    if is_plain:
+        assert audited(small_config(), given) == set(tensors)
+    else:
+        with pytest.raises(CheckpointError, match="1 of integers or 8 bits"):
+            audited(small_config(), given)
+    # Eight bits hold one number each: of another shape they are another model's.
+    given[GATE] = torch.empty(32, 8, dtype=dtype, device="meta")
+    with pytest.raises(CheckpointError, match="1 of the wrong shape"):
+        audited(small_config(), given, quantized=True)
 
 
 @pytest.mark.parametrize("leaf", ["qweight", "weight_packed"])

@@ -34,8 +34,8 @@ def test_scales_of_activations_and_cache_are_left_out_of_plain_weights(tmp_path)
     model = make_checkpoint(tmp_path)
     meaning = quantize(model, "fp8-tensor")
     stored = read_tensors(model)
-    stored["model.layers.0.attention.dense.input_scale"] = torch.tensor(1.0)
-    stored["model.layers.0.attention.k_scale"] = torch.tensor(1.0)
+    scales = ("model.layers.0.attention.dense.input_scale", "model.layers.0.attention.k_scale")
+    stored = dict.fromkeys(scales, torch.tensor(1.0)) | stored
     dequantizer = Dequantizer(raw_config_of(model)["quantization_config"], torch.bfloat16)
     assert set(dict(dequantizer.plain(stored.items()))) == set(meaning)
 
@@ -48,7 +48,12 @@ def test_scales_of_activations_and_cache_are_left_out_of_plain_weights(tmp_path)
         ("awq", lambda parts: parts.update(scales=parts["scales"][:1]), ("do not fit", "qweight [128, 8]")),
         ("gptq-act", lambda parts: parts["g_idx"].fill_(9), ("do not fit", "g_idx points outside the 4 groups")),
         ("fp8", lambda parts: parts.update(weight_scale_inv=torch.ones(7, 3)), ("do not fit", "[7, 3]")),
-        ("w8a8", lambda parts: parts.update(weight_scale=torch.ones(5, 1)), ("do not fit", "[5, 1]")),
+        (
+            "w8a8",
+            lambda parts: parts.update(weight_scale=torch.ones(5, 1)),
+            ("do not fit", "weight_scale [5, 1], weight [64, 128]"),
+        ),
+        ("awq", lambda parts: (parts.pop("qzeros"), parts.pop("scales")), ("has qweight but no qzeros, scales; ",)),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_by_name(scheme, change, fragments, tmp_path):
@@ -151,6 +156,22 @@ def test_blocks_may_be_of_any_size():
         plain_weight(quantization, stored)
 
 
+def test_blocks_may_be_those_of_compressed_tensors():
+    """As llm-compressor writes FP8 blocks: another key and another name for the same numbers."""
+    _, stored, meaning = one_layer("fp8")
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128], "symmetric": True}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    renamed = {name.replace("weight_scale_inv", "weight_scale"): part.clone() for name, part in stored.items()}
+    torch.testing.assert_close(plain_weight(quantization, renamed), meaning, atol=1e-6, rtol=1e-6)
+    renamed[f"{MODULE}.weight_scale"] = renamed[f"{MODULE}.weight_scale"].float()[:1]
+    with pytest.raises(CheckpointError, match=r"blocks of 128 x 128 need \[2, 3\] scales"):
+        plain_weight(quantization, renamed)
+
+
 def test_awq_may_do_without_zero_points():
     quantization, stored, _ = one_layer("awq")
     levels, zeros, scales = (stored.pop(f"{MODULE}.{leaf}") for leaf in ("qweight", "qzeros", "scales"))
@@ -186,10 +207,27 @@ def test_a_configuration_that_the_library_refuses_is_refused_with_its_reason(qua
         Dequantizer(quantization, torch.float32)
 
 
-def test_gptq_has_four_bits_unless_it_says_otherwise():
+@pytest.mark.parametrize("key", ["bits", "sym", "desc_act", "dynamic"])
+def test_gptq_has_four_symmetric_bits_in_order_unless_it_says_otherwise(key):
     quantization, stored, meaning = one_layer("gptq")
-    del quantization["bits"]
+    del quantization[key]
     torch.testing.assert_close(plain_weight(quantization, stored), meaning, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("group_size", [-1, None])
+def test_gptq_has_one_group_unless_it_says_otherwise(group_size):
+    quantization, stored, meaning = quantize_one(MODULE, torch.randn(64, 96), "gptq", group=96)
+    quantization["group_size"] = group_size
+    if group_size is None:
+        del quantization["group_size"]
+    torch.testing.assert_close(plain_weight(quantization, stored), meaning, atol=1e-6, rtol=1e-6)
+
+
+def test_the_last_group_of_gptq_may_be_smaller():
+    quantization, stored, meaning = one_layer("gptq", 64, 96)
+    stored[f"{MODULE}.qweight"] = stored[f"{MODULE}.qweight"][:10]  # eight inputs each
+    stored[f"{MODULE}.g_idx"] = stored[f"{MODULE}.g_idx"][:80]
+    torch.testing.assert_close(plain_weight(quantization, stored), meaning[:, :80], atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("index", [-1, 9])
@@ -253,7 +291,7 @@ def test_a_configuration_that_contradicts_the_weights_is_refused(scheme, keys, m
 @pytest.mark.parametrize("leaf", ["weight_scale", "weight_packed", "weight_zero_point"])
 def test_a_part_of_another_scheme_is_refused(scheme, leaf):
     quantization, stored, _ = one_layer(scheme)
-    with pytest.raises(CheckpointError, match=f"{leaf} is no part of {scheme.upper()}"):
+    with pytest.raises(CheckpointError, match=f"{MODULE}.{leaf} is no part of {scheme.upper()}"):
         plain_weight(quantization, {f"{MODULE}.{leaf}": torch.ones(1), **stored})
 
 
@@ -266,6 +304,9 @@ def test_groups_of_compressed_tensors_are_told_apart_by_their_targets():
         "attention": {**group, "targets": ["re:.*attention.*"], "format": "int-quantized"},
     }
     torch.testing.assert_close(plain_weight(quantization, stored), meaning, atol=1e-6, rtol=1e-6)
+    del stored[f"{MODULE}.weight_scale"]
+    with pytest.raises(CheckpointError, match="has weight but no weight_scale; "):  # not the parts of the other group
+        plain_weight(quantization, stored)
     del quantization["config_groups"]["attention"]
     with pytest.raises(CheckpointError, match=f"^{MODULE} is quantized, but no group of quantization_config"):
         plain_weight(quantization, stored)
@@ -276,6 +317,8 @@ def test_only_what_the_configuration_asks_for_is_dequantized():
     kept, asked = BailingMoeV2Config(), BailingMoeV2Config(dequantize=True, quantization_config=quantization)
     tensors = list(stored.items())
     assert dequantized(tensors, kept, torch.float32) is tensors
+    ((_, halves),) = dequantized(tensors, asked, torch.float16)
+    assert halves.dtype == torch.float16
     ((name, weight),) = dequantized(tensors, asked, torch.float32)
     assert name == f"{MODULE}.weight" and weight.dtype == torch.float32
     torch.testing.assert_close(weight, meaning, atol=1e-6, rtol=1e-6)

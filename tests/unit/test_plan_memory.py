@@ -189,6 +189,8 @@ def test_every_stage_has_its_own_parts():
     # The draft's embedding is not on its stage, so it has a copy of it.
     assert [part.mtp for part in (first, middle, last)] == [0, 0, whole.weights(Stage(0, 0, 6)).mtp + vocabulary]
     assert Layout(config, "bf16", pp=3).weights(STAGES[2]).mtp == 0
+    halves = Layout(config, "bf16", pp=2, mtp_layers=1).weights(Stage(1, 3, 6))
+    assert halves.mtp == last.mtp
     (dense,) = {whole.weights(Stage(0, index, index + 1)).dense_mlp for index in (0, 1)}
     assert [part.dense_mlp for part in (first, middle, last)] == [dense, dense, 0]
     assert [part.routed_experts // (32 * 3 * 512 * 256 * 2) for part in (first, middle, last)] == [0, 2, 2]
