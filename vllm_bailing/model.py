@@ -57,7 +57,13 @@ from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
 from vllm_bailing.plugin.kernels.qk_norm_rope import fused_qk_norm_rope_for
 from vllm_bailing.plugin.lora import experts_take_adapters
 from vllm_bailing.plugin.patches import experts_without_lora, patch_for_model, repack_experts_on_reload
-from vllm_bailing.plugin.shims import rope_parameters
+from vllm_bailing.plugin.shims import (
+    collect_aux_hidden_states,
+    local_logits,
+    pack_aux_hidden_states,
+    rope_parameters,
+    spec_decode_needs_target_embed,
+)
 from vllm_bailing.plugin.weight_loading import WeightLoading
 from vllm_bailing.router import BailingMoeV2Gate, routing_rule
 from vllm_bailing.tensor_names import EMBEDDING, HEAD, SCORE, layer_of
@@ -289,6 +295,7 @@ class BailingMoeV2DecoderLayer(nn.Module):
 class BailingMoeV2Model(nn.Module, EagleModelMixin):
     """Embedding, this pipeline stage's decoder layers, final norm."""
 
+    supports_aux_hidden_states_over_pp = True
     # Expert tensors are not here: the MoE runner maps its own.
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_stacked={
@@ -311,7 +318,9 @@ class BailingMoeV2Model(nn.Module, EagleModelMixin):
                 quant_config=self.quant_config,
                 prefix=maybe_prefix(prefix, "embed_tokens"),
             )
-            if pp_group.is_first_rank or (config.tie_word_embeddings and pp_group.is_last_rank)
+            if pp_group.is_first_rank
+            or (config.tie_word_embeddings and pp_group.is_last_rank)
+            or spec_decode_needs_target_embed(vllm_config)
             else PPMissingLayer()
         )
         self.start_layer, self.end_layer, self.layers = make_layers(
@@ -342,14 +351,18 @@ class BailingMoeV2Model(nn.Module, EagleModelMixin):
             hidden_states, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
 
         # Only a draft model of the EAGLE-3 kind asks for hidden states on the way.
-        aux_hidden_states = self._maybe_add_hidden_state([], self.start_layer, hidden_states, residual)
+        aux_hidden_states: list[torch.Tensor] = []
+        if get_pp_group().is_first_rank:  # else the stage before has added it
+            self._maybe_add_hidden_state(aux_hidden_states, 0, hidden_states, residual)
         for index, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), self.start_layer + 1):
             hidden_states, residual = layer(positions, hidden_states, residual)
             self._maybe_add_hidden_state(aux_hidden_states, index, hidden_states, residual)
 
         if not get_pp_group().is_last_rank:
-            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
+            passed_on = pack_aux_hidden_states(self, aux_hidden_states)
+            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual, **passed_on})
         hidden_states, _ = self.norm(hidden_states, residual)
+        aux_hidden_states = [*collect_aux_hidden_states(self, intermediate_tensors), *aux_hidden_states]
         return (hidden_states, aux_hidden_states) if aux_hidden_states else hidden_states
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -456,6 +469,11 @@ class BailingMoeV2ForCausalLM(
         """Logits [T, V] of hidden states [T, H] after the final norm, on the rank that gathers them."""
         self.weight_loading.check_complete()
         return self.logits_processor(self.lm_head, hidden_states)
+
+    def compute_logits_local(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the logits [T, V / ranks], for vLLM's `--enable-batch-sharded-sampling`."""
+        self.weight_loading.check_complete()
+        return local_logits(self.logits_processor, self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors, under the names of the published checkpoints.

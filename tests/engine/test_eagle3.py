@@ -1,6 +1,10 @@
 """Other drafts: n-grams and EAGLE-3."""
 
+import copy
+import functools
 import json
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -120,6 +124,51 @@ def test_an_eagle3_draft_gets_the_hidden_states_it_was_trained_on(tmp_path):
     logits = run(draft_logits, target, PROMPT, eagle3)
     wanted = plain_eagle3_logits(target, draft, PROMPT)
     assert torch.isneginf(logits[:, 1::2]).all()
+    assert (logits[:, ::2].log_softmax(-1) - wanted.log_softmax(-1)).abs().max() <= TOLERANCE
+
+
+def _run_in_two_stages(worker, split):
+    """Let the target run as two pipeline stages do, one after the other in this process."""
+    from vllm.distributed import parallel_state
+
+    from vllm_bailing import model as ours
+
+    whole = worker.model_runner.model.model
+
+    def on(index):
+        group = SimpleNamespace(world_size=2, is_first_rank=index == 0, is_last_rank=index == 1)
+        return mock.patch.multiple(ours, get_pp_group=lambda: group), mock.patch.multiple(
+            parallel_state, get_pp_group=lambda: group
+        )
+
+    stages = []
+    for index, (start, end) in enumerate(((0, split), (split, len(whole.layers)))):
+        stage = copy.copy(whole)
+        stage.start_layer, stage.end_layer = start, end
+        ours_on, vllm_on = on(index)
+        with ours_on, vllm_on:
+            stage._set_aux_hidden_state_layers(whole.aux_hidden_state_layers)
+        stages.append(stage)
+
+    def forward(input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
+        output = None
+        for index, stage in enumerate(stages):
+            ours_on, vllm_on = on(index)
+            with ours_on, vllm_on:
+                output = type(stage).forward(stage, input_ids, positions, output, inputs_embeds)
+        return output
+
+    whole.forward = forward
+
+
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_an_eagle3_draft_gets_them_from_all_pipeline_stages(split, tmp_path):
+    """vLLM's CPU build has no drafts with stages, so what lies between them is a stand-in here."""
+    target = make_checkpoint(tmp_path / "target", num_hidden_layers=4)
+    draft = make_eagle3(tmp_path / "draft")
+    eagle3 = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 2}
+    logits = run_in_turn(draft_logits, target, PROMPT, eagle3, functools.partial(_run_in_two_stages, split=split))
+    wanted = plain_eagle3_logits(target, draft, PROMPT)
     assert (logits[:, ::2].log_softmax(-1) - wanted.log_softmax(-1)).abs().max() <= TOLERANCE
 
 

@@ -6,7 +6,7 @@ import torch
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, write_tensors
 from tests.support.cpu import NEEDS_AVX512
-from tests.support.engine import ask, make_llm, run_in_turn
+from tests.support.engine import ask, loaded_rank, make_llm, run_in_turn, run_ranks
 from tests.support.quantized import no_expert, quantize
 
 
@@ -83,3 +83,23 @@ def test_speculation_and_load_balancing_find_their_hooks(tmp_path):
         "moe_layers": 2,
         "experts": (16, 16, 4),
     }
+
+
+def _logits_of_rank(rank, ranks, init, model, hidden):
+    options = {"model": str(model), "tensor_parallel_size": ranks, "dtype": "float32"}
+    module, _ = loaded_rank(rank, ranks, init, options)
+    module.lm_head.quant_method.process_weights_after_loading(module.lm_head)
+    return module.compute_logits_local(hidden), module.compute_logits(hidden)
+
+
+@torch.inference_mode()
+def test_logits_of_the_ranks_are_the_parts_of_all(tmp_path):
+    """For --enable-batch-sharded-sampling, in which ranks exchange requests and not the vocabulary."""
+    model = make_checkpoint(tmp_path / "model", vocab_size=250)  # vLLM pads it
+    hidden = torch.randn(5, 64)
+    ((whole, expected),) = run_ranks(_logits_of_rank, 1, tmp_path, model, hidden)
+    found = run_ranks(_logits_of_rank, 2, tmp_path, model, hidden)
+    parts = torch.cat([local for local, _ in found], dim=-1)
+    assert parts.shape == whole.shape and parts.shape[-1] > 250
+    torch.testing.assert_close(parts[:, :250], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[0][1], expected, atol=1e-5, rtol=1e-5)

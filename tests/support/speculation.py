@@ -31,9 +31,15 @@ def _recorded(worker):
     return worker.model_runner.drafter.model.recorded
 
 
-def draft_logits(model, prompt, speculative_config=None, **options):
-    """Logits [T - 1, vocab] of the draft at every position whose next token is in the prompt."""
+def draft_logits(model, prompt, speculative_config=None, prepare=None, **options):
+    """Logits [T - 1, vocab] of the draft at every position whose next token is in the prompt.
+
+    Args:
+        prepare: Called with the worker before anything is asked.
+    """
     llm = make_llm(model, speculative_config=speculative_config or mtp(1), **options)
+    if prepare is not None:
+        llm.collective_rpc(prepare)
     llm.collective_rpc(_expect_tokens, args=(len(prompt) - 1,))
     llm.collective_rpc(_record_draft)
     ask(llm, [prompt], max_tokens=2, logprobs=False)

@@ -89,3 +89,51 @@ def knows_scales_of_modules() -> bool:
     from vllm.lora.peft_helper import PEFTHelper
 
     return hasattr(PEFTHelper, "get_rank_and_scaling")
+
+
+# ---- what newer releases ask of a model; older ones do not ----------------------------------------------------------
+
+
+def local_logits(logits_processor: Any, head: Any, hidden_states: Any) -> Any:
+    """The logits [T, V / ranks] of this rank's rows of the head.
+
+    Differs:  vLLM gathered logits on every way; nothing asked for less.
+    Upstream: `LogitsProcessor.forward` with `skip_gather`, in 0.31, not in 0.28.
+    Remove:   when the oldest supported version has it.
+    """
+    return logits_processor(head, hidden_states, skip_gather=True)
+
+
+def spec_decode_needs_target_embed(vllm_config: Any) -> bool:
+    """Whether a draft model on the last pipeline stage shares the target's embedding, which must be there then.
+
+    Differs:  only the first stage had it, and such drafts ran on one stage.
+    Upstream: `models.utils.spec_decode_needs_target_embed`, in 0.31, not in 0.28.
+    Remove:   when the oldest supported version has it.
+    """
+    from vllm.model_executor.models import utils
+
+    question = getattr(utils, "spec_decode_needs_target_embed", None)
+    return question is not None and question(vllm_config)
+
+
+def pack_aux_hidden_states(model: Any, states: list[Any]) -> dict[str, Any]:
+    """What a pipeline stage gives the next one of the hidden states for EAGLE-3, by the names that vLLM knows.
+
+    Differs:  EAGLE-3 ran on one stage.
+    Upstream: `EagleModelMixin.pack_local_aux_hidden_states`, in 0.31, not in 0.28.
+    Remove:   when the oldest supported version has it.
+    """
+    pack = getattr(model, "pack_local_aux_hidden_states", None)
+    return {} if pack is None else pack(states)
+
+
+def collect_aux_hidden_states(model: Any, intermediate_tensors: Any) -> list[Any]:
+    """The hidden states for EAGLE-3 of the pipeline stages before this one.
+
+    Differs:  EAGLE-3 ran on one stage.
+    Upstream: `EagleModelMixin.collect_remote_aux_hidden_states`, in 0.31, not in 0.28.
+    Remove:   when the oldest supported version has it.
+    """
+    collect = getattr(model, "collect_remote_aux_hidden_states", None)
+    return [] if collect is None else collect(intermediate_tensors)
