@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -531,25 +532,38 @@ def _warn(message: str) -> None:
 
 
 def register_with_transformers() -> None:
-    """Let `AutoConfig` (and vLLM, which uses it) read this family's config.json files. Safe to call again.
+    """Let `AutoConfig` (and vLLM, which uses it) read this family's config.json files. Safe to call again."""
+    adopt_config_files()
+    name_the_configuration()
 
-    transformers looks classes up by `model_type` alone, before anything reads `architectures`. The published files
-    share theirs with first-generation Bailing, so the raw dict is adopted where all loaders get it from.
-    """
-    from transformers import AutoConfig
+
+def name_the_configuration() -> Callable[[], object]:
+    """Let `AutoConfig` know this family's model type; returns what takes that back. Safe to call again."""
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     AutoConfig.register(MODEL_TYPE, BailingMoeV2Config, exist_ok=True)
-    original = PretrainedConfig.__dict__["get_config_dict"].__func__
-    if getattr(original, "_adopts_bailing_moe_v2", False):
-        return
+    return lambda: CONFIG_MAPPING._extra_content.pop(MODEL_TYPE, None)
 
-    @functools.wraps(original)
+
+def adopt_config_files() -> Callable[[], object]:
+    """Let every loader get this family's config.json files by their own model type; returns what takes that back.
+
+    transformers looks classes up by `model_type` alone, before anything reads `architectures`. The published files
+    share theirs with first-generation Bailing, so the raw dict is adopted where all loaders get it from. Safe to call
+    again.
+    """
+    original = PretrainedConfig.__dict__["get_config_dict"]
+    if getattr(original.__func__, "_adopts_bailing_moe_v2", False):
+        return lambda: None
+
+    @functools.wraps(original.__func__)
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        config_dict, unused_kwargs = original(cls, *args, **kwargs)
+        config_dict, unused_kwargs = original.__func__(cls, *args, **kwargs)
         return adopt(config_dict), unused_kwargs
 
     get_config_dict._adopts_bailing_moe_v2 = True  # type: ignore[attr-defined]
     PretrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[assignment]
+    return lambda: setattr(PretrainedConfig, "get_config_dict", original)
 
 
 def read_config(model: str | Path, overrides: dict[str, Any] | None = None) -> BailingMoeV2Config:

@@ -111,9 +111,7 @@ def _compressed_tensors(quantization: dict[str, Any]) -> tuple[Any, Any]:
     from torch import nn
 
     try:
-        config = QuantizationConfig.model_validate(
-            {key: value for key, value in quantization.items() if key != "quant_method"}
-        )
+        config = QuantizationConfig.model_validate(quantization)
     except ValueError as error:
         raise CheckpointError(f"quantization_config of config.json is not understood: {error}") from None
     schemes: list[Any] = list(config.config_groups.values())
@@ -178,8 +176,7 @@ def _awq(quantization: dict[str, Any]) -> tuple[Any, ...]:
         converter = AutoAWQConverter.from_autoawq_config({**quantization, "modules_to_not_convert": None})
     except ValueError as error:
         raise CheckpointError(f"quantization_config of config.json: {error}") from None
-    config = {"quant_method": "compressed-tensors", **converter.create_config().model_dump(mode="json")}
-    _, weight_of_packed = _compressed_tensors(config)
+    _, weight_of_packed = _compressed_tensors(converter.create_config().model_dump(mode="json"))
     parts = ("qweight", "qzeros", "scales") if converter.zero_point else ("qweight", "scales")
 
     def weight_of(module: str, stored: Tensors) -> torch.Tensor:
@@ -249,7 +246,7 @@ def _gptq(quantization: dict[str, Any]) -> tuple[Any, Any, Any]:
             raise ValueError(f"group_size=-1 means one group, not {groups}")
         index = in_order(inputs) if is_in_order else stored["g_idx"].long()
         if int(index.min()) < 0 or int(index.max()) >= groups:
-            raise ValueError(f"{'group_size' if is_in_order else 'g_idx'} points outside the {groups} groups")
+            raise ValueError(f"g_idx points outside the {groups} groups")
         # The library takes half of the range off, so that the middle is 0.
         weight = unpack_from_int32(stored["qweight"], bits, torch.Size((inputs, width)), packed_dim=0).float()
         if not is_symmetric:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 _W4A16 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True, "dynamic": False}
@@ -39,8 +40,8 @@ FP32_ROUTER = {"additional_config": {"bailing_fp32_router": True}}
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}
 
 
-def mtp(tokens: int) -> dict[str, Any]:
-    return {"speculative_config": {"method": "mtp", "num_speculative_tokens": tokens}}
+def mtp(tokens: int, **more: Any) -> dict[str, Any]:
+    return {"speculative_config": {"method": "mtp", "num_speculative_tokens": tokens, **more}}
 
 
 # Of which the model is built: (checkpoint, changes to its config.json, options).
@@ -84,6 +85,9 @@ CONFIGURED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "flash, eager": (FLASH, {}, {**TP4, "enforce_eager": True}),
     "flash, O3": (FLASH, {}, {**TP4, "optimization_level": 3}),
     "flash, sleep": (FLASH, {}, {**TP4, "enable_sleep_mode": True}),
+    "flash, TP 4, batch-sharded sampling": (FLASH, {}, {**TP4, "enable_batch_sharded_sampling": True}),
     "Ring-1T, TP 8": ("Ring-1T", {"num_hidden_layers": 5}, TP8),
     "AntAngelMed, TP 4": ("AntAngelMed", {}, TP4),
 }
+if tuple(map(int, version("vllm").split(".")[:2])) >= (0, 33):
+    CONFIGURED["mini, MTP 1, fp8 head"] = (MINI_BASE, {}, mtp(1, draft_lm_head_quantization="fp8"))

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.cuda_build import fakes
-from tests.cuda_build.deployments import MINI, W4A16
+from tests.cuda_build.deployments import CONFIGURED, MINI, MINI_BASE, W4A16, mtp
 
 
 def test_doctor_finds_the_gpus_without_the_drivers_tool():
@@ -34,6 +34,20 @@ def test_groups_that_ranks_would_cut_are_refused_with_both_ways_out(forked):
     message = forked(_refused)
     assert "\n" not in message and ".." not in message
     assert 0 < message.find("smaller --tensor-parallel-size") < message.find("dequantize")
+
+
+def _both_heads() -> str:
+    options = mtp(1, draft_lm_head_quantization="fp8")
+    try:
+        fakes.engine_config(MINI_BASE, **options, additional_config={"bailing_draft_vocab": [1, 2, 3]})
+        return ""
+    except Exception as error:
+        return str(error)
+
+
+@pytest.mark.skipif("mini, MTP 1, fp8 head" not in CONFIGURED, reason="vLLM quantizes heads of drafts from 0.33 on")
+def test_a_draft_has_one_head(forked):
+    assert "leave one of them out" in forked(_both_heads)
 
 
 def _tuned(*arguments: str) -> tuple[int, str]:

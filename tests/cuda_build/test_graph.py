@@ -62,7 +62,9 @@ def traced(name: str, options: dict[str, Any], layers: int) -> list[dict[str, An
         hidden = fakes.forward(built)
         with built.mode, fakes.GPU:
             logits = target.compute_logits(hidden)
+            part = target.compute_logits_local(hidden)
         assert logits.shape[0] == fakes.TOKENS
+        assert part.shape == (fakes.TOKENS, target.lm_head.num_embeddings_per_partition)
         if config.speculative_config:
             draft = fakes.draft(built)
             assert draft.model.embed_tokens is target.model.embed_tokens
@@ -95,3 +97,21 @@ def test_each_model_is_one_graph_without_copies(name, options, layers, gpu, fork
         for one in reduced[1:]:
             users = {operation for _, operation, sources in graph["nodes"] if one in sources}
             assert any("fused_add_rms_norm" in user for user in users), f"{one} goes to {users}"
+
+
+def passed_on(options: dict[str, Any]) -> tuple[list[str], bool]:
+    """What the first stage gives the second for EAGLE-3, and whether vLLM lets the model have both."""
+    from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import verify_supports_aux_hidden_states_over_pp
+
+    config = fakes.engine_config(
+        FLASH, {"num_hidden_layers": 4}, enforce_eager=True, distributed_executor_backend="mp", **options
+    )
+    with fakes.on_gpus(config) as built:
+        built.model.set_aux_hidden_state_layers((0, 2, 3))
+        verify_supports_aux_hidden_states_over_pp(built.model, "eagle3")
+        return sorted(fakes.forward(built).tensors), built.model.supports_eagle3
+
+
+def test_a_stage_passes_on_what_an_eagle3_draft_asks_for(forked):
+    names, supported = forked(passed_on, {"pipeline_parallel_size": 2})
+    assert supported and names == ["aux_hidden_states_0", "aux_hidden_states_1", "hidden_states", "residual"]

@@ -247,6 +247,8 @@ def test_symmetric_gptq_has_its_zero_in_the_middle_whatever_is_stored(zeros):
     else:
         stored[f"{MODULE}.qzeros"].fill_(zeros)
     torch.testing.assert_close(plain_weight(quantization, stored), meaning, atol=1e-6, rtol=1e-6)
+    del quantization["sym"]  # as it is by default
+    torch.testing.assert_close(plain_weight(quantization, stored), meaning, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scheme", ["gptq", "gptq-v2"])

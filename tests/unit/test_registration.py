@@ -8,6 +8,7 @@ import importlib
 import json
 import logging
 import multiprocessing
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +22,7 @@ from tests.support.configs import CONFIGS, write_config
 from tests.support.engine import run
 from tests.support.registration import load_plugins
 from tests.support.zoo import OTHERS, raw_config
-from vllm_bailing.plugin.register import WhenImported
+from vllm_bailing.plugin.register import Takeover, WhenImported, _register_or_warn
 
 ARCHITECTURE = "BailingMoeV2ForCausalLM"
 OURS = "vllm_bailing.model:BailingMoeV2ForCausalLM"
@@ -243,12 +244,14 @@ class Manager:
 """
 
 
-def test_a_parser_is_registered_whenever_its_manager_is_imported(tmp_path, monkeypatch):
+def test_a_parser_is_registered_whenever_its_manager_is_imported(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     monkeypatch.syspath_prepend(tmp_path)
 
-    def register(module):
+    def register_with(module):
         module.Manager.register_lazy_module("bailing", "vllm_bailing.parsers", "Parser")
+
+    register = functools.partial(_register_or_warn, logging.getLogger(), register_with)
 
     texts = {"whole": MANAGER, "broken": "raise ValueError('broken')", "changed": "Manager = None"}
     for name, text in texts.items():
@@ -262,6 +265,67 @@ def test_a_parser_is_registered_whenever_its_manager_is_imported(tmp_path, monke
     (tmp_path / "manager_broken.py").write_text(f"{MANAGER}# mended")
     assert list(importlib.import_module("manager_broken").Manager.known) == ["bailing"]
     assert importlib.import_module("manager_changed").Manager is None  # the importer of it must not fail
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    assert "'NoneType' object has no attribute 'register_lazy_module'" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("as broken as can be"), SystemExit(3), None], ids=repr)
+def test_what_a_later_part_cannot_take_over_takes_the_earlier_ones_back(error, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("here", "first", "second", "third"):
+        (tmp_path / f"part_{name}.py").write_text("")
+        monkeypatch.delitem(sys.modules, f"part_{name}", raising=False)
+    taken = []
+
+    def part(module):
+        if module.__name__ == "part_second" and error is not None:
+            raise error
+        taken.append(module.__name__)
+        return lambda: taken.remove(module.__name__)
+
+    importlib.import_module("part_here")
+    takeover = Takeover(logging.getLogger())
+    for name in ("here", "first", "second", "third"):
+        takeover.take(f"part_{name}", part)
+    assert taken == ["part_here"]
+    importlib.import_module("part_first")
+    assert taken == ["part_here", "part_first"]
+    for name in ("second", "third"):
+        assert importlib.import_module(f"part_{name}").__name__ == f"part_{name}"
+    if error is None:
+        assert taken == ["part_here", "part_first", "part_second", "part_third"] and not caplog.records
+    else:
+        assert taken == []
+        (record,) = caplog.records
+        assert record.levelname == "WARNING" and "could not register with part_second" in record.getMessage()
+
+
+@pytest.mark.parametrize("broken", ["config", "plugin/patches"])
+def test_with_a_part_of_the_package_missing_vllm_is_as_without_it(broken, tmp_path):
+    """An installation that was cut off; the file is looked for when vLLM's module is there, not before."""
+    shutil.copytree(Path(vllm_bailing.__file__).parent, tmp_path / "vllm_bailing")
+    (tmp_path / "vllm_bailing" / f"{broken}.py").unlink()
+    code = f"""
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+import vllm.plugins, vllm_bailing
+assert vllm_bailing.__file__.startswith({str(tmp_path)!r})
+vllm_bailing.register()
+from transformers import CONFIG_MAPPING, PretrainedConfig
+from vllm import ModelRegistry
+from vllm.config.speculative import SpeculativeConfig
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+print(json.dumps([
+    ModelRegistry.models["BailingMoeV2ForCausalLM"].module_name, "BailingMoeV2MTPModel" in ModelRegistry.models,
+    "bailing_moe_v2" in CONFIG_MAPPING, PretrainedConfig.get_config_dict.__func__.__module__,
+    SpeculativeConfig.hf_config_override.__module__, "BailingMoeV2ForCausalLM" in MODELS_CONFIG_MAP]))
+"""
+    done = fresh("import json\n" + code)
+    intree, ours = "vllm.model_executor.models.bailing_moe", "transformers.configuration_utils"
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == [
+        intree, False, False, ours, "vllm.config.speculative", False
+    ]
+    assert (done.stdout + done.stderr).count("vLLM continues with its own classes") == 1
 
 
 # ---- in fresh interpreters ------------------------------------------------------------------------------------------
@@ -295,6 +359,31 @@ def test_a_broken_installation_is_a_warning(error, monkeypatch):
     monkeypatch.setattr(logging.getLogger("vllm.plugins.bailing"), "warning", lambda *words: said.append(words))
     vllm_bailing.register()
     assert len(said) == 1 and "could not register" in said[0][0]
+
+
+def test_registering_waits_for_the_modules_that_it_concerns():
+    """So it costs next to nothing in a process that does without them."""
+    code = """
+import json, sys
+import vllm.plugins
+before = set(sys.modules)
+import vllm_bailing; vllm_bailing.register()
+new = sorted(set(sys.modules) - before)
+assert "transformers" not in sys.modules and "vllm.config" not in sys.modules, "the test shows nothing"
+from transformers import CONFIG_MAPPING, PretrainedConfig
+from vllm import ModelRegistry
+from vllm.config.speculative import SpeculativeConfig
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+print(json.dumps([new, ModelRegistry.models["BailingMoeV2ForCausalLM"].module_name,
+    ModelRegistry.models["BailingMoeV2MTPModel"].module_name,
+    CONFIG_MAPPING["bailing_moe_v2"].__module__, PretrainedConfig.get_config_dict.__func__._adopts_bailing_moe_v2,
+    SpeculativeConfig.hf_config_override.__module__, SpeculativeConfig.__post_init__.__module__,
+    MODELS_CONFIG_MAP["BailingMoeV2ForCausalLM"].__module__]))
+"""
+    new, *taken = json.loads(fresh(code).stdout.strip().splitlines()[-1])
+    assert [name for name in new if not name.startswith("vllm_bailing")] == []
+    patches = "vllm_bailing.plugin.patches"
+    assert taken == ["vllm_bailing.model", "vllm_bailing.mtp", "vllm_bailing.config", True, *3 * [patches]]
 
 
 def test_registering_imports_no_model_code_and_leaves_parsers_and_the_model_for_later():

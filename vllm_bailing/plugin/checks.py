@@ -174,6 +174,12 @@ def _check_draft_head(vllm_config: Any) -> None:
             f"{DRAFT_VOCABULARY} in --additional-config is for MTP drafts; add --speculative-config "
             '\'{"method": "mtp", "num_speculative_tokens": 1}\' or leave it out'
         )
+    quantization = getattr(vllm_config.speculative_config, "draft_lm_head_quantization", None)
+    if quantization is not None:
+        raise SettingsError(
+            f"{DRAFT_VOCABULARY} in --additional-config and draft_lm_head_quantization={quantization!r} in "
+            "--speculative-config: vLLM would quantize a head that the draft does not use then; leave one of them out"
+        )
     model_config = vllm_config.model_config
     if Checkpoint.of(model_config).published(model_config.hf_config).has_scales("lm_head"):
         raise SettingsError(

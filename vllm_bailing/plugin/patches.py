@@ -2,7 +2,8 @@
 
 In every process that registers, with effect for configurations that name a BailingMoeV2 architecture alone:
 
-- `patch_configuration`: `SpeculativeConfig.hf_config_override` and `.__post_init__`; an entry in `MODELS_CONFIG_MAP`.
+- `know_drafts`: `SpeculativeConfig.hf_config_override` and `.__post_init__`;
+- `check_configurations`: entries in `MODELS_CONFIG_MAP`.
 
 In a process that reads answers with `--reasoning-parser bailing`, with effect for this parser alone:
 
@@ -36,7 +37,7 @@ In workers that `vllm-bailing bench` starts:
 - `time_model_loading`: `BaseModelLoader.load_model`.
 
 Beside vLLM: `sys.excepthook` of the `vllm` command (`excepthook.shorten_in_vllm_command`), `sys.meta_path`
-(`register.register_extensions`) and `transformers.PretrainedConfig.get_config_dict`
+(`register.WhenImported`) and `transformers.PretrainedConfig.get_config_dict`
 (`config.register_with_transformers`). What is public interface of vLLM and transformers is in `register`. The kernels
 that the model's own layers take on CPUs are chosen in `kernels.cpu`, and a router that turns to fp32 tells vLLM's
 record for reloads so (`router.py`).
@@ -64,37 +65,53 @@ _in_the_making: contextvars.ContextVar[Any] = contextvars.ContextVar("_in_the_ma
 _original: dict[str, Any] = {}
 
 
-def patch_configuration(settle_engine_config: Callable[[Any], None]) -> None:
-    """Let vLLM's configuration know MTP drafts, and have what cannot run refused before an engine starts.
+def know_drafts(speculative_config: Any) -> Callable[[], object]:
+    """Let vLLM's `SpeculativeConfig` know MTP drafts of this architecture; returns what takes that back.
 
-    Safe to call again.
+    Differs:  vLLM knows the draft layers of the model types that it lists.
+    Upstream: `SpeculativeConfig.hf_config_override` and `.__post_init__`, in 0.27 to 0.33.
+    Remove:   when a model class can name its draft.
+    """
+    before = {name: speculative_config.__dict__[name] for name in ("hf_config_override", "__post_init__")}
+    _original.update(hf_config_override=speculative_config.hf_config_override, post_init=before["__post_init__"])
+    speculative_config.hf_config_override = staticmethod(hf_config_override)
+    speculative_config.__post_init__ = _post_init
+
+    def undo() -> None:
+        for name, value in before.items():
+            setattr(speculative_config, name, value)
+
+    return undo
+
+
+def check_configurations(
+    config_map: dict[str, Any], base: type, settle_engine_config: Callable[[Any], None]
+) -> Callable[[], object]:
+    """Have what cannot run refused before an engine starts; returns what takes that back.
 
     Args:
+        config_map, base: vLLM's `MODELS_CONFIG_MAP` and the class of its entries.
         settle_engine_config: Called with every complete `VllmConfig` of this architecture; may change it, and raise.
 
-    Differs:  vLLM knows the draft layers of the model types that it lists, and offers a plugin no check of a complete
-              configuration.
-    Upstream: `SpeculativeConfig.hf_config_override` and `.__post_init__`, `MODELS_CONFIG_MAP`, in 0.27 to 0.33.
-    Remove:   when a model class can name its draft and check the configuration that it gets.
+    Differs:  vLLM offers a plugin no check of a complete configuration.
+    Upstream: `MODELS_CONFIG_MAP`, in 0.27 to 0.33.
+    Remove:   when a model class can check the configuration that it gets.
     """
-    from vllm.config.speculative import SpeculativeConfig
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
-
     from vllm_bailing.config import FAMILY
 
-    if _original:
-        return
-    _original.update(hf_config_override=SpeculativeConfig.hf_config_override, post_init=SpeculativeConfig.__post_init__)
-    SpeculativeConfig.hf_config_override = staticmethod(hf_config_override)
-    SpeculativeConfig.__post_init__ = _post_init
-
-    class BailingMoeV2Checks(VerifyAndUpdateConfig):
+    class BailingMoeV2Checks(base):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
             settle_engine_config(vllm_config)
 
-    for architecture in FAMILY:  # vLLM makes pooling models of the one class that is registered
-        MODELS_CONFIG_MAP[architecture] = BailingMoeV2Checks
+    # vLLM makes pooling models of the one class that is registered.
+    config_map.update(dict.fromkeys(FAMILY, BailingMoeV2Checks))
+
+    def undo() -> None:
+        for architecture in FAMILY:
+            config_map.pop(architecture, None)
+
+    return undo
 
 
 def _post_init(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -44,33 +44,23 @@ def _register() -> Decision:
     from vllm.logger import init_logger
     from vllm.version import __version__ as vllm_version  # pyright: ignore[reportPrivateImportUsage]
 
-    from vllm_bailing.config import register_with_transformers
-
     # A child of vLLM's logger, whose level and format its users have set up.
     logger = init_logger("vllm.plugins.bailing")
     decided = decide(vllm_version)
-    register_with_transformers()
+    takeover = Takeover(logger)
+    takeover.take("transformers.configuration_utils", _adopt_config_files)
+    takeover.take("transformers.models.auto.configuration_auto", _name_the_configuration)
     if decided.active:
-        from vllm import ModelRegistry
-
-        from vllm_bailing.plugin import excepthook, patches
+        from vllm_bailing.plugin import excepthook
 
         excepthook.shorten_in_vllm_command()
-        for architecture in decided.active:
-            ModelRegistry.register_model(architecture, ARCHITECTURES[architecture])
-        try:
-            patches.patch_configuration(_settle_engine_config)
-            for architecture, where in DRAFT_ARCHITECTURES.items():
-                ModelRegistry.register_model(architecture, where)
-        except (ImportError, AttributeError) as error:
-            decided.warning = f"no MTP drafts on this vLLM, whose settings differ from the checked ones: {error}"
-    try:
-        register_extensions()
-    except Exception as error:  # a server can do without
-        decided.warning = decided.warning or (
-            f"not all of the parsers named {PARSER!r} and the tokenizer modes {', '.join(TOKENIZER_MODES)} are there: "
-            f"{type(error).__name__}: {error}"
+        classes = {name: ARCHITECTURES[name] for name in decided.active}
+        takeover.take(
+            "vllm.model_executor.models.registry", functools.partial(_name_the_classes, classes | DRAFT_ARCHITECTURES)
         )
+        takeover.take("vllm.config.speculative", functools.partial(_know_drafts, logger))
+        takeover.take("vllm.model_executor.models.config", _check_configurations)
+    register_extensions(logger)
     with _visible(logger):
         if decided.active:
             logger.info(
@@ -91,6 +81,100 @@ def _register() -> Decision:
         if decided.warning:
             logger.warning("vllm-bailing %s: %s", __version__, decided.warning)
     return decided
+
+
+class Takeover:
+    """What this package changes in a process: each part as soon as the module that it concerns is there, all or none.
+
+    Importing those modules costs seconds and 100 MB, so processes of other models that do without are spared. If a part
+    fails, those before it are taken back: half of them would give vLLM's own class a configuration that it misreads.
+    """
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger, self._undo, self._is_over = logger, list[Callable[[], object]](), False
+
+    def take(self, module: str, part: Callable[[Any], Callable[[], object]]) -> None:
+        """Call `part` with the module of that name, now or when it is imported; it returns what takes it back.
+
+        Raises:
+            Exception: What `part` raises now; later ones end in a warning.
+        """
+        if module in sys.modules:
+            try:
+                self._undo.append(part(sys.modules[module]))
+            except BaseException:
+                self._take_back()
+                raise
+        else:
+            sys.meta_path.insert(0, WhenImported(module, functools.partial(self._take_later, part)))
+
+    def _take_later(self, part: Callable[[Any], Callable[[], object]], module: Any) -> None:
+        if self._is_over:
+            return
+        try:
+            self._undo.append(part(module))
+        except (Exception, SystemExit) as error:
+            self._take_back()
+            self._logger.warning(
+                "vllm-bailing %s could not register with %s (%s: %s); vLLM continues with its own classes",
+                __version__,
+                module.__name__,
+                type(error).__name__,
+                error,
+            )
+
+    def _take_back(self) -> None:
+        self._is_over = True
+        while self._undo:
+            self._undo.pop()()
+
+
+def _adopt_config_files(_module: Any) -> Callable[[], object]:
+    from vllm_bailing import config
+
+    return config.adopt_config_files()
+
+
+def _name_the_configuration(_module: Any) -> Callable[[], object]:
+    from vllm_bailing import config
+
+    return config.name_the_configuration()
+
+
+def _name_the_classes(classes: dict[str, str], module: Any) -> Callable[[], object]:
+    known = module.ModelRegistry.models
+    before = {name: known.get(name) for name in classes}
+
+    def undo() -> None:
+        for name, entry in before.items():
+            known.pop(name, None)
+            if entry is not None:
+                known[name] = entry
+
+    try:
+        for name, where in classes.items():
+            module.ModelRegistry.register_model(name, where)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def _know_drafts(logger: logging.Logger, module: Any) -> Callable[[], object]:
+    from vllm_bailing.plugin import patches
+
+    try:
+        return patches.know_drafts(module.SpeculativeConfig)
+    except (AttributeError, KeyError) as error:  # a newer vLLM may serve the model all the same
+        reason = "no MTP drafts on this vLLM, whose settings differ from the checked ones"
+        logger.warning("vllm-bailing %s: %s: %s", __version__, reason, error)
+        return lambda: None
+
+
+def _check_configurations(module: Any) -> Callable[[], object]:
+    from vllm_bailing.plugin import patches
+
+    return patches.check_configurations(module.MODELS_CONFIG_MAP, module.VerifyAndUpdateConfig, _settle_engine_config)
 
 
 def _settle_engine_config(vllm_config: Any) -> None:
@@ -128,11 +212,11 @@ def _visible(logger: logging.Logger) -> Iterator[None]:
         logger.propagate = before[1]
 
 
-def register_extensions() -> None:
+def register_extensions(logger: logging.Logger) -> None:
     """Make the parsers and tokenizers of this package known by name, as soon as vLLM's registries are imported.
 
     `--reasoning-parser bailing`, `--tool-call-parser bailing`, `--tokenizer-mode bailing_split` and `bailing_refuse`.
-    Importing vLLM's tool parsers takes seconds, so processes that do without them, the workers, are spared.
+    A server can do without, so a failure is a warning.
     """
     for module, register_with in (
         ("vllm.reasoning", functools.partial(_register_parser, "ReasoningParserManager", "BailingReasoningParser")),
@@ -140,11 +224,25 @@ def register_extensions() -> None:
         ("vllm.tokenizers.registry", _register_tokenizers),
         ("vllm.renderers.registry", _register_renderers),
     ):
-        finder = WhenImported(module, register_with)
+        finder = WhenImported(module, functools.partial(_register_or_warn, logger, register_with))
         if module in sys.modules:
             finder.register(sys.modules[module])
         else:
             sys.meta_path.insert(0, finder)
+
+
+def _register_or_warn(logger: logging.Logger, register_with: Callable[[Any], None], module: Any) -> None:
+    try:
+        register_with(module)
+    except Exception as error:
+        logger.warning(
+            "vllm-bailing %s: not all of the parsers named %r and the tokenizer modes %s are there: %s: %s",
+            __version__,
+            PARSER,
+            ", ".join(TOKENIZER_MODES),
+            type(error).__name__,
+            error,
+        )
 
 
 def _register_parser(manager: str, parser: str, module: Any) -> None:
@@ -162,9 +260,9 @@ def _register_renderers(module: Any) -> None:
 
 
 class WhenImported(importlib.abc.MetaPathFinder):
-    """Calls `register` with one of vLLM's modules when it is imported; finds nothing itself."""
+    """Calls `register`, which must not raise, with a module when it is imported; finds nothing itself."""
 
-    def __init__(self, module: str, register: Callable[[Any], None]) -> None:
+    def __init__(self, module: str, register: Callable[[Any], object]) -> None:
         self.module, self.register = module, register
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
@@ -178,8 +276,7 @@ class WhenImported(importlib.abc.MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 execute(module)
-                with contextlib.suppress(AttributeError, TypeError):  # vLLM itself must go on
-                    self.register(module)
+                self.register(module)
 
             spec.loader.exec_module = exec_module
         return spec
