@@ -323,7 +323,12 @@ print(json.dumps([
     done = fresh("import json\n" + code)
     intree, ours = "vllm.model_executor.models.bailing_moe", "transformers.configuration_utils"
     assert json.loads(done.stdout.strip().splitlines()[-1]) == [
-        intree, False, False, ours, "vllm.config.speculative", False
+        intree,
+        False,
+        False,
+        ours,
+        "vllm.config.speculative",
+        False,
     ]
     assert (done.stdout + done.stderr).count("vLLM continues with its own classes") == 1
 

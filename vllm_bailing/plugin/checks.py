@@ -122,7 +122,7 @@ def settle_experts(vllm_config: Any) -> None:
     ):
         kernels.moe_backend = "triton"
         init_logger("vllm.plugins.bailing").warning(
-            "--dtype float16: experts run in Triton, because the kernels that vLLM would pick on this GPU take bfloat16 "
+            "--dtype float16: experts run in Triton, since the kernels that vLLM would pick on this GPU take bfloat16 "
             "alone; leave --dtype out, or say bfloat16, to have those"
         )
 
