@@ -13,7 +13,7 @@ import typer
 
 from tests.support.commands import invoke
 from tests.support.paths import ROOT
-from vllm_bailing import DEMO
+from vllm_bailing import DEMO, cli
 from vllm_bailing.bench import in_tree
 from vllm_bailing.cli import app
 from vllm_bailing.errors import BenchError
@@ -227,3 +227,19 @@ def test_an_empty_answer_is_an_error(monkeypatch):
     assert "".join(demo.ask(demo.Options(), "good", "How are you?")) == "Fine."
     with pytest.raises(demo.DemoError, match="empty text"):
         list(demo.ask(demo.Options(), "empty", "How are you?"))
+
+
+def test_what_goes_wrong_in_the_program_itself_is_no_verdict(monkeypatch, capsys):
+    def broken():
+        raise RuntimeError("as broken as can be")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 2 and "RuntimeError: as broken as can be" in capsys.readouterr().err
+
+
+def test_a_plan_that_cannot_be_written_is_one_line(tmp_path):
+    done = invoke("plan", DEMO, "--gpu", "H100", "--config", tmp_path / "missing" / "serve.yaml")
+    (line,) = done.stderr.splitlines()
+    assert done.exit_code == 2 and "missing/serve.yaml: No such file or directory; name another file" in line

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support.cases import CASES, load_case
-from tests.support.checkpoints import changed_demo, make_checkpoint, plain_answer
+from tests.support.checkpoints import (
+    changed_demo,
+    make_checkpoint,
+    plain_answer,
+    read_tensors,
+    with_two_experts_swapped,
+    write_tensors,
+)
 from tests.support.commands import invoke, run_command
 from tests.support.engine import run
 from tests.support.quantized import plain_copy, quantize
@@ -21,7 +31,7 @@ from vllm_bailing.config import BailingMoeV2Config, read_config
 from vllm_bailing.errors import CheckpointError
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 from vllm_bailing.tensor_names import main_tensors
-from vllm_bailing.tools import verify
+from vllm_bailing.tools import verify, verify_deployment
 from vllm_bailing.tools.verify import TOLERANCES, Served
 
 
@@ -84,6 +94,92 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(tmp_path):
     assert verify.served_before(work) == (served, "fp8")
     verify.delete_work(work)
     assert verify.served_before(work) is None
+
+
+def deployment_of(folder):
+    """What stands in for a server of `folder`: the plain model, asked as `ask_server` asks one."""
+    model = BailingMoeV2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def ask(_url, _model, prompts, max_tokens):
+        for prompt in prompts:
+            with torch.no_grad():
+                ids = model.generate(torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False)[0].tolist()
+                likely = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            top = [
+                {int(one): float(row[one]) for one in {*row.topk(20).indices.tolist(), token}}
+                for row, token in zip(likely, ids[1:], strict=True)
+            ]
+            yield Served(ids, top)
+
+    return ask
+
+
+def test_a_server_is_asked_again_when_a_run_goes_on(tmp_path, monkeypatch):
+    """It may be another one by now: the answers of a right one must not speak for a wrong one, or the other way."""
+    monkeypatch.setattr(verify, "CACHE", tmp_path / "cache")
+    folder = changed_demo(tmp_path / "right")
+    right, wrong = deployment_of(folder), deployment_of(changed_demo(tmp_path / "wrong", with_two_experts_swapped))
+    said = []
+
+    def run_verify(server, cut=False):
+        for module in (verify, verify_deployment):
+            monkeypatch.setattr(module, "ask_server", server)
+
+        def progress(stage, done, _total):
+            if cut and stage == "reference" and done == 2:
+                raise KeyboardInterrupt
+
+        said.clear()
+        arguments = {"dtype": "float32", "prompts": ["Who are you?", "What is 2 + 3?"], "max_tokens": 8}
+        return verify.run(str(folder), "http://server", **arguments, progress=progress, say=said.append)["computes"]
+
+    assert run_verify(right) and not said
+    for before, after, computes in ((right, wrong, False), (wrong, right, True), (right, right, True)):
+        with contextlib.suppress(KeyboardInterrupt):
+            run_verify(before, cut=True)
+            pytest.fail("was not cut off")
+        assert run_verify(after) == computes
+        (sentence,) = said
+        assert "goes on with the run of 20" in sentence and "the deployment is asked again" in sentence
+    with contextlib.suppress(KeyboardInterrupt):
+        run_verify(right, cut=True)
+    tensors = read_tensors(folder)
+    with_two_experts_swapped(tensors)
+    write_tensors(folder, tensors)
+    assert not run_verify(right) and not said
+
+
+PAGES = {
+    "a web page": "<html>It works!</html>",
+    "a list": "[]",
+    "a number": "3",
+    "no models": '{"object": "list", "data": []}',
+    "models of another kind": '{"data": ["demo"]}',
+    "no answers": '{"data": [{"id": "demo"}], "choices": []}',
+    "answers of another kind": '{"data": [{"id": "demo"}], "choices": [{"text": "hi", "logprobs": {"tokens": [1]}}]}',
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_no_server_of_vllm_is_one_line(page, tmp_path):
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("content-type", "text/html" if "html" in PAGES[page] else "application/json")
+            self.end_headers()
+            self.wfile.write(PAGES[page].encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        done = invoke("verify", DEMO, "--url", url, XDG_CACHE_HOME=str(tmp_path))
+        server.shutdown()
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and url in done.stderr, (done.output, done.exception)
 
 
 def write_sparse(file, shapes):

@@ -71,5 +71,12 @@ bench_app.command("compare")(bench.bench_compare)
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script.
+
+    Exit code 1 is a verdict of `verify`, `plan` and `doctor`, so what goes wrong in this program itself is 2.
+    """
+    try:
+        app()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(2)

@@ -88,7 +88,10 @@ def plan(
         raise output.fail("plan", error, 2) from None
     is_possible = deployment.verdict != "no"
     if config_file and is_possible:
-        config_file.write_text(deployment.yaml(), encoding="utf-8")
+        try:
+            config_file.write_text(deployment.yaml(), encoding="utf-8")
+        except OSError as error:
+            raise output.fail("plan", f"--config {config_file}: {error.strerror}; name another file", 2) from None
     if as_json:
         typer.echo(json.dumps({**asdict(deployment), "serve": deployment.serve_line()}))
     else:

@@ -65,6 +65,7 @@ def verify(
                 engine=arguments,
                 fresh=fresh,
                 progress=advance,
+                say=lambda text: typer.echo(f"vllm-bailing verify: {text}", err=True),
             )
     except (VerifyError, CheckpointError, ValueError) as error:
         raise output.fail("verify", error, 2) from None

@@ -13,23 +13,25 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_bailing import __version__
 from vllm_bailing.checkpoint import Checkpoint, local_folder
 from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.config import BailingMoeV2Config, read_config
-from vllm_bailing.errors import CheckpointError, VerifyError
+from vllm_bailing.errors import CheckpointError
 from vllm_bailing.tensor_names import EMBEDDING, HEAD
+from vllm_bailing.tools.verify_deployment import Served, ask_again, ask_offline, ask_server, prompt_ids
 from vllm_bailing.units import dtype_name
 
 if TYPE_CHECKING:
     import torch
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-bailing" / "verify"
-TOP = 20  # log-probabilities per position, what vLLM's server allows by default
 DEFAULT_PROMPTS = (
     "Who are you? Please answer in one or two sentences.",
     "Write a short story about a lighthouse keeper who finds a message in a bottle.",
@@ -39,20 +41,6 @@ DEFAULT_PROMPTS = (
     "List the planets of the solar system with their diameters, as a table.",
 )
 _ROWS = 16384  # of the head at once
-
-
-@dataclass(frozen=True)
-class Served:
-    """A sequence as the deployment computed it.
-
-    Attributes:
-        token_ids: Prompt and answer.
-        top: For every position but the first, log-probabilities by token id: the `TOP` most likely tokens
-            and the token actually at that position.
-    """
-
-    token_ids: list[int]
-    top: list[dict[int, float]]
 
 
 @dataclass(frozen=True)
@@ -89,81 +77,17 @@ class Comparison:
     agreement: float
 
 
+def _version_of_vllm() -> str:
+    from importlib.metadata import version
+
+    return version("vllm")
+
+
 def expected_dtype(config: BailingMoeV2Config) -> str:
     """The key of `TOLERANCES` that a deployment of `config` should fit if nothing else is known of it."""
     stored = config.stored_quantization_config or getattr(config, "quantization_config", None)
     name = dtype_name(getattr(config, "dtype", None) or "bfloat16")
     return "fp8" if stored else name if name in TOLERANCES else "bfloat16"
-
-
-def prompt_ids(folder: Path, texts: list[str]) -> list[list[int]]:
-    """Token ids of user messages, in the checkpoint's chat template where it has one."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    if tokenizer.chat_template:
-        chats = [[{"role": "user", "content": text}] for text in texts]
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-
-
-# ---- the deployment -------------------------------------------------------------------------------------------
-
-
-def ask_server(url: str, model: str | None, prompts: list[list[int]], max_tokens: int) -> Iterator[Served]:
-    """What a running vLLM server computes for each of `prompts`, and for its greedy answer to it.
-
-    Raises:
-        VerifyError: If there is no server, or it gives no log-probabilities.
-    """
-    from openai import OpenAIError
-
-    from vllm_bailing.tools.chat import connect
-
-    client = connect(url, max_retries=1)
-    try:
-        name = model or client.models.list().data[0].id
-        for prompt in prompts:
-            answer = client.completions.create(
-                model=name,
-                prompt=prompt,
-                max_tokens=max_tokens,
-                temperature=0,
-                logprobs=TOP,
-                extra_body={"prompt_logprobs": TOP, "return_tokens_as_token_ids": True, "repetition_penalty": 1.0},
-            ).choices[0]
-            table: Any = getattr(answer, "prompt_logprobs", None)
-            if not table or answer.logprobs is None:
-                raise VerifyError(f"{url} returned no prompt_logprobs; it must be a vLLM server")
-            top = [{int(token): entry["logprob"] for token, entry in row.items()} for row in table[1:]]
-            answer_ids = [int(token.removeprefix("token_id:")) for token in answer.logprobs.tokens or []]
-            for token, logprob, row in zip(
-                answer_ids, answer.logprobs.token_logprobs or [], answer.logprobs.top_logprobs or [], strict=True
-            ):
-                likeliest = {int(label.removeprefix("token_id:")): value for label, value in row.items()}
-                top.append({**likeliest, token: logprob})
-            yield Served(prompt + answer_ids, top)
-    except OpenAIError as error:
-        raise VerifyError(f"{url} did not answer as a vLLM server does: {error}") from None
-
-
-def ask_offline(
-    folder: str, options: dict[str, Any], prompts: list[list[int]], max_tokens: int
-) -> tuple[list[Served], str]:
-    """What `vllm.LLM(folder, **options)` computes in this process, as `ask_server`, and its dtype."""
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(folder, **{"max_logprobs": TOP, "skip_tokenizer_init": True, **options})
-    params = SamplingParams(max_tokens=max_tokens, temperature=0, logprobs=TOP, prompt_logprobs=TOP, detokenize=False)
-    served = []
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-    for prompt, output in zip(prompts, outputs, strict=True):
-        answer: Any = output.outputs[0]
-        rows: Any = [*(output.prompt_logprobs or [])[1:], *(answer.logprobs or [])]
-        top = [{token: entry.logprob for token, entry in row.items()} for row in rows]
-        served.append(Served(prompt + list(answer.token_ids), top))
-    config = llm.llm_engine.model_config
-    return served, "fp8" if config.quantization else dtype_name(config.dtype)
 
 
 # ---- the reference --------------------------------------------------------------------------------------------
@@ -364,9 +288,20 @@ _STATES = "hidden_states.safetensors"
 _SERVED = "served.json"
 
 
+def files_identity(folder: Path) -> list[tuple[str, int, int]]:
+    """(name, size, time of the last change) of the files of a checkpoint: other ones make another run."""
+    stats = ((file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file())
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats if name.endswith((".json", ".safetensors"))]
+
+
 def work_folder(cache: Path, *identity: Any) -> Path:
     """A folder of `cache` for the run that `identity` describes."""
     return cache / hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()[:16]
+
+
+def began(work: Path) -> str:
+    """When an interrupted run asked the deployment, as people write it."""
+    return datetime.fromtimestamp((work / _SERVED).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
 
 
 def served_before(work: Path) -> tuple[list[Served], str] | None:
@@ -476,8 +411,11 @@ def run(
     engine: dict[str, Any] | None = None,
     fresh: bool = False,
     progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
     """Compare a deployment with the reference; an interrupted run with the same arguments continues where it stopped.
+
+    What it continues with is the reference's work. A server is asked again: it may be another one by now.
 
     Args:
         model: The checkpoint: a folder, or a hub name that was downloaded.
@@ -490,6 +428,7 @@ def run(
         engine: Without `url`, further arguments of `vllm.LLM`.
         fresh: Start again.
         progress: Called with "deployment" or "reference", the number of steps that are done, and of all if known.
+        say: Called with a sentence if an interrupted run is continued.
     Returns:
         `checkpoint`, `deployment`, `dtype`, `tolerance`, `prompts` and `overall` (a `Comparison` each), `computes`
         (whether the deployment computes the checkpoint), `reason` (why not) and `not_checked` (what both sides share);
@@ -504,10 +443,16 @@ def run(
     if dtype is not None and dtype not in TOLERANCES:
         raise ValueError(f"--dtype {dtype} is not known; use one of {', '.join(TOLERANCES)}")
     ids = prompt_ids(folder, list(DEFAULT_PROMPTS) if prompts is None else prompts)
-    work = work_folder(CACHE, str(folder), url, served_model_name, ids, max_tokens, overrides, engine)
+    identity = (files_identity(folder), url, served_model_name, ids, max_tokens, overrides, engine)
+    versions = None if url else [__version__, _version_of_vllm()]
+    work = work_folder(CACHE, str(folder), versions, *identity)
     if fresh:
         delete_work(work)
-    if (kept := served_before(work)) is not None:
+    kept = served_before(work)
+    if kept is not None:
+        what = "the deployment is asked again" if url else "with the answers of then"
+        say(f"goes on with the run of {began(work)}, {what}; --fresh starts anew")
+    if kept is not None and url is None:
         served, computed = kept
     else:
         progress("deployment", 0, len(ids))
@@ -515,7 +460,12 @@ def run(
             served, computed = ask_offline(str(folder), {**engine, "hf_overrides": overrides}, ids, max_tokens)
         else:
             served, computed = [], expected_dtype(config)
-            for sequence in ask_server(url, served_model_name, ids, max_tokens):
+            asked = (
+                ask_server(url, served_model_name, ids, max_tokens)
+                if kept is None
+                else ask_again(url, served_model_name, ids, kept[0], max_tokens)
+            )
+            for sequence in asked:
                 served.append(sequence)
                 progress("deployment", len(served), len(ids))
         progress("deployment", len(ids), len(ids))
