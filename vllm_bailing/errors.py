@@ -89,6 +89,10 @@ class VerifyError(RuntimeError):
     """The comparison cannot be made; the message is shown to the user as is."""
 
 
+class ChatError(RuntimeError):
+    """A conversation cannot go on so; the message is shown to the user as is."""
+
+
 class BenchError(RuntimeError):
     """An engine did not start or did not answer; the message ends with its last words."""
 

@@ -37,6 +37,8 @@ export VLLM_CACHE_ROOT=$out/cache TORCHINDUCTOR_CACHE_DIR=$out/cache/inductor TR
 export FLASHINFER_WORKSPACE_BASE=$out/cache HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 OMP_NUM_THREADS=1
 # Compiled graphs are looked at, not kept.
 export VLLM_USE_AOT_COMPILE=0 VLLM_DISABLE_COMPILE_CACHE=1
+# Importing Humming would start two compilers in every process.
+export HUMMING_DISABLE_PARALLEL_BUILD=1
 
 cd "$root"
 read -ra more <<<"${PYTEST_ARGUMENTS:-}"

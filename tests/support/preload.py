@@ -64,7 +64,7 @@ for name in MODULES:
     with contextlib.suppress(ImportError):  # older vLLM has other modules
         importlib.import_module(name)
 # Points all modules' references to Triton kernels at those of the CPU build, which is done once and for all.
-with contextlib.suppress(AttributeError):
+with contextlib.suppress(AttributeError, TypeError):  # older vLLM has none, and its platforms answer None for that
     from vllm.platforms import current_platform
 
     current_platform.register_triton_kernel_overrides()

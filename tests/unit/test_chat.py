@@ -4,73 +4,280 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import pytest
+from openai import OpenAIError
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
-from vllm_bailing.tools.chat import Answer, Chat, as_json, converse, show
+from tests.support.commands import invoke
+from vllm_bailing.cli import chat_screen
+from vllm_bailing.errors import ChatError
+from vllm_bailing.tools.chat import Answer, Call, Chat, as_json, with_scheme
+
+URL = "http://server"
 
 
-def delta(content=None, reasoning=None, calls=()):
+def delta(content=None, reasoning=None, calls=(), finish=None, usage=None):
     calls = [
         SimpleNamespace(index=index, id=identity, function=SimpleNamespace(name=name, arguments=arguments))
         for index, identity, name, arguments in calls
     ]
-    choice = SimpleNamespace(delta=SimpleNamespace(content=content, reasoning=reasoning, tool_calls=calls))
-    return SimpleNamespace(choices=[choice])
+    part = SimpleNamespace(content=content, reasoning=reasoning, tool_calls=calls)
+    choice = SimpleNamespace(delta=part, finish_reason=finish)
+    return SimpleNamespace(choices=[choice], usage=usage)
+
+
+STOP = delta(finish="stop")
+USAGE = SimpleNamespace(choices=[], usage=SimpleNamespace(completion_tokens=12))
 
 
 def a_chat(*answers, **options):
-    """A chat whose server gives `answers` in turn, and the requests that it got."""
+    """A chat whose server gives `answers` in turn, and the requests that it got; an exception is raised there."""
     requests, answers = [], iter(answers)
 
     def create(**request):
         requests.append(request)
-        return iter(next(answers))
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+
+        def stream():
+            for part in answer:
+                if isinstance(part, BaseException):
+                    raise part
+                yield part
+
+        return stream()
 
     client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
     return Chat(client, "demo", **options), requests
 
 
-def printed(chat, *lines):
-    console = Console(file=io.StringIO(), width=80, force_terminal=False)
-    converse(chat, console, iter(lines))
+def printed(chat, *lines, terminal=False):
+    console = Console(file=io.StringIO(), width=100, force_terminal=terminal, color_system=None)
+    marks, lines = [], iter(lines)
+
+    def read(mark):
+        marks.append(mark)
+        return next(lines, None)
+
+    chat_screen.converse(chat, console, read, URL)
+    printed.marks = marks
     return console.file.getvalue()
 
 
+def roles(request):
+    return [message["role"] for message in request["messages"]]
+
+
 def test_reasoning_comes_apart_whether_the_server_divides_or_not():
-    wanted = Answer(reasoning="2 and 2", content="Four.")
-    for pieces in ([delta(reasoning="2 and"), delta(reasoning=" 2"), delta("Fo"), delta("ur.")],
-                   [delta("<thi"), delta("nk>\n2 and 2\n</think"), delta(">\n\nFour.")]):  # fmt: skip
+    wanted = Answer("2 and 2", "Four.", finish_reason="stop")
+    for pieces in ([delta(reasoning="2 and"), delta(reasoning=" 2"), delta("Fo"), delta("ur."), STOP],
+                   [delta("<thi"), delta("nk>\n2 and 2\n</think"), delta(">\n\nFour."), STOP]):  # fmt: skip
         chat, _ = a_chat(pieces)
         assert printed(chat, "2+2?") == "2 and 2\nFour.\n"
-        assert chat.last == wanted and chat.messages[-1]["reasoning_content"] == "2 and 2"
-    assert json.loads(as_json(wanted)) == {"reasoning": "2 and 2", "content": "Four.", "tool_calls": []}
+        assert (chat.last.reasoning, chat.last.content) == (wanted.reasoning, wanted.content)
+        assert chat.messages[-1]["reasoning_content"] == "2 and 2"
+    assert json.loads(as_json(wanted)) == {
+        "reasoning": "2 and 2", "content": "Four.", "tool_calls": [], "finish_reason": "stop"
+    }  # fmt: skip
 
 
 def test_a_calls_result_is_the_next_line():
     call = [delta(calls=[(0, "c1", "time", "")]), delta(calls=[(0, None, None, '{"zone": ')]),
-            delta(calls=[(0, None, None, '"CET"}')])]  # fmt: skip
-    chat, requests = a_chat(call, [delta("Noon.")], system="Be brief.", thinking="off", tools=[{}], temperature=0)
+            delta(calls=[(0, None, None, '"CET"}')]), delta(finish="tool_calls")]  # fmt: skip
+    chat, requests = a_chat(call, [delta("Noon."), STOP], system="Be brief.", thinking="off", tools=[{}], temperature=0)
     assert printed(chat, "Time?", "12:00", "/exit", "never sent") == 'calls time {"zone": "CET"}\nNoon.\n'
-    assert [message["role"] for message in requests[1]["messages"]] == ["system", "user", "assistant", "tool"]
+    assert printed.marks == ["> ", "result of time> ", "> "]
+    assert roles(requests[1]) == ["system", "user", "assistant", "tool"]
     assert requests[1]["messages"][-1] == {"role": "tool", "content": "12:00", "tool_call_id": "c1"}
     assert requests[0]["extra_body"] == {"chat_template_kwargs": {"thinking_option": "off"}}
     assert requests[0]["temperature"] == 0 and requests[0]["tools"] == [{}]
 
 
-def test_commands_of_the_conversation():
-    chat, requests = a_chat([delta("a")], [delta("b")])
-    told = printed(chat, "one", "", "/new", "/thinking on", "/what", "two")
-    assert "/thinking on or off" in told
-    assert [len(request["messages"]) for request in requests] == [1, 1]
+@pytest.mark.parametrize("first", [0, 1, 7])
+def test_each_of_several_calls_is_shown_and_answered(first):
+    """Servers number calls from whatever they like."""
+    calls = [delta(calls=[(first, "c1", "weather", '{"city": "Rome"}')]),
+             delta(calls=[(first + 1, "c2", "weather", '{"city": '), (first + 1, None, None, '"Oslo"}')]),
+             delta(finish="tool_calls")]  # fmt: skip
+    chat, requests = a_chat(calls, [delta("Warm and cold."), STOP])
+    told = printed(chat, "Weather in Rome and Oslo?", "25", "3")
+    assert told == 'calls weather {"city": "Rome"}\ncalls weather {"city": "Oslo"}\nWarm and cold.\n'
+    assert printed.marks == ["> ", "result of weather> ", "result of weather> ", "> "]
+    assert len(requests) == 2 and roles(requests[1]) == ["user", "assistant", "tool", "tool"]
+    assert [(one["tool_call_id"], one["content"]) for one in requests[1]["messages"][-2:]] == [
+        ("c1", "25"),
+        ("c2", "3"),
+    ]
+    assert chat.last.calls == [] and json.loads(as_json(Answer(calls=[Call("c", "f", "{}")])))["tool_calls"] == [
+        {"id": "c", "name": "f", "arguments": "{}"}
+    ]
+
+
+def test_commands_of_the_conversation(tmp_path):
+    chat, requests = a_chat(*[[delta(letter), STOP] for letter in "abcdef"])
+    told = printed(chat, "one", "", "/new", "/thinking on", "/what is this", "two", "//etc/hosts", terminal=True)
+    assert "/what is this is no command" in told and "/retry" in told and "thinking is on" in told
+    assert [len(request["messages"]) for request in requests] == [1, 1, 3]
     assert requests[1]["extra_body"] == {"chat_template_kwargs": {"thinking_option": "on"}}
+    assert requests[2]["messages"][-1]["content"] == "/etc/hosts"
+    kept = tmp_path / "kept.json"
+    told = printed(chat, f"/save {kept}", "/system Be brief.", "three", f"/load {kept}", "/retry", "four")
+    assert told == "d\nhttp://server: nothing was asked yet\ne\n"  # a file gets the answers and what went wrong
+    assert roles(requests[3]) == ["system", "user"] and requests[3]["messages"][0]["content"] == "Be brief."
+    assert roles(requests[4]) == ["user", "assistant", "user", "assistant", "user"]
+
+
+def test_the_last_question_may_be_asked_again():
+    chat, requests = a_chat([delta("a"), STOP], [delta("b"), STOP], [delta("c"), STOP])
+    assert printed(chat, "one", "two", "/retry") == "a\nb\nc\n"
+    assert requests[1]["messages"] == requests[2]["messages"]
+    assert [message["content"] for message in chat.messages] == ["one", "a", "two", "c"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (OpenAIError("overloaded"), "overloaded"),
+        ([delta("Half an"), OpenAIError("gone")], "gone"),
+        ([delta("Half an")], "the connection ended before the answer did; ask again"),
+        (["<html>"], "no answer of a vLLM server"),
+    ],
+    ids=["refused", "failed in the middle", "cut off", "a web page"],
+)
+def test_a_request_that_fails_leaves_the_conversation_as_it_was(answer, words):
+    chat, requests = a_chat([delta("a"), STOP], answer, [delta("c"), STOP])
+    told = printed(chat, "one", "two", "/retry")
+    assert words in told and told.endswith("c\n")
+    assert requests[2]["messages"] == requests[1]["messages"]
+    assert [message["content"] for message in chat.messages] == ["one", "a", "two", "c"]
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_conversation():
+    chat, requests = a_chat([delta("One, two, "), KeyboardInterrupt()], [delta("Done."), STOP])
+    told = printed(chat, "Count.", "Thanks.")
+    assert told == "One, two, \n(stopped)\nDone.\n"
+    assert [message["content"] for message in requests[1]["messages"]] == ["Count.", "One, two, ", "Thanks."]
+
+
+def test_an_answer_that_is_not_read_on_stays_as_far_as_it_came():
+    chat, _ = a_chat([delta("One, "), delta("two, "), delta("three"), STOP])
+    pieces = chat.ask({"role": "user", "content": "Count."})
+    assert [next(pieces), next(pieces)] == [("content", "One, "), ("content", "two, ")]
+    pieces.close()
+    assert [message["content"] for message in chat.messages] == ["Count.", "One, two, "]
+
+
+def test_what_the_text_does_not_say_is_told():
+    length = [delta("One, two"), delta(finish="length"), USAGE]
+    chat, _ = a_chat(length, [delta("Done."), STOP, USAGE])
+    assert printed(chat, "Count.") == "One, two\n(cut off at the limit of tokens)\n"
+    assert chat.last.finish_reason == "length" and chat.last.tokens == 12
+    chat.last.seconds = 2.0
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    chat_screen.remark(Answer("", "x", finish_reason="stop", tokens=21, seconds=2.0), console)
+    assert console.file.getvalue() == "(21 tokens, 10 tokens/s)\n"
+    chat_screen.remark(Answer("", "x", finish_reason="stop", tokens=1, seconds=0.0), console)
+
+
+def test_control_characters_of_a_server_do_not_reach_the_terminal():
+    chat, _ = a_chat([delta("a\x1b[2Jb\x07\r\x9bc\n\td\x7f"), delta("\x1b"), delta("]0;title\x07"), STOP])
+    told = printed(chat, "x", terminal=True)
+    assert "a\u241b[2Jb\u2407\u240d\ufffdc\n" in told and "\u241b]0;title\u2407" in told
+    assert not set(told) & {chr(code) for code in [*range(9), *range(11, 32), *range(127, 160)]}
 
 
 def test_thinking_is_dim_on_a_terminal_only():
     for terminal in (True, False):
         colors = "standard" if terminal else None
         console = Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=colors)
-        show(iter([("reasoning", "[b]x"), ("content", "y")]), console)
+        chat_screen.show(iter([("reasoning", "[b]x"), ("content", "y")]), console)
         told = console.file.getvalue()
         assert ("\033[2m" in told) == terminal and "[b]x" in told
+
+
+@pytest.mark.parametrize(
+    "text", ["3", "[]", "{}", '{"system": null, "messages": 5}', '{"system": 1, "messages": [1]}', "x"]
+)
+def test_what_is_no_conversation_is_not_loaded(text, tmp_path):
+    chat, _ = a_chat([delta("a"), STOP])
+    list(chat.ask({"role": "user", "content": "one"}))
+    (tmp_path / "kept").write_text(text)
+    with pytest.raises(ChatError, match="is no conversation that /save wrote"):
+        chat.load(tmp_path / "kept")
+    for failing in (chat.load, chat.save):
+        with pytest.raises(ChatError, match="No such file or directory"):
+            failing(tmp_path / "missing" / "file")
+    assert len(chat.messages) == 2
+
+
+def test_lines_are_edited_and_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(chat_screen.sys.stdin.__class__, "isatty", lambda _self: True, raising=False)
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with create_pipe_input() as typed, create_app_session(input=typed, output=DummyOutput()):
+        monkeypatch.setattr(chat_screen.sys, "stdin", SimpleNamespace(isatty=lambda: True))
+        read = chat_screen.typed(console)
+        long = "x" * 6000  # a terminal's own line mode would cut it at 4095
+        typed.send_text(f"{long}\r")
+        assert read("> ") == long
+        typed.send_text("Hela\x1b[D\x1b[Dl\x1b[C\x1b[C\x7fo\x1b\rworld\r")  # left, right, backspace, Alt-Enter
+        assert read("> ") == "Hello\nworld"
+        typed.send_text("\x1b[A\r")  # up
+        assert read("> ") == "Hello\nworld"
+        typed.send_text("dropped\x03kept\r")  # Ctrl-C drops what was typed
+        assert read("> ") == "kept"
+        typed.send_text("\x04")
+        assert read("> ") is None
+    history = tmp_path / "vllm-bailing" / "chat_history"
+    assert "+kept" in history.read_text() and history.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "127.0.0.1:8000/v1", "http://x", "https://x/v1"])
+def test_a_url_may_do_without_its_scheme(url):
+    assert with_scheme(url) == (url if "://" in url else f"http://{url}")
+
+
+@pytest.mark.parametrize("page", ["<html>It works!</html>", "[]", '{"data": []}', '{"data": [3]}'])
+def test_what_is_no_server_of_models_is_one_line(page):
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("content-type", "text/html" if "html" in page else "application/json")
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = invoke("chat", "hello", "--url", f"127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert done.exit_code == 1 and done.stderr.count("\n") == 1, (done.output, done.exception)
+    assert "is it a vLLM server?" in done.stderr
+
+
+def test_no_server_says_how_to_start_one():
+    done = invoke("chat", "hello", "--url", "localhost:9")
+    assert done.exit_code == 1 and done.stderr == (
+        "vllm-bailing chat: no server at http://localhost:9; start one by `vllm serve MODEL`, or "
+        "`vllm-bailing demo --keep`\n"
+    )
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "no JSON"])
+def test_tools_are_a_list_of_functions(text, tmp_path):
+    (tmp_path / "tools.json").write_text(text)
+    done = invoke("chat", "hello", "--tools", tmp_path / "tools.json")
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and "--tools" in done.stderr
+    assert invoke("chat", "hello", "--tools", tmp_path).exit_code == 2

@@ -220,7 +220,7 @@ def test_an_empty_answer_is_an_error(monkeypatch):
 
     def create(model, **_):
         delta = SimpleNamespace(content=answers[model], reasoning=None, tool_calls=[])
-        return iter([SimpleNamespace(choices=[SimpleNamespace(delta=delta)])])
+        return iter([SimpleNamespace(choices=[SimpleNamespace(delta=delta, finish_reason="stop")])])
 
     client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
     monkeypatch.setattr(chat, "connect", lambda url: client)

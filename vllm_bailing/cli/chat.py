@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from vllm_bailing.cli import options
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from vllm_bailing.cli import options, output
 
 
 def chat(
@@ -23,7 +19,8 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     thinking: Annotated[str | None, typer.Option(help="on or off; left out, what the chat template does.")] = None,
     tools: Annotated[
-        Path | None, typer.Option(help="JSON list of functions that the model may call.", exists=True)
+        Path | None,
+        typer.Option(help="JSON list of functions that the model may call.", exists=True, dir_okay=False),
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="The server's default if left out.", min=0.0)] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Limit of an answer; the server's if left out.", min=1)] = None,
@@ -31,12 +28,14 @@ def chat(
 ) -> None:
     """Chat with a running server.
 
-    Thinking is shown dimmed, tool calls colored; type a function's result as the next line. VLLM_API_KEY is sent if it
-    is set. --json prints the answer to QUESTION.
+    Thinking is shown dimmed, tool calls colored; type the functions' results as the next lines. /help lists what else
+    may be typed. Text on standard input follows QUESTION. VLLM_API_KEY is sent if it is set. --json prints the answer
+    to QUESTION.
     """
     from openai import OpenAIError
-    from rich.console import Console
 
+    from vllm_bailing.cli import chat_screen
+    from vllm_bailing.errors import ChatError
     from vllm_bailing.tools import chat
 
     if thinking not in (None, "on", "off"):
@@ -45,31 +44,40 @@ def chat(
         raise typer.BadParameter("--json needs a question")
     given = {"max_tokens": max_tokens, "temperature": temperature}
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    functions = _functions(tools)
+    url, console = chat.with_scheme(url), output.console()
     client = chat.connect(url)
-    console = Console()
     try:
-        functions = json.loads(tools.read_text(encoding="utf-8")) if tools else None
-        name = served_model_name or client.models.list().data[0].id
+        name = served_model_name or chat.first_model(client)
         conversation = chat.Chat(client, name, system, thinking, functions, **sampling)
         if question is None:
             if sys.stdin.isatty():
-                console.print(f"{name} at {url}. {chat.HELP}.", style="dim", highlight=False)
-            chat.converse(conversation, console, _typed(console))
-        elif as_json:
-            list(conversation.ask({"role": "user", "content": question}))
+                console.print(f"{name} at {url}; /help lists what may be typed", style="dim", highlight=False)
+            chat_screen.converse(conversation, console, chat_screen.typed(console), url)
+            return
+        pieces = conversation.ask({"role": "user", "content": _with_standard_input(question)})
+        if as_json:
+            list(pieces)
             typer.echo(chat.as_json(conversation.last))
         else:
-            chat.show(conversation.ask({"role": "user", "content": question}), console)
-    except OpenAIError as error:
-        raise SystemExit(f"vllm-bailing chat: {url}: {error}") from None
-    except json.JSONDecodeError as error:
-        raise SystemExit(f"vllm-bailing chat: {tools} is not JSON: {error}") from None
+            chat_screen.show(pieces, console)
+            chat_screen.remark(conversation.last, output.console(stderr=True))
+    except (OpenAIError, ChatError) as error:
+        raise output.fail("chat", chat_screen.explained(error, url), 1) from None
 
 
-def _typed(console: Console) -> Iterator[str]:
-    """Lines of standard input, asked for on a terminal."""
-    while True:
-        try:
-            yield console.input("[bold]> [/bold]") if sys.stdin.isatty() else input()
-        except (EOFError, KeyboardInterrupt):
-            return
+def _functions(file: Path | None) -> list[dict[str, Any]] | None:
+    if file is None:
+        return None
+    try:
+        functions = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise output.fail("chat", f"--tools {file} is not JSON: {error}", 2) from None
+    if not isinstance(functions, list) or not all(isinstance(one, dict) for one in functions):
+        raise output.fail("chat", f"--tools {file} is no list of functions, as the OpenAI interface takes them", 2)
+    return functions
+
+
+def _with_standard_input(question: str) -> str:
+    text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    return f"{question}\n\n{text}" if text.strip() else question

@@ -1,34 +1,72 @@
-"""A small chat in the terminal with a running server, through its OpenAI interface."""
+"""A conversation with a running server, through its OpenAI interface."""
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
-from rich.console import Console
 
+from vllm_bailing.errors import ChatError, shown
 from vllm_bailing.reasoning import ReasoningStream
 
-HELP = "/thinking on or off, /new for a new conversation, /exit; an empty line is ignored"
+
+def with_scheme(url: str) -> str:
+    """`url` as people write it, such as localhost:8000, as a whole one."""
+    return url if "://" in url else f"http://{url}"
 
 
 def connect(url: str, **options: Any) -> OpenAI:
     """A client of the server at `url`, with or without its /v1; VLLM_API_KEY is sent if it is set."""
-    base = url.rstrip("/").removesuffix("/v1")
+    base = with_scheme(url).rstrip("/").removesuffix("/v1")
     return OpenAI(base_url=f"{base}/v1", api_key=os.environ.get("VLLM_API_KEY", "none"), **options)
+
+
+def first_model(client: OpenAI) -> str:
+    """The first model of the server.
+
+    Raises:
+        openai.OpenAIError: If it cannot be reached or refuses to say.
+        ChatError: If it serves none, or is no such server.
+    """
+    try:
+        models = client.models.list().data
+        return models[0].id
+    # The library believes what it is sent, and ends somewhere in a web page.
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ChatError("it lists no models; is it a vLLM server?") from error
+
+
+@dataclass
+class Call:
+    """A call of a function; `arguments` is JSON text."""
+
+    id: str
+    name: str
+    arguments: str = ""
 
 
 @dataclass
 class Answer:
-    """What the model said. `calls` holds `(id, name, arguments)`, arguments as JSON text."""
+    """What the model said.
+
+    Attributes:
+        finish_reason: As the server gave it; "length" for an answer that was cut off at its limit.
+        tokens: As the server counted them; None if it did not.
+        seconds: Since the first of them.
+    """
 
     reasoning: str = ""
     content: str = ""
-    calls: list[tuple[str, str, str]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    finish_reason: str | None = None
+    tokens: int | None = None
+    seconds: float = 0.0
 
 
 class Chat:
@@ -53,104 +91,151 @@ class Chat:
         self.tools, self.sampling = tools, sampling
         self.last = Answer()
         self.messages: list[dict[str, Any]] = []
-        self.start_again()
+        self._asked: list[dict[str, Any]] = []
 
-    def start_again(self) -> None:
-        """Forget what was said."""
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+    def start_again(self, system: str | None = None) -> None:
+        """Forget what was said; go on with the `system` message if one is given."""
+        self.messages, self._asked, self.last = [], [], Answer()
+        self.system = self.system if system is None else system
 
-    def ask(self, message: dict[str, Any]) -> Iterator[tuple[str, str]]:
-        """Send `message` and yield the answer as it comes: `("reasoning" or "content" or "call", text)`.
+    def ask(self, *messages: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """Send `messages` and yield the answer as it comes: `("reasoning" or "content" or "call", text)`.
 
-        The answer is added to the conversation when it is complete; one that is cut off leaves it as it was.
+        The answer is added to the conversation when it is complete. If it is not read to its end, what the model said
+        until then is; if the server fails, the conversation stays as it was.
 
         Raises:
             openai.OpenAIError: If the server cannot be reached or refuses the request.
+            ChatError: If what comes is no answer, or ends before the answer does.
         """
-        messages = [*self.messages, message]
+        self._asked = list(messages)
+        before = [{"role": "system", "content": self.system}] if self.system else []
         extra = {} if self.thinking is None else {"chat_template_kwargs": {"thinking_option": self.thinking}}
-        fields: dict[str, Any] = {"messages": messages, "extra_body": extra, **self.sampling}
+        fields: dict[str, Any] = {"messages": [*before, *self.messages, *messages], "extra_body": extra}
         if self.tools:
             fields["tools"] = self.tools
-        chunks = self.client.chat.completions.create(model=self.model, stream=True, **fields)
-        answer = Answer()
-        # A server without a reasoning parser sends the tags as text.
-        divider = ReasoningStream(is_open=False)
-        for chunk in chunks:
-            for choice in chunk.choices:
-                delta: Any = choice.delta
-                if text := getattr(delta, "reasoning", None) or getattr(delta, "reasoning_content", None):
-                    answer.reasoning += text
-                    yield "reasoning", text
-                yield from self._divided(answer, *divider.feed(delta.content or ""))
-                for call in delta.tool_calls or []:
-                    if call.index == len(answer.calls):
-                        answer.calls.append((call.id, call.function.name, ""))
-                        yield "call", f"{call.function.name} "
-                    identity, name, arguments = answer.calls[call.index]
-                    more = (call.function and call.function.arguments) or ""
-                    answer.calls[call.index] = (identity, name, arguments + more)
-                    yield "call", more
-        yield from self._divided(answer, *divider.close())
-        self.messages = [*messages, self._as_message(answer)]
-        self.last = answer
+        chunks = self.client.chat.completions.create(
+            model=self.model, stream=True, stream_options={"include_usage": True}, **fields, **self.sampling
+        )
+        self.last = answer = Answer()
+        try:
+            yield from _read(chunks, answer)
+        except (GeneratorExit, KeyboardInterrupt):  # nobody reads on
+            answer.calls = []
+            if answer.content:
+                self.messages = [*self.messages, *messages, _as_message(answer)]
+            raise
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ChatError(f"what came is no answer of a vLLM server ({shown(error)})") from error
+        if answer.finish_reason is None:
+            raise ChatError("the connection ended before the answer did; ask again")
+        self.messages = [*self.messages, *messages, _as_message(answer)]
 
-    @staticmethod
-    def _divided(answer: Answer, reasoning: str, content: str) -> Iterator[tuple[str, str]]:
-        answer.reasoning += reasoning
-        answer.content += content
-        yield from ((kind, text) for kind, text in (("reasoning", reasoning), ("content", content)) if text)
+    def ask_again(self) -> Iterator[tuple[str, str]]:
+        """As `ask`, with what was asked last; an answer to it is forgotten.
 
-    @staticmethod
-    def _as_message(answer: Answer) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": answer.content}
-        if answer.reasoning:
-            message["reasoning_content"] = answer.reasoning
-        if answer.calls:
-            message["tool_calls"] = [
-                {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
-                for identity, name, arguments in answer.calls
-            ]
-        return message
+        Raises:
+            ChatError: If nothing was asked; and as `ask`.
+        """
+        asked = self._asked
+        if not asked:
+            raise ChatError("nothing was asked yet")
+        if self.messages[-1 - len(asked) : -1] == asked:
+            self.messages = self.messages[: -1 - len(asked)]
+        return self.ask(*asked)
+
+    @property
+    def open_calls(self) -> list[dict[str, Any]]:
+        """The calls of the last answer, which wait for their results."""
+        return self.messages[-1].get("tool_calls", []) if self.messages else []
+
+    def save(self, file: Path) -> None:
+        """Write the conversation.
+
+        Raises:
+            ChatError: If it cannot be written.
+        """
+        kept = {"system": self.system, "messages": self.messages}
+        try:
+            file.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ChatError(f"{file}: {error.strerror}") from None
+
+    def load(self, file: Path) -> None:
+        """Go on with a conversation that `save` wrote.
+
+        Raises:
+            ChatError: If it cannot be read; the conversation stays as it was.
+        """
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            system, messages = kept["system"], kept["messages"]
+            fits = all(isinstance(message["role"], str) for message in messages) and isinstance(messages, list)
+        except OSError as error:
+            raise ChatError(f"{file}: {error.strerror}") from None
+        except (ValueError, LookupError, TypeError):
+            fits = False
+        if not fits:
+            raise ChatError(f"{file} is no conversation that /save wrote")
+        self.start_again()
+        self.system, self.messages = system, messages
 
 
-STYLES = {"reasoning": "dim", "content": "", "call": "cyan"}
+def _read(chunks: Any, answer: Answer) -> Iterator[tuple[str, str]]:
+    """Fill `answer` from a stream, and yield its parts as they come."""
+    divider = ReasoningStream(is_open=False)  # a server without a reasoning parser sends the tags as text
+    calls: dict[int, Call] = {}  # servers number them, from whatever they like
+    start = None
+    for chunk in chunks:
+        if usage := getattr(chunk, "usage", None):
+            answer.tokens = usage.completion_tokens
+        for choice in chunk.choices:
+            start = start or time.monotonic()
+            delta: Any = choice.delta
+            if text := getattr(delta, "reasoning", None) or getattr(delta, "reasoning_content", None):
+                answer.reasoning += text
+                yield "reasoning", text
+            yield from _divided(answer, *divider.feed(delta.content or ""))
+            for part in delta.tool_calls or []:
+                more = (part.function and part.function.arguments) or ""
+                if part.index not in calls:
+                    lead = "\n" if calls else ""
+                    calls[part.index] = Call(part.id, part.function.name)
+                    answer.calls.append(calls[part.index])
+                    yield "call", f"{lead}calls {part.function.name} "
+                calls[part.index].arguments += more
+                yield "call", more
+            answer.finish_reason = getattr(choice, "finish_reason", None) or answer.finish_reason
+            answer.seconds = time.monotonic() - start
+    yield from _divided(answer, *divider.close())
 
 
-def show(pieces: Iterator[tuple[str, str]], console: Console) -> None:
-    """Print an answer as it comes: reasoning dimmed, calls colored, each kind from a line of its own."""
-    before = None
-    for kind, text in pieces:
-        if before not in (None, kind):
-            console.print()
-        if kind == "call" and before != kind:
-            console.print("calls ", style=STYLES[kind], end="")
-        console.print(text, style=STYLES[kind], end="", markup=False, highlight=False, soft_wrap=True)
-        before = kind
-    console.print()
+def _divided(answer: Answer, reasoning: str, content: str) -> Iterator[tuple[str, str]]:
+    answer.reasoning += reasoning
+    answer.content += content
+    yield from ((kind, text) for kind, text in (("reasoning", reasoning), ("content", content)) if text)
 
 
-def converse(chat: Chat, console: Console, lines: Iterator[str]) -> None:
-    """Answer each of `lines` until they end or say /exit; results of called functions are the next lines."""
-    for line in lines:
-        text = line.strip()
-        if text == "/exit":
-            return
-        if text == "/new":
-            chat.start_again()
-        elif text in ("/thinking on", "/thinking off"):
-            chat.thinking = text.split()[1]
-        elif text.startswith("/"):
-            console.print(HELP, style="dim")
-        elif text:
-            message = {"role": "user", "content": text}
-            open_call = chat.messages[-1].get("tool_calls") if chat.messages else None
-            if open_call:
-                message = {"role": "tool", "content": text, "tool_call_id": open_call[-1]["id"]}
-            show(chat.ask(message), console)
+def _as_message(answer: Answer) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.content}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in answer.calls
+        ]
+    return message
 
 
 def as_json(answer: Answer) -> str:
     """`answer` as one JSON object."""
-    calls = [{"id": identity, "name": name, "arguments": arguments} for identity, name, arguments in answer.calls]
-    return json.dumps({"reasoning": answer.reasoning, "content": answer.content, "tool_calls": calls})
+    calls = [asdict(call) for call in answer.calls]
+    return json.dumps(
+        {
+            "reasoning": answer.reasoning,
+            "content": answer.content,
+            "tool_calls": calls,
+            "finish_reason": answer.finish_reason,
+        }
+    )

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from vllm_bailing import DEMO, DEMO_ADAPTER
-from vllm_bailing.errors import DemoError
+from vllm_bailing.errors import ChatError, DemoError
 
 HOST = "127.0.0.1"
 DEMO_NAME, ADAPTER_NAME = "demo", "sailor"  # as in the guides, whose commands work with this server
@@ -273,11 +273,11 @@ def served_model(options: Options) -> str:
     """
     from openai import OpenAIError
 
-    from vllm_bailing.tools.chat import connect
+    from vllm_bailing.tools.chat import connect, first_model
 
     try:
-        return connect(options.url).models.list().data[0].id
-    except OpenAIError as error:
+        return first_model(connect(options.url))
+    except (OpenAIError, ChatError) as error:
         raise DemoError(f"the chat failed: {error}") from None
 
 
@@ -295,7 +295,7 @@ def ask(options: Options, model: str, question: str) -> Iterator[str]:
     try:
         for _kind, piece in chat.ask({"role": "user", "content": question}):
             yield piece
-    except OpenAIError as error:
+    except (OpenAIError, ChatError) as error:
         raise DemoError(f"the chat failed: {error}") from None
     if not (chat.last.reasoning + chat.last.content).strip():
         raise DemoError("the server answered with empty text")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_bailing.errors import VerifyError, shown
+from vllm_bailing.errors import ChatError, VerifyError, shown
 from vllm_bailing.units import dtype_name
 
 TOP = 20  # log-probabilities per position, what vLLM's server allows by default
@@ -46,11 +46,11 @@ def ask_server(url: str, model: str | None, prompts: list[list[int]], max_tokens
     """
     from openai import OpenAIError
 
-    from vllm_bailing.tools.chat import connect
+    from vllm_bailing.tools.chat import connect, first_model
 
     client = connect(url, max_retries=1)
     try:
-        name = model or _first_model(client, url)
+        name = model or first_model(client)
         for prompt in prompts:
             answer = client.completions.create(
                 model=name,
@@ -73,17 +73,12 @@ def ask_server(url: str, model: str | None, prompts: list[list[int]], max_tokens
             yield Served(prompt + answer_ids, top)
     except VerifyError:
         raise
+    except ChatError as error:
+        raise VerifyError(f"{url}: {error}") from None
     # The library believes what it is sent: a web page, or JSON of another kind, ends somewhere in it or here.
     except (OpenAIError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = shown(error if isinstance(error, OpenAIError) else f"{type(error).__name__}: {error}")
         raise VerifyError(f"{url} did not answer as a vLLM server does: {reason}") from None
-
-
-def _first_model(client: Any, url: str) -> str:
-    models = client.models.list().data
-    if not models:
-        raise VerifyError(f"{url} serves no model; is it a vLLM server?")
-    return models[0].id
 
 
 def ask_again(
