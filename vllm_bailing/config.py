@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
 
-from vllm_bailing.errors import shown, told
+from vllm_bailing.errors import OtherModelError, shown, told
 from vllm_bailing.rope import ROPE_KEYS, settled_rope, with_original_window
 from vllm_bailing.validation import (
     LARGEST,
@@ -570,17 +570,22 @@ def read_config(model: str | Path, overrides: dict[str, Any] | None = None) -> B
     """The configuration of a folder, a config.json or a hub name, with `--hf-overrides` applied as vLLM does.
 
     Raises:
-        ValueError: If it cannot be had, is wrong, or another architecture's.
+        OtherModelError: If it is another architecture's.
+        ValueError: If it cannot be had, or is wrong.
     """
     from transformers import AutoConfig
 
+    from vllm_bailing.checkpoint import without_config
+
     register_with_transformers()
+    if reason := without_config(Path(model)):
+        raise ValueError(reason)
     try:
         raw, _ = PretrainedConfig.get_config_dict(str(model))
         if not isinstance(raw, dict):
             raise TypeError(f"it holds a {type(raw).__name__}")
         if raw.get("model_type") != MODEL_TYPE:  # which `adopt` gave to the family's
-            raise ValueError(
+            raise OtherModelError(
                 f"{model} is not a BailingMoeV2 model: its config.json has model_type={told(raw.get('model_type'))} "
                 f"and architectures={told(raw.get('architectures'))}, not {MODEL_TYPE!r} and ['{ARCHITECTURE}']"
             )
@@ -591,18 +596,3 @@ def read_config(model: str | Path, overrides: dict[str, Any] | None = None) -> B
     config.update(overrides or {})
     config.validate_rope()
     return config
-
-
-# Of one configuration and not of its model: who wrote it, what a generation starts and ends with.
-_NOT_OF_THE_MODEL = ("architectures", "dtype", "model_type", "transformers_version", "initializer_range", "use_cache")
-_NOT_OF_THE_MODEL += ("eos_token_id", "pad_token_id", "bos_token_id", "_name_or_path")
-
-
-def differing_keys(model: str | Path, other: str | Path) -> list[str]:
-    """Keys of two folders' config.json that describe different models; none where one of them cannot be read."""
-    try:
-        one, two = (read_config(where).to_dict() for where in (model, other))
-    except ValueError:
-        return []
-    keys = sorted(one.keys() | two.keys())
-    return [key for key in keys if key not in _NOT_OF_THE_MODEL and one.get(key) != two.get(key)]

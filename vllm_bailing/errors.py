@@ -62,6 +62,10 @@ def named(names: Collection[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) != 1 else ''} ({first_of(sorted(names))})"
 
 
+class OtherModelError(ValueError):
+    """A config.json is another architecture's, for which there is nothing here."""
+
+
 class CheckpointError(RuntimeError):
     """The checkpoint does not fit its configuration.
 

@@ -11,7 +11,7 @@ import pytest
 from tests.support.checkpoints import read_tensors, without_mtp_in_config, write_tensors
 from tests.support.commands import invoke, run_command
 from tests.support.configs import change_config
-from vllm_bailing import DEMO
+from vllm_bailing import DEMO, DEMO_ADAPTER
 from vllm_bailing.plugin import supported_versions
 from vllm_bailing.tools import doctor
 
@@ -110,7 +110,7 @@ def with_pickled_files(folder):
     [
         (with_pickled_files, "files", None, ".bin files, which vLLM serves but nothing here reads", ""),
         (without_a_tensor, "tensors", False, "model.layers.2.mlp.experts.3.up_proj.weight", "incomplete download"),
-        (without_a_shard, "files", False, "1 of 3 files of the index are not in", "hf download"),
+        (without_a_shard, "files", False, "1 of 3 files of the index are not in", "fetch or export"),
         (without_mtp_in_config, "MTP layer", False, "1 in the files, num_nextn_predict_layers=0", "--hf-overrides"),
         (with_a_wrong_key, "config.json", False, "n_group=7", "correct config.json"),
         (with_the_base_models_template, "chat template", None, "no thinking and no tools", "chat-template ring"),
@@ -122,6 +122,82 @@ def test_a_checkpoint_is_judged_by_its_headers(change, name, ok, detail, fix, tm
     change(folder)
     check = by_name(doctor.checkpoint(str(folder)))[name]
     assert check.ok is ok and detail in check.detail and fix in check.fix, check
+
+
+def with_config(folder, text):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(text)
+
+
+def with_gguf(folder):
+    folder.mkdir()
+    (folder / "ling.gguf").write_bytes(b"GGUF")
+
+
+def with_a_dangling(name):
+    def change(folder):
+        shutil.copytree(DEMO, folder)
+        (folder / name).unlink()
+        (folder / name).symlink_to("/gone/blob")
+
+    return change
+
+
+def with_file(name, text):
+    def change(folder):
+        shutil.copytree(DEMO, folder)
+        (folder / name).write_text(text)
+
+    return change
+
+
+FETCH = "copy, fetch or export it again"
+OTHER = "vLLM serves it by its own class"
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "detail", "fix"),
+    [
+        (lambda folder: folder.mkdir(), "files", "is empty", FETCH),
+        (lambda folder: shutil.copytree(DEMO, folder / "demo"), "files", "has no config.json", "/demo meant?"),
+        (lambda folder: shutil.copytree(DEMO_ADAPTER, folder), "files", "is a LoRA adapter", "--lora-modules NAME="),
+        (with_gguf, "files", "has GGUF files, llama.cpp's", "safetensors"),
+        (with_a_dangling("config.json"), "files", "config.json links to /gone/blob, which is gone", FETCH),
+        (with_a_dangling("model.safetensors"), "files", "model.safetensors links to /gone/blob, which is gone", FETCH),
+        (lambda folder: None, "files", "is no folder on this machine", "name a folder that is there"),
+        (lambda folder: folder.write_text(""), "files", "is a file; give the folder that it is in", "name a folder"),
+        (lambda folder: with_config(folder, "[1]"), "config.json", "it holds a list", "correct config.json"),
+        (
+            lambda folder: with_config(folder, '{"architectures": ["BailingMoeForCausalLM"], "model_type": "bailing"}'),
+            "config.json", "is not a BailingMoeV2 model", OTHER,
+        ),
+        (
+            lambda folder: with_config(folder, '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}'),
+            "config.json", "is not a BailingMoeV2 model", OTHER,
+        ),
+        (with_file("generation_config.json", "{"), "generation_config.json", "is no JSON", "fetch it again"),
+        (with_file("generation_config.json", "[]"), "generation_config.json", "object", "fetch it again"),
+        (with_file("generation_config.json", '{"eos_token_id": 99999}'), "generation_config.json", "vocabulary", ""),
+    ],
+)  # fmt: skip
+def test_a_folder_is_named_for_what_it_is(make, name, detail, fix, tmp_path):
+    make(tmp_path / "model")
+    check = by_name(doctor.checkpoint(str(tmp_path / "model")))[name]
+    assert detail in check.detail and fix in check.fix and "hf download" not in check.fix, check
+
+
+def test_a_folder_of_the_hubs_cache_is_fetched_by_its_name(tmp_path):
+    folder = tmp_path / "hub" / "models--inclusionAI--Ling-mini-2.0" / "snapshots" / "abc"
+    with_a_dangling("model.safetensors")(folder)
+    check = by_name(doctor.checkpoint(str(folder)))["files"]
+    assert check.ok is False and check.fix == "hf download inclusionAI/Ling-mini-2.0"
+
+
+def test_a_scheme_that_was_not_tried_is_told(tmp_path):
+    shutil.copytree(DEMO, tmp_path / "model")
+    change_config(tmp_path / "model", quantization_config={"quant_method": "magic"})
+    check = by_name(doctor.checkpoint(str(tmp_path / "model")))["quantization"]
+    assert check.ok is None and check.detail == "magic, which was not tried; vLLM decides when it starts"
 
 
 def test_a_model_that_is_not_here_is_told_how_to_get(monkeypatch):

@@ -251,7 +251,7 @@ def test_a_parser_is_registered_whenever_its_manager_is_imported(tmp_path, monke
     def register_with(module):
         module.Manager.register_lazy_module("bailing", "vllm_bailing.parsers", "Parser")
 
-    register = functools.partial(_register_or_warn, logging.getLogger(), register_with)
+    register = functools.partial(_register_or_warn, register_with)
 
     texts = {"whole": MANAGER, "broken": "raise ValueError('broken')", "changed": "Manager = None"}
     for name, text in texts.items():
@@ -285,7 +285,7 @@ def test_what_a_later_part_cannot_take_over_takes_the_earlier_ones_back(error, t
         return lambda: taken.remove(module.__name__)
 
     importlib.import_module("part_here")
-    takeover = Takeover(logging.getLogger())
+    takeover = Takeover()
     for name in ("here", "first", "second", "third"):
         takeover.take(f"part_{name}", part)
     assert taken == ["part_here"]
@@ -305,7 +305,8 @@ def test_what_a_later_part_cannot_take_over_takes_the_earlier_ones_back(error, t
 def test_with_a_part_of_the_package_missing_vllm_is_as_without_it(broken, tmp_path):
     """An installation that was cut off; the file is looked for when vLLM's module is there, not before."""
     shutil.copytree(Path(vllm_bailing.__file__).parent, tmp_path / "vllm_bailing")
-    (tmp_path / "vllm_bailing" / f"{broken}.py").unlink()
+    # Without the file, an editable installation's own finder would look for it in the checkout.
+    (tmp_path / "vllm_bailing" / f"{broken}.py").write_text("raise ModuleNotFoundError('as if it were gone')")
     code = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
 import vllm.plugins, vllm_bailing

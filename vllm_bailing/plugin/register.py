@@ -23,6 +23,7 @@ from vllm_bailing.plugin.supported_versions import (
     wants_intree,
 )
 
+_LOGGER = "vllm.plugins.bailing"
 _decision: Decision | None = None
 _lock = threading.RLock()
 
@@ -45,9 +46,9 @@ def _register() -> Decision:
     from vllm.version import __version__ as vllm_version  # pyright: ignore[reportPrivateImportUsage]
 
     # A child of vLLM's logger, whose level and format its users have set up.
-    logger = init_logger("vllm.plugins.bailing")
+    logger = init_logger(_LOGGER)
     decided = decide(vllm_version)
-    takeover = Takeover(logger)
+    takeover = Takeover()
     takeover.take("transformers.configuration_utils", _adopt_config_files)
     takeover.take("transformers.models.auto.configuration_auto", _name_the_configuration)
     if decided.active:
@@ -58,9 +59,9 @@ def _register() -> Decision:
         takeover.take(
             "vllm.model_executor.models.registry", functools.partial(_name_the_classes, classes | DRAFT_ARCHITECTURES)
         )
-        takeover.take("vllm.config.speculative", functools.partial(_know_drafts, logger))
+        takeover.take("vllm.config.speculative", _know_drafts)
         takeover.take("vllm.model_executor.models.config", _check_configurations)
-    register_extensions(logger)
+    register_extensions()
     with _visible(logger):
         if decided.active:
             logger.info(
@@ -90,8 +91,9 @@ class Takeover:
     fails, those before it are taken back: half of them would give vLLM's own class a configuration that it misreads.
     """
 
-    def __init__(self, logger: logging.Logger) -> None:
-        self._logger, self._undo, self._is_over = logger, list[Callable[[], object]](), False
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+        self._is_over = False
 
     def take(self, module: str, part: Callable[[Any], Callable[[], object]]) -> None:
         """Call `part` with the module of that name, now or when it is imported; it returns what takes it back.
@@ -115,7 +117,7 @@ class Takeover:
             self._undo.append(part(module))
         except (Exception, SystemExit) as error:
             self._take_back()
-            self._logger.warning(
+            logging.getLogger(_LOGGER).warning(
                 "vllm-bailing %s could not register with %s (%s: %s); vLLM continues with its own classes",
                 __version__,
                 module.__name__,
@@ -160,14 +162,14 @@ def _name_the_classes(classes: dict[str, str], module: Any) -> Callable[[], obje
     return undo
 
 
-def _know_drafts(logger: logging.Logger, module: Any) -> Callable[[], object]:
+def _know_drafts(module: Any) -> Callable[[], object]:
     from vllm_bailing.plugin import patches
 
     try:
         return patches.know_drafts(module.SpeculativeConfig)
     except (AttributeError, KeyError) as error:  # a newer vLLM may serve the model all the same
         reason = "no MTP drafts on this vLLM, whose settings differ from the checked ones"
-        logger.warning("vllm-bailing %s: %s: %s", __version__, reason, error)
+        logging.getLogger(_LOGGER).warning("vllm-bailing %s: %s: %s", __version__, reason, error)
         return lambda: None
 
 
@@ -212,7 +214,7 @@ def _visible(logger: logging.Logger) -> Iterator[None]:
         logger.propagate = before[1]
 
 
-def register_extensions(logger: logging.Logger) -> None:
+def register_extensions() -> None:
     """Make the parsers and tokenizers of this package known by name, as soon as vLLM's registries are imported.
 
     `--reasoning-parser bailing`, `--tool-call-parser bailing`, `--tokenizer-mode bailing_split` and `bailing_refuse`.
@@ -224,18 +226,18 @@ def register_extensions(logger: logging.Logger) -> None:
         ("vllm.tokenizers.registry", _register_tokenizers),
         ("vllm.renderers.registry", _register_renderers),
     ):
-        finder = WhenImported(module, functools.partial(_register_or_warn, logger, register_with))
+        finder = WhenImported(module, functools.partial(_register_or_warn, register_with))
         if module in sys.modules:
             finder.register(sys.modules[module])
         else:
             sys.meta_path.insert(0, finder)
 
 
-def _register_or_warn(logger: logging.Logger, register_with: Callable[[Any], None], module: Any) -> None:
+def _register_or_warn(register_with: Callable[[Any], None], module: Any) -> None:
     try:
         register_with(module)
     except Exception as error:
-        logger.warning(
+        logging.getLogger(_LOGGER).warning(
             "vllm-bailing %s: not all of the parsers named %r and the tokenizer modes %s are there: %s: %s",
             __version__,
             PARSER,

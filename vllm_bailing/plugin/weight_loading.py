@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from vllm.platforms import current_platform
 
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.checkpoint_audit import Audit
-from vllm_bailing.config import differing_keys
+from vllm_bailing.config import read_config
 from vllm_bailing.dequantize import dequantized
 from vllm_bailing.errors import CheckpointError, UpdateError, named
 from vllm_bailing.layouts import as_published
@@ -253,7 +254,7 @@ class WeightLoading:
         folder = str(model_config.model)
         if folder == self._folder:
             return
-        different = differing_keys(self._folder, folder)
+        different = _differing_keys(self._folder, folder)
         if different:
             raise UpdateError(
                 f"the config.json of {folder} has other values of {', '.join(different)} than the running model's; "
@@ -323,3 +324,18 @@ def _ancestor(path: str, modules: set[str]) -> str:
     """The one of `modules` that the module at `path` is or belongs to; empty if there is none."""
     path = path.replace(".base_layer", "")  # adapters wrap the layers that they change
     return next((module for module in modules if path == module or path.startswith(f"{module}.")), "")
+
+
+# Of one configuration and not of its model: who wrote it, what a generation starts and ends with.
+_NOT_OF_THE_MODEL = ("architectures", "dtype", "model_type", "transformers_version", "initializer_range", "use_cache")
+_NOT_OF_THE_MODEL += ("eos_token_id", "pad_token_id", "bos_token_id", "_name_or_path")
+
+
+def _differing_keys(model: str | Path, other: str | Path) -> list[str]:
+    """Keys of two folders' config.json that describe different models; none where one of them cannot be read."""
+    try:
+        one, two = (read_config(where).to_dict() for where in (model, other))
+    except ValueError:
+        return []
+    keys = sorted(one.keys() | two.keys())
+    return [key for key in keys if key not in _NOT_OF_THE_MODEL and one.get(key) != two.get(key)]

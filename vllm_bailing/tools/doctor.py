@@ -14,8 +14,10 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
+from vllm_bailing.errors import shown
 from vllm_bailing.units import GIB
 
+TRIED_SCHEMES = ("compressed-tensors", "fp8", "gptq", "awq")
 GROUP, NAME = "vllm.general_plugins", "bailing"
 _WORKER = f"""
 import json
@@ -166,17 +168,27 @@ def _disk() -> Check:
 
 def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[Check]:
     """Checks of a checkpoint on this machine; reads configuration and headers, no weights."""
-    from vllm_bailing.checkpoint import Checkpoint, local_folder
+    from vllm_bailing.checkpoint import Checkpoint, how_to_fetch, is_path, local_folder, without_config
     from vllm_bailing.checkpoint_audit import Audit
     from vllm_bailing.config import read_config
+    from vllm_bailing.errors import OtherModelError
 
     try:
         folder = local_folder(model)
     except ValueError as error:
-        yield Check("files", False, str(error), f"hf download {model}")
+        yield Check(
+            "files", False, str(error), "name a folder that is there" if is_path(model) else how_to_fetch(model)
+        )
+        return
+    if reason := without_config(folder):
+        detail, _, todo = reason.partition("; ")
+        yield Check("files", False, detail, todo)
         return
     try:
         config = read_config(folder, overrides)
+    except OtherModelError as error:
+        yield Check("config.json", False, str(error), "nothing here is for it: vLLM serves it by its own class, if any")
+        return
     except ValueError as error:
         yield Check("config.json", False, str(error), "correct config.json, or fetch it again")
         return
@@ -186,7 +198,7 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
 
     stored_files = Checkpoint(folder).published(config)
     if stored_files.damage:
-        todo = f"hf download {model}" if Checkpoint(folder).damage else "remove the tensor that you do not want"
+        todo = how_to_fetch(model) if Checkpoint(folder).damage else "remove the tensor that you do not want"
         yield Check("files", False, stored_files.damage, todo)
         return
     if not stored_files.tensors and any(folder.glob("*.bin")):
@@ -194,14 +206,14 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
         yield from _template(folder)
         return
     if not stored_files.tensors:
-        yield Check("files", False, f"no safetensors files in {folder}", f"hf download {model}")
+        yield Check("files", False, f"no safetensors files in {folder}", how_to_fetch(model))
         return
     files = {stored.file for stored in stored_files.tensors.values()}
     yield Check("files", True, f"{len(files)} of {_size(stored_files.size)}, {len(stored_files.tensors)} tensors")
 
     stored = config.stored_quantization_config or getattr(config, "quantization_config", None)
-    scheme = f"{stored.get('quant_method')}" if stored else "none"
-    yield Check("quantization", None, scheme)
+    yield Check("quantization", None, _scheme(stored))
+    yield from _generation_config(folder, config.vocab_size)
     yield from _audited(Audit.of_target(config, quantized=bool(stored), folder=str(folder)), stored_files, "tensors")
 
     layers = stored_files.layers_past_main(config)
@@ -218,6 +230,31 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
         draft = Audit.of_draft(config, quantized=bool(stored), folder=str(folder))
         yield from _audited(draft, stored_files, "MTP layer")
     yield from _template(folder)
+
+
+def _scheme(stored: dict[str, Any] | None) -> str:
+    if not stored:
+        return "none"
+    method = shown(str(stored.get("quant_method")))
+    return method if method in TRIED_SCHEMES else f"{method}, which was not tried; vLLM decides when it starts"
+
+
+def _generation_config(folder: Path, vocab_size: int) -> Iterator[Check]:
+    from vllm_bailing.validation import require_token_ids
+
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return
+    name, fix = "generation_config.json", "correct it, or fetch it again"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError(f"holds a {type(values).__name__} and not an object")
+        require_token_ids("eos_token_id", values.get("eos_token_id"), vocab_size)
+    except json.JSONDecodeError as error:
+        yield Check(name, False, f"is no JSON ({shown(error)}), so vLLM ignores it: its stop tokens are lost", fix)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        yield Check(name, False, shown(error), fix)
 
 
 def _size(count: int) -> str:
