@@ -396,6 +396,24 @@ def verdict(total: Comparison, tolerance: Tolerance) -> str:
     return " and ".join(reasons)
 
 
+def _asked(
+    url: str,
+    model: str | None,
+    ids: list[list[int]],
+    before: list[Served] | None,
+    max_tokens: int,
+    progress: Callable[[str, int, int | None], None],
+) -> list[Served]:
+    answers = (
+        ask_server(url, model, ids, max_tokens) if before is None else ask_again(url, model, ids, before, max_tokens)
+    )
+    served = []
+    for sequence in answers:
+        served.append(sequence)
+        progress("deployment", len(served), len(ids))
+    return served
+
+
 # ---- all of it ------------------------------------------------------------------------------------------------
 
 
@@ -459,15 +477,8 @@ def run(
         if url is None:
             served, computed = ask_offline(str(folder), {**engine, "hf_overrides": overrides}, ids, max_tokens)
         else:
-            served, computed = [], expected_dtype(config)
-            asked = (
-                ask_server(url, served_model_name, ids, max_tokens)
-                if kept is None
-                else ask_again(url, served_model_name, ids, kept[0], max_tokens)
-            )
-            for sequence in asked:
-                served.append(sequence)
-                progress("deployment", len(served), len(ids))
+            before = kept and kept[0]
+            served, computed = _asked(url, served_model_name, ids, before, max_tokens, progress), expected_dtype(config)
         progress("deployment", len(ids), len(ids))
         keep_served(work, served, computed)
     logprobs, likeliest = reference_logprobs(
