@@ -7,13 +7,15 @@ import os
 import shutil
 
 import pytest
+import torch
 
-from tests.support.checkpoints import read_tensors, without_mtp_in_config, write_tensors
+from tests.support.checkpoints import make_checkpoint, read_tensors, without_mtp_in_config, write_tensors
 from tests.support.commands import invoke, run_command
 from tests.support.configs import change_config
+from tests.support.quantized import quantize
 from vllm_bailing import DEMO, DEMO_ADAPTER
 from vllm_bailing.plugin import supported_versions
-from vllm_bailing.tools import doctor
+from vllm_bailing.tools import doctor, doctor_weights
 
 
 def by_name(checks):
@@ -198,6 +200,58 @@ def test_a_scheme_that_was_not_tried_is_told(tmp_path):
     change_config(tmp_path / "model", quantization_config={"quant_method": "magic"})
     check = by_name(doctor.checkpoint(str(tmp_path / "model")))["quantization"]
     assert check.ok is None and check.detail == "magic, which was not tried; vLLM decides when it starts"
+
+
+def with_numbers(change):
+    def changed(folder):
+        tensors = read_tensors(folder)
+        change(tensors)
+        write_tensors(folder, tensors)
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "detail"),
+    [
+        (lambda tensors: None, None),
+        (
+            lambda tensors: tensors["model.norm.weight"][3:4].fill_(torch.nan),
+            "NaN or infinity in 1 tensor (model.norm.weight)",
+        ),
+        (
+            lambda tensors: tensors["model.layers.0.attention.dense.weight"][0].fill_(-torch.inf),
+            "dense.weight) hold NaN",
+        ),
+        (
+            lambda tensors: [tensor.zero_() for name, tensor in tensors.items() if ".layers.1.mlp.experts." in name],
+            "nothing but zeros in 96 tensors (model.layers.1.mlp.experts.0.down_proj.weight",
+        ),
+        (lambda tensors: tensors["model.layers.1.mlp.gate.expert_bias"].zero_(), None),
+    ],
+)
+def test_all_numbers_are_looked_at_if_asked(change, detail, tmp_path):
+    shutil.copytree(DEMO, tmp_path / "model")
+    with_numbers(change)(tmp_path / "model")
+    read = []
+    (check,) = doctor_weights.weights(tmp_path / "model", lambda done, total: read.append(done / total))
+    assert read == sorted(read) and abs(read[-1] - 1) < 0.01
+    if detail is None:
+        assert check.ok and "of bfloat16" in check.detail
+    else:
+        assert check.ok is False and detail in check.detail and check.fix == FETCH
+
+
+def test_numbers_of_eight_bits_are_looked_at_too(tmp_path):
+    model = make_checkpoint(tmp_path / "model")
+    quantize(model, "fp8")
+    assert [check.ok for check in doctor_weights.weights(model)] == [True]
+
+
+def test_deep_checks_follow_the_others(tmp_path):
+    done = run_command("doctor", DEMO, "--deep", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)[-1]["name"] == "numbers"
+    assert invoke("doctor", "--deep").exit_code == 2
 
 
 def test_a_model_that_is_not_here_is_told_how_to_get(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated
@@ -20,17 +21,25 @@ if TYPE_CHECKING:
 def doctor(
     model: Annotated[str | None, typer.Argument(help="Also check this checkpoint: a folder or a hub name.")] = None,
     hf_overrides: options.HfOverrides = "{}",
+    deep: Annotated[bool, typer.Option("--deep", help="Also read all weights: NaN, infinity, zeros.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Check this installation, and a checkpoint if one is named: each line is ok or says what to do.
 
-    Reads configuration and file headers, no weights. Exit code 1 if something is wrong.
+    Reads configuration and file headers, and weights with --deep alone. Exit code 1 if something is wrong, 2 if the
+    checks themselves failed.
     """
     from vllm_bailing.tools import doctor
 
+    if deep and not model:
+        raise typer.BadParameter("--deep needs a checkpoint")
     overrides = options.json_object("--hf-overrides", hf_overrides)
     console, checks = output.console(), []
-    steps = chain(doctor.environment(), doctor.checkpoint(model, overrides) if model else ())
+    steps = chain(
+        doctor.environment(),
+        doctor.checkpoint(model, overrides) if model else (),
+        _weights(model) if model and deep else (),
+    )
     while True:
         with output.output_aside():
             check = next(steps, None)
@@ -47,6 +56,23 @@ def doctor(
     else:
         console.print("[green]all is well[/green]")
     raise typer.Exit(1 if problems else 0)
+
+
+def _weights(model: str) -> Iterator[Check]:
+    from rich.progress import Progress
+
+    from vllm_bailing.checkpoint import local_folder
+    from vllm_bailing.tools.doctor_weights import weights
+
+    try:
+        folder = local_folder(model)
+    except ValueError:
+        return  # told before
+    console = output.console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("weights", total=None)
+        found = list(weights(folder, lambda done, total: progress.update(task, completed=done, total=total)))
+    yield from found
 
 
 def show_check(console: Console, check: Check) -> None:
