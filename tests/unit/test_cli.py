@@ -243,3 +243,16 @@ def test_a_plan_that_cannot_be_written_is_one_line(tmp_path):
     done = invoke("plan", DEMO, "--gpu", "H100", "--config", tmp_path / "missing" / "serve.yaml")
     (line,) = done.stderr.splitlines()
     assert done.exit_code == 2 and "missing/serve.yaml: No such file or directory; name another file" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--batch-size", "0"), ("--batch-size", "1,x"), ("--draft-tokens", "-1"), ("--batch-size", "")],
+    ids=str,
+)
+def test_wrong_numbers_are_refused_before_an_engine_starts(arguments, monkeypatch):
+    from vllm_bailing.bench import mtp
+
+    monkeypatch.setattr(mtp, "MtpTask", lambda *_: pytest.fail("goes on"))
+    done = invoke("bench", "mtp", DEMO, *arguments)
+    assert done.exit_code == 2 and "is not a list of numbers from" in " ".join(done.stderr.split()), done.output

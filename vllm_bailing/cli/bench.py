@@ -40,7 +40,7 @@ def bench_mtp(
     from vllm_bailing.bench import mtp, plots, report, runner
     from vllm_bailing.errors import BenchError
 
-    counts = sorted({0, *options.numbers(draft_tokens)})
+    counts = sorted({0, *options.numbers(draft_tokens, least=0)})
     arguments = options.json_object("--engine", engine)
     lines = options.lines_of(prompts) or list(mtp.DEFAULT_PROMPTS)
     task = mtp.MtpTask(model, arguments, options.numbers(batch_size), lines, max_tokens)

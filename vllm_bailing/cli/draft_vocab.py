@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from vllm_bailing.cli import output
+
 
 def draft_vocab(
     model: Annotated[str, typer.Argument(help="The model whose tokenizer is used: a folder or a hub name.")],
     text: Annotated[
-        list[Path], typer.Option(help="Text like that which the model will write; repeatable.", exists=True)
+        list[Path],
+        typer.Option(help="Text like that which the model will write; repeatable.", exists=True, dir_okay=False),
     ],
     size: Annotated[int, typer.Option(help="How many tokens to keep, the most frequent ones.", min=1)] = 32768,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("draft_vocab.json"),
@@ -23,8 +26,17 @@ def draft_vocab(
     """
     from vllm_bailing.tools.draft_vocab import choose_tokens, write_tokens
 
-    chosen = choose_tokens(model, text, size)
-    write_tokens(out, chosen)
+    if not out.parent.is_dir():  # before the text is read, which may take long
+        raise output.fail("draft-vocab", f"--out {out}: there is no folder {out.parent}; make it first", 2)
+    try:
+        chosen = choose_tokens(model, text, size)
+        write_tokens(out, chosen)
+    except (ValueError, OSError) as error:
+        raise output.fail("draft-vocab", error, 2) from None
+    if size > chosen.vocabulary:
+        typer.echo(
+            f"--size {size} is more than the model's {chosen.vocabulary} tokens: all of the text's are kept", err=True
+        )
     typer.echo(
         f"{out}: {len(chosen.token_ids)} of {chosen.vocabulary} tokens, {100 * chosen.coverage:.2f} % of the text"
     )

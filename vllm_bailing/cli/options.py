@@ -67,16 +67,19 @@ def json_object(flag: str, text: str) -> dict[str, Any]:
     return value
 
 
-def numbers(text: str) -> list[int]:
-    """The numbers of a list such as 0,1,2.
+def numbers(text: str, least: int = 1) -> list[int]:
+    """The numbers of a list such as 1,2,4.
 
     Raises:
-        typer.BadParameter: If it is anything else.
+        typer.BadParameter: If it is anything else, or one is below `least`.
     """
     try:
-        return [int(part) for part in text.split(",")]
+        found = [int(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 0,1,2") from None
+        found = []
+    if not found or min(found) < least:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers from {least}, such as {least},{least + 1}")
+    return found
 
 
 def lines_of(file: Path | None) -> list[str] | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_bailing.config import register_with_transformers
+from vllm_bailing.errors import shown
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,28 @@ class ChosenTokens:
 
 
 def choose_tokens(model: str, files: Iterable[Path], size: int) -> ChosenTokens:
-    """The `size` most frequent tokens of `files` in the tokenizer of `model`, all special ones among them."""
+    """The `size` most frequent tokens of `files` in the tokenizer of `model`, all special ones among them.
+
+    Raises:
+        ValueError: If there is no tokenizer, a file is no text, or there is no text at all.
+    """
     from transformers import AutoTokenizer
 
     register_with_transformers()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # of any type, depending on the file that is wrong
+        raise ValueError(f"{model} has no tokenizer that can be read ({shown(error)}); name its checkpoint") from None
     counts: Counter[int] = Counter()
     for file in files:
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--text {file} is no text ({shown(error)}); name a text file in UTF-8") from None
+        for line in text.splitlines(keepends=True):
             counts.update(tokenizer.encode(line, add_special_tokens=False))
+    if not counts:
+        raise ValueError("--text is empty; name text like that which the model will write")
     # Every answer ends with a special token, however rare these are in the text.
     kept = list(dict.fromkeys([*tokenizer.all_special_ids, *(token for token, _ in counts.most_common(size))]))[:size]
     covered = sum(counts[token] for token in kept)
