@@ -103,8 +103,29 @@ def test_a_gpu_is_found_in_any_case_and_may_be_described():
 
 @pytest.mark.parametrize("options", [{}, {"memory_gib": 268.0}, {"bandwidth": 8.0}])
 def test_a_gpu_that_is_not_known_has_to_be_described_by_both_numbers(options):
-    with pytest.raises(ValueError, match=r"'B300' is not known; name one of H100, .* --memory-gib .* --bandwidth"):
+    with pytest.raises(ValueError, match=r"'B300' is not known; (give|add) .*, or name one of H100, ") as refusal:
         find_gpu("B300", **options)
+    way = str(refusal.value).partition(" or name one")[0]
+    for flag in ("memory_gib", "bandwidth"):
+        assert (f"--{flag.replace('_', '-')}" in way) == (flag not in options)
+
+
+@pytest.mark.parametrize("row", GPUS)
+def test_a_gpu_may_be_named_as_nvidia_smi_does(row):
+    for name in (row, row.lower(), *GPUS[row].driver_names, *(name.upper() for name in GPUS[row].driver_names)):
+        assert find_gpu(name) is GPUS[row]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("A100", "is A100-80G meant?"), ("4090", "is RTX4090 meant?"), ("A10", "is A100-80G meant?"), ("", "")],
+)
+def test_a_name_that_is_like_a_row_is_not_taken_for_it(name, hint):
+    """An A10 has a third of an A100's memory."""
+    with pytest.raises(ValueError, match="is not known") as refusal:
+        find_gpu(name)
+    assert hint in str(refusal.value) and ("meant" in str(refusal.value)) == bool(hint)
+    assert find_gpu(name, 24, 0.6).memory_bytes == 24 * 2**30
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan")])

@@ -125,7 +125,7 @@ def shared_memory_of(driver_name: str) -> int:
 
 
 def find_gpu(name: str, memory_gib: float | None = None, bandwidth: float | None = None) -> Gpu:
-    """The GPU called `name` on the command line, in any case.
+    """The GPU called `name` on the command line, in any case: by its row, or as nvidia-smi calls it.
 
     Args:
         memory_gib: Memory in GiB, instead of the row's.
@@ -136,15 +136,32 @@ def find_gpu(name: str, memory_gib: float | None = None, bandwidth: float | None
     for flag, value in (("--memory-gib", memory_gib), ("--bandwidth", bandwidth)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{flag} {value} must be a number above 0")
-    gpu = next((known for known in GPUS.values() if known.name.lower() == name.lower()), None)
+    gpu = _row_called(name)
     if gpu is None:
         if memory_gib is None or bandwidth is None:
-            raise ValueError(
-                f"GPU {name!r} is not known; name one of {', '.join(GPUS)}, or give its memory by --memory-gib and its "
-                "bandwidth by --bandwidth (TB/s)"
-            )
+            given = {"--memory-gib": memory_gib, "--bandwidth": bandwidth}
+            absent = [flag for flag, value in given.items() if value is None]
+            way = "give its memory by --memory-gib and its bandwidth by --bandwidth (TB/s)"
+            if len(absent) == 1:
+                way = f"add {absent[0]}{' (TB/s)' if absent == ['--bandwidth'] else ''}"
+            raise ValueError(f"GPU {name!r} is not known{_like(name)}; {way}, or name one of {', '.join(GPUS)}")
         # Without FLOP/s: bytes bound decoding on every GPU of the table.
         return Gpu(name, round(memory_gib * GIB), bandwidth * 1e12)
     if memory_gib is not None:
         gpu = replace(gpu, memory_bytes=round(memory_gib * GIB))
     return gpu if bandwidth is None else replace(gpu, bandwidth=bandwidth * 1e12)
+
+
+def _row_called(name: str) -> Gpu | None:
+    def plain(text: str) -> str:
+        return text.casefold().replace("_", "").replace(" ", "")
+
+    rows = (gpu for gpu in GPUS.values() if plain(name) in map(plain, (gpu.name, *gpu.driver_names)))
+    return next(rows, None)
+
+
+def _like(name: str) -> str:
+    """A row that may be meant, as a question; a beginning alone is no row: an A10 is no A100."""
+    wanted = name.casefold().replace(" ", "")
+    near = [gpu for gpu in GPUS if wanted and wanted in gpu.casefold()]
+    return f"; is {near[0]} meant?" if len(near) == 1 else ""
