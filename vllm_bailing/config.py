@@ -563,7 +563,11 @@ def adopt_config_files() -> Callable[[], object]:
 
     get_config_dict._adopts_bailing_moe_v2 = True  # type: ignore[attr-defined]
     PretrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[assignment]
-    return lambda: setattr(PretrainedConfig, "get_config_dict", original)
+
+    def undo() -> None:
+        PretrainedConfig.get_config_dict = original
+
+    return undo
 
 
 def read_config(model: str | Path, overrides: dict[str, Any] | None = None) -> BailingMoeV2Config:
