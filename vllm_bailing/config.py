@@ -546,11 +546,10 @@ def name_the_configuration() -> Callable[[], object]:
 
 
 def adopt_config_files() -> Callable[[], object]:
-    """Let every loader get this family's config.json files by their own model type; returns what takes that back.
+    """Give every loader this family's config.json files under their own model type; returns what takes that back.
 
     transformers looks classes up by `model_type` alone, before anything reads `architectures`. The published files
-    share theirs with first-generation Bailing, so the raw dict is adopted where all loaders get it from. Safe to call
-    again.
+    share theirs with first-generation Bailing, so the raw dict is adopted where all loaders get it.
     """
     original = PretrainedConfig.__dict__["get_config_dict"]
     if getattr(original.__func__, "_adopts_bailing_moe_v2", False):
@@ -581,9 +580,9 @@ def read_config(model: str | Path, overrides: dict[str, Any] | None = None) -> B
 
     from vllm_bailing.checkpoint import without_config
 
-    register_with_transformers()
     if reason := without_config(Path(model)):
         raise ValueError(reason)
+    register_with_transformers()
     try:
         raw, _ = PretrainedConfig.get_config_dict(str(model))
         if not isinstance(raw, dict):
