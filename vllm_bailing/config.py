@@ -573,8 +573,7 @@ def read_config(model: str | Path, overrides: dict[str, Any] | None = None) -> B
     """The configuration of a folder, a config.json or a hub name, with `--hf-overrides` applied as vLLM does.
 
     Raises:
-        OtherModelError: If it is another architecture's.
-        ValueError: If it cannot be had, or is wrong.
+        ValueError: If it cannot be had or is wrong, and as an `OtherModelError` if it is another architecture's.
     """
     from transformers import AutoConfig
 
