@@ -221,64 +221,6 @@ def _kind(dtype: str) -> Kind:
     return "float8" if dtype.startswith("F8") else "integer"
 
 
-def local_folder(model: str) -> Path:
-    """The folder of a checkpoint that is on this machine.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if Path(model).is_dir():
-        return Path(model).resolve()
-    if Path(model).exists():
-        raise ValueError(f"{model} is a file; give the folder that it is in")
-    if is_path(model):
-        raise ValueError(f"{model} is no folder on this machine; correct it, or give a model's name on the hub")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, ValueError):
-        raise ValueError(
-            f"{model} is neither a folder nor a model that was downloaded; fetch it by `hf download {model}`"
-        ) from None
-
-
-def is_path(model: str) -> bool:
-    """Whether `model` can only be a path: names on the hub have at most one slash, and no dot before it."""
-    return model.startswith(("/", ".", "~")) or model.count("/") > 1 or Path(model).exists()
-
-
-def how_to_fetch(model: str) -> str:
-    """The command that fetches `model`; advice for a folder of which nobody knows where it comes from."""
-    if not is_path(model):
-        return f"hf download {model}"
-    cached = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/", f"{model}/")
-    return f"hf download {cached[1]}/{cached[2]}" if cached else "copy, fetch or export it again"
-
-
-def without_config(folder: Path) -> str | None:
-    """What a folder without a config.json is, and what to do; None if it has one, or is no folder."""
-    file = folder / "config.json"
-    if not folder.is_dir() or file.is_file():
-        return None
-    if file.is_symlink():
-        return f"{file} links to {shown(str(file.readlink()))}, which is gone; {how_to_fetch(str(folder))}"
-    names = sorted(path.name for path in folder.iterdir())
-    if "adapter_config.json" in names:
-        return (
-            f"{folder} is a LoRA adapter; name its base model here, and serve the adapter with --enable-lora "
-            f"--lora-modules NAME={folder}"
-        )
-    if any(name.endswith(".gguf") for name in names):
-        return f"{folder} has GGUF files, llama.cpp's; give a folder with config.json and safetensors files"
-    if not names:
-        return f"{folder} is empty; {how_to_fetch(str(folder))}"
-    inner = [name for name in names if (folder / name / "config.json").is_file()]
-    hint = f"is {folder / inner[0]} meant?" if inner else how_to_fetch(str(folder))
-    return f"{folder} has no config.json; {hint}"
-
-
 def _read(folder: Path) -> Checkpoint:
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors*"))
     return _read_once(folder, tuple(files))

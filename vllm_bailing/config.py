@@ -17,6 +17,7 @@ from typing import Any
 from transformers.configuration_utils import PretrainedConfig
 
 from vllm_bailing.errors import OtherModelError, shown, told
+from vllm_bailing.folders import without_config
 from vllm_bailing.rope import ROPE_KEYS, settled_rope, with_original_window
 from vllm_bailing.validation import (
     LARGEST,
@@ -576,8 +577,6 @@ def read_config(model: str | Path, overrides: dict[str, Any] | None = None) -> B
         ValueError: If it cannot be had or is wrong, and as an `OtherModelError` if it is another architecture's.
     """
     from transformers import AutoConfig
-
-    from vllm_bailing.checkpoint import without_config
 
     if reason := without_config(Path(model)):
         raise ValueError(reason)

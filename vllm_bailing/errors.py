@@ -3,8 +3,8 @@
 The text of a message stands where it is raised: search for its words. What is wrong is said,
 
 - with a key or value of config.json, in `config.py`, `rope.py` and `validation.py`;
-- with the files of a checkpoint in `checkpoint.py`, with its tensors in `checkpoint_audit.py`, `layouts.py` and
-  `dequantize.py`, and the likely cause of it in `likely_causes.py`;
+- with the folder of a checkpoint in `folders.py`, with its files in `checkpoint.py`, with its tensors in
+  `checkpoint_audit.py`, `layouts.py` and `dequantize.py`, and the likely cause of it in `likely_causes.py`;
 - with flags in `plugin/checks.py`, `plugin/options.py`, `plugin/speculation.py` and `plugin/kernels/`;
 - with adapters in `adapters.py`, `adapter_audit.py` and `plugin/lora.py`;
 - with updates in `plugin/weight_loading.py` and `router.py`;

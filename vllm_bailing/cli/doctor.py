@@ -61,7 +61,7 @@ def doctor(
 def _weights(model: str) -> Iterator[Check]:
     from rich.progress import Progress
 
-    from vllm_bailing.checkpoint import local_folder
+    from vllm_bailing.folders import local_folder
     from vllm_bailing.tools.doctor_weights import weights
 
     try:

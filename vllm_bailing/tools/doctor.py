@@ -168,10 +168,11 @@ def _disk() -> Check:
 
 def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[Check]:
     """Checks of a checkpoint on this machine; reads configuration and headers, no weights."""
-    from vllm_bailing.checkpoint import Checkpoint, how_to_fetch, is_path, local_folder, without_config
+    from vllm_bailing.checkpoint import Checkpoint
     from vllm_bailing.checkpoint_audit import Audit
     from vllm_bailing.config import read_config
     from vllm_bailing.errors import OtherModelError
+    from vllm_bailing.folders import how_to_fetch, is_path, local_folder, without_config
 
     try:
         folder = local_folder(model)

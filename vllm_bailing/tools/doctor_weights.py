@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_bailing.checkpoint import Checkpoint, how_to_fetch
+from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.errors import named
+from vllm_bailing.folders import how_to_fetch
 from vllm_bailing.tools.doctor import Check
 
 if TYPE_CHECKING:

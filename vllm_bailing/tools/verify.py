@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_bailing import __version__
-from vllm_bailing.checkpoint import Checkpoint, local_folder
+from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.config import BailingMoeV2Config, read_config
 from vllm_bailing.errors import CheckpointError
+from vllm_bailing.folders import local_folder
 from vllm_bailing.tensor_names import EMBEDDING, HEAD
 from vllm_bailing.tools.verify_deployment import Served, ask_again, ask_offline, ask_server, prompt_ids
 from vllm_bailing.units import dtype_name
