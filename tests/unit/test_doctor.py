@@ -221,11 +221,11 @@ def with_numbers(change):
         ),
         (
             lambda tensors: tensors["model.layers.0.attention.dense.weight"][0].fill_(-torch.inf),
-            "dense.weight) hold NaN",
+            "NaN or infinity in 1 tensor (model.layers.0.attention.dense.weight)",
         ),
         (
             lambda tensors: [tensor.zero_() for name, tensor in tensors.items() if ".layers.1.mlp.experts." in name],
-            "nothing but zeros in 96 tensors (model.layers.1.mlp.experts.0.down_proj.weight",
+            "nothing but zeros in 48 tensors (model.layers.1.mlp.experts.0.down_proj.weight",
         ),
         (lambda tensors: tensors["model.layers.1.mlp.gate.expert_bias"].zero_(), None),
     ],
