@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +14,7 @@ from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from tests.support.commands import invoke
+from tests.support.pages import serving_page
 from vllm_bailing.cli import chat_screen
 from vllm_bailing.errors import ChatError
 from vllm_bailing.tools.chat import Answer, Call, Chat, as_json, with_scheme
@@ -247,22 +246,8 @@ def test_a_url_may_do_without_its_scheme(url):
 
 @pytest.mark.parametrize("page", ["<html>It works!</html>", "[]", '{"data": []}', '{"data": [3]}'])
 def test_what_is_no_server_of_models_is_one_line(page):
-    class Page(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("content-type", "text/html" if "html" in page else "application/json")
-            self.end_headers()
-            self.wfile.write(page.encode())
-
-        do_POST = do_GET
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        done = invoke("chat", "hello", "--url", f"127.0.0.1:{server.server_port}")
-        server.shutdown()
+    with serving_page(page) as address:
+        done = invoke("chat", "hello", "--url", address)
     assert done.exit_code == 1 and done.stderr.count("\n") == 1, (done.output, done.exception)
     assert "is it a vLLM server?" in done.stderr
 

@@ -6,9 +6,7 @@ import contextlib
 import json
 import math
 import shutil
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from tests.support.checkpoints import (
 )
 from tests.support.commands import invoke, run_command
 from tests.support.engine import run
+from tests.support.pages import serving_page
 from tests.support.quantized import plain_copy, quantize
 from vllm_bailing import DEMO
 from vllm_bailing.config import BailingMoeV2Config, read_config
@@ -162,23 +161,9 @@ PAGES = {
 
 @pytest.mark.parametrize("page", PAGES)
 def test_what_is_no_server_of_vllm_is_one_line(page, tmp_path):
-    class Page(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("content-type", "text/html" if "html" in PAGES[page] else "application/json")
-            self.end_headers()
-            self.wfile.write(PAGES[page].encode())
-
-        do_POST = do_GET
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with serving_page(PAGES[page]) as address:
+        url = f"http://{address}"
         done = invoke("verify", DEMO, "--url", url, XDG_CACHE_HOME=str(tmp_path))
-        server.shutdown()
     assert done.exit_code == 2 and done.stderr.count("\n") == 1 and url in done.stderr, (done.output, done.exception)
 
 

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,12 +77,6 @@ class Comparison:
     max: float
     divergence: float
     agreement: float
-
-
-def _version_of_vllm() -> str:
-    from importlib.metadata import version
-
-    return version("vllm")
 
 
 def expected_dtype(config: BailingMoeV2Config) -> str:
@@ -463,7 +458,7 @@ def run(
         raise ValueError(f"--dtype {dtype} is not known; use one of {', '.join(TOLERANCES)}")
     ids = prompt_ids(folder, list(DEFAULT_PROMPTS) if prompts is None else prompts)
     identity = (files_identity(folder), url, served_model_name, ids, max_tokens, overrides, engine)
-    versions = None if url else [__version__, _version_of_vllm()]
+    versions = None if url else [__version__, version("vllm")]
     work = work_folder(CACHE, str(folder), versions, *identity)
     if fresh:
         delete_work(work)

@@ -71,8 +71,6 @@ def ask_server(url: str, model: str | None, prompts: list[list[int]], max_tokens
                 likeliest = {int(label.removeprefix("token_id:")): value for label, value in row.items()}
                 top.append({**likeliest, token: logprob})
             yield Served(prompt + answer_ids, top)
-    except VerifyError:
-        raise
     except ChatError as error:
         raise VerifyError(f"{url}: {error}") from None
     # The library believes what it is sent: a web page, or JSON of another kind, ends somewhere in it or here.
@@ -92,9 +90,8 @@ def ask_again(
         prompts, max_tokens: As for `ask_server` then.
         before: What it gave then.
     """
-    for prompt, sequence in zip(prompts, before, strict=True):
+    for sequence, now in zip(before, ask_server(url, model, prompts, max_tokens), strict=True):
         ids = sequence.token_ids
-        (now,) = ask_server(url, model, [prompt], max_tokens)
         if now.token_ids != ids:
             (now,) = ask_server(url, model, [ids], 1)
             now = Served(ids, now.top[: len(ids) - 1])
