@@ -52,11 +52,18 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.plugin.agreement import check_ranks_agree
 from vllm_bailing.plugin.checks import adding_the_remedy
 from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
+from vllm_bailing.plugin.kernels.cpu_experts import heed_expert_map
 from vllm_bailing.plugin.kernels.qk_norm_rope import fused_qk_norm_rope_for
 from vllm_bailing.plugin.lora import experts_take_adapters
-from vllm_bailing.plugin.patches import experts_without_lora, patch_for_model, repack_experts_on_reload
+from vllm_bailing.plugin.patches import (
+    experts_without_lora,
+    hide_exchange_from_compiler,
+    patch_for_model,
+    repack_experts_on_reload,
+)
 from vllm_bailing.plugin.shims import (
     collect_aux_hidden_states,
     local_logits,
@@ -249,6 +256,7 @@ class BailingMoeV2MoE(nn.Module):
                 shared_experts=self.shared_experts,
             )
         repack_experts_on_reload(self.experts.routed_experts)
+        hide_exchange_from_compiler(self.experts, parallel_config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         num_tokens = hidden_states.shape[0]  # [T, H]
@@ -430,6 +438,7 @@ class BailingMoeV2ForCausalLM(
         config: BailingMoeV2Config = vllm_config.model_config.hf_config
         self.config, self.vllm_config = config, vllm_config
         self.quant_config = vllm_config.quant_config
+        check_ranks_agree(vllm_config)
         patch_for_model(vllm_config)
         with adding_the_remedy(vllm_config):
             self.model = BailingMoeV2Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
@@ -452,6 +461,7 @@ class BailingMoeV2ForCausalLM(
         self.lora_skip_prefixes = skipped  # pyright: ignore[reportAttributeAccessIssue]
         self.weight_loading = WeightLoading(self, vllm_config, self._audit_of, self._load)
         use_cpu_kernels(self, self.lm_head, vllm_config)
+        heed_expert_map(self, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_input_ids(input_ids)

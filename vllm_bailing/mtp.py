@@ -46,6 +46,7 @@ from vllm_bailing.model import (
 )
 from vllm_bailing.plugin.checks import adding_the_remedy
 from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
+from vllm_bailing.plugin.kernels.cpu_experts import heed_expert_map
 from vllm_bailing.plugin.options import draft_vocabulary
 from vllm_bailing.plugin.weight_loading import WeightLoading
 from vllm_bailing.tensor_names import EMBEDDING, HEAD, layer_of
@@ -233,6 +234,7 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
         self.allow_patterns_overrides = [files] if files else None
         self.weight_loading = WeightLoading(self, vllm_config, lambda: audit, self._load)
         use_cpu_kernels(self, self.draft_head.head if self.draft_head else self.lm_head, vllm_config)
+        heed_expert_map(self, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)

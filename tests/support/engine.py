@@ -240,7 +240,9 @@ def loaded_rank(rank: int, ranks: int, init: Path, options: dict[str, Any], watc
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    defaults = {"dtype": "bfloat16", "enforce_eager": True, "skip_tokenizer_init": True}
+    # Eager pipelines are refused on CPUs.
+    eager = options.get("pipeline_parallel_size", 1) == 1
+    defaults = {"dtype": "bfloat16", "enforce_eager": eager, "skip_tokenizer_init": True}
     config = EngineArgs(**{**defaults, **options}).create_engine_config()
     parallel = config.parallel_config
     with set_current_vllm_config(config):
@@ -271,7 +273,7 @@ def make_llm(model: str | Path, **options: Any) -> Any:
 
     defaults: dict[str, Any] = {
         "dtype": "float32",
-        "enforce_eager": True,
+        "enforce_eager": options.get("pipeline_parallel_size", 1) == 1,  # eager ones are refused on CPUs
         "max_model_len": 512,
         "max_logprobs": -1,
         "disable_log_stats": True,

@@ -15,6 +15,7 @@ from vllm_bailing.errors import DEQUANTIZE, SettingsError
 from vllm_bailing.plugin.lora import refuse_misfit, settle_lora_targets
 from vllm_bailing.plugin.options import DRAFT_VOCABULARY, check_switches, draft_vocabulary
 from vllm_bailing.plugin.patches import check_adapters_up_front
+from vllm_bailing.plugin.shims import portable_cpu_experts
 from vllm_bailing.plugin.speculation import has_mtp_draft
 from vllm_bailing.tensor_names import HEAD, SCORE, main_tensors
 from vllm_bailing.units import GIB, dtype_name
@@ -38,13 +39,8 @@ def settle_engine_config(vllm_config: Any) -> None:
     if vllm_config.lora_config is not None:
         settle_lora_targets(vllm_config, on_cpu, has_mtp_draft(speculation))
         check_adapters_up_front(refuse_misfit)
-    stages = vllm_config.parallel_config.pipeline_parallel_size
-    if on_cpu and stages > 1 and speculation is not None and speculation.use_eagle():
-        raise SettingsError(
-            f"speculation by {speculation.method!r} with {stages} pipeline stages: the model runner of vLLM's CPU "
-            "build looks for the draft model in every stage, and only the last has it; use --tensor-parallel-size, or "
-            "leave --speculative-config out"
-        )
+    if on_cpu:
+        _check_ranks_on_cpu(vllm_config)
     check_switches(vllm_config)
     check_quantization(vllm_config)
     settle_experts(vllm_config)
@@ -52,6 +48,28 @@ def settle_engine_config(vllm_config: Any) -> None:
     if draft_vocabulary(vllm_config):
         _check_draft_head(vllm_config)
     check_files(vllm_config)
+
+
+def _check_ranks_on_cpu(vllm_config: Any) -> None:
+    """Refuse ways of dividing a model with which vLLM's CPU build starts, and fails at the first request."""
+    parallel_config, speculation = vllm_config.parallel_config, vllm_config.speculative_config
+    stages = parallel_config.pipeline_parallel_size
+    if stages > 1 and speculation is not None and speculation.use_eagle():
+        raise SettingsError(
+            f"speculation by {speculation.method!r} with {stages} pipeline stages: the model runner of vLLM's CPU "
+            "build looks for the draft model in every stage, and only the last has it; use --tensor-parallel-size, or "
+            "leave --speculative-config out"
+        )
+    if stages > 1 and vllm_config.model_config.enforce_eager:
+        raise SettingsError(
+            f"--pipeline-parallel-size {stages} with --enforce-eager: the worker of vLLM's CPU build prepares what a "
+            "stage passes on only while it compiles; leave --enforce-eager out, or use --tensor-parallel-size"
+        )
+    if parallel_config.enable_expert_parallel and portable_cpu_experts() is None:
+        raise SettingsError(
+            "--enable-expert-parallel: experts of this vLLM's CPU build do not know which of them a rank holds; leave "
+            "it out, and --tensor-parallel-size divides every expert; or use vLLM 0.32"
+        )
 
 
 def check_quantization(vllm_config: Any) -> None:

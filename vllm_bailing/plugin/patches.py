@@ -14,6 +14,8 @@ In a process that builds the model, by `patch_for_model`:
 - `use_shipped_tables`: the environment variable `VLLM_TUNED_CONFIG_FOLDER`, on GPUs;
 - `fix_draft_sampling_on_cpu`: `rejection_sampler.expand_batch_to_tokens`, in CPU engines that speculate;
 - `fix_lora_base_rows_on_cpu`: `bgmv_shrink` and its two siblings, in CPU engines with adapters;
+- `add_uneven_collectives_on_cpu`: `CpuCommunicator.all_gatherv` and `.reduce_scatterv`, in CPU engines with data
+  parallelism or sequence-parallel experts;
 - `settle_partial_layers`: `reload.layerwise.finalize_layerwise_processing`, for models that ask for it;
 - `check_adapters_while_loading`: `WorkerLoRAManager._load_adapter`, with adapters.
 
@@ -24,7 +26,8 @@ In a process that takes requests, with adapters:
 
 Objects of this model alone:
 
-- `repack_experts_on_reload`: the quantization method of an expert layer, on CPUs.
+- `repack_experts_on_reload`: the quantization method of an expert layer, on CPUs;
+- `hide_exchange_from_compiler`: the way into an expert layer, on CPUs whose ranks exchange tokens.
 
 For a moment, undone afterwards:
 
@@ -191,6 +194,9 @@ def hold_content_to_grammars(openings: Callable[[Any, Any], list[list[int]]]) ->
 def patch_for_model(vllm_config: Any) -> None:
     """Apply what an engine of this architecture needs. Safe to call again."""
     use_shipped_tables()
+    parallel_config = vllm_config.parallel_config
+    if parallel_config.data_parallel_size > 1 or parallel_config.use_sequence_parallel_moe:
+        add_uneven_collectives_on_cpu()
     if vllm_config.speculative_config is not None:
         fix_draft_sampling_on_cpu()
     if vllm_config.lora_config is not None:
@@ -383,6 +389,52 @@ def _check_in_server(
     serving_models._check_load_lora_adapter_request = _check_load_lora_adapter_request
 
 
+def add_uneven_collectives_on_cpu() -> None:
+    """Let ranks of a CPU engine exchange tokens of which each has another number.
+
+    Differs:  vLLM's communicator for CPUs has none of the two collectives that experts need under data parallelism: the
+              server starts, and every request fails.
+    Upstream: `CpuCommunicator.all_gatherv` and `.reduce_scatterv`, in 0.27 to 0.33.
+    Remove:   when it has them; tests/engine/test_parallel.py runs both kinds of ranks.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    for name, collective in (("all_gatherv", _all_gatherv), ("reduce_scatterv", _reduce_scatterv)):
+        if getattr(CpuCommunicator, name) is getattr(DeviceCommunicatorBase, name):
+            setattr(CpuCommunicator, name, collective)
+
+
+def _all_gatherv(self: Any, input_: Any, dim: int = 0, sizes: list[int] | None = None) -> Any:
+    """The tensors of all ranks in a row; rank i has `sizes[i]` rows, all the same number if left out."""
+    import torch
+
+    if isinstance(input_, list):
+        return [_all_gatherv(self, part, dim, sizes) for part in input_]
+    assert dim == 0
+    sizes = sizes or [len(input_)] * self.world_size
+    padded = input_.new_zeros(max(sizes), *input_.shape[1:])
+    padded[: len(input_)] = input_
+    parts = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(parts, padded, group=self.device_group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _reduce_scatterv(self: Any, input_: Any, dim: int = -1, sizes: list[int] | None = None) -> Any:
+    """This rank's rows of the sum over all ranks; rank i gets `sizes[i]` of them."""
+    import torch
+
+    assert dim == 0
+    sizes = sizes or [len(input_) // self.world_size] * self.world_size
+    total = input_.clone()
+    torch.distributed.all_reduce(total, group=self.device_group)
+    return total.split(sizes)[self.rank_in_group].contiguous()
+
+
 # ---- objects of this model alone ----------------------------------------------------------------------------------
 
 
@@ -407,6 +459,22 @@ def repack_experts_on_reload(routed_experts: Any) -> None:
         process(layer)
 
     method.process_weights_after_loading = process_weights_after_loading
+
+
+def hide_exchange_from_compiler(runner: Any, parallel_config: Any) -> None:
+    """Let `torch.compile` see experts as one operation on CPUs too, where their ranks exchange tokens.
+
+    Differs:  on CPUs vLLM compiles what is inside, and how many tokens other ranks have is not known then.
+    Upstream: `MoERunner._select_forward`, in 0.27 to 0.33.
+    Remove:   when that tells them apart; tests/engine/test_parallel.py has a compiled case.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    exchanges = parallel_config.data_parallel_size > 1 or parallel_config.enable_expert_parallel
+    if current_platform.is_cpu() and exchanges:
+        operations = torch.ops.vllm
+        runner._forward_entry = operations.moe_forward_shared if runner.shared_experts else operations.moe_forward
 
 
 # ---- for a moment --------------------------------------------------------------------------------------------------

@@ -79,6 +79,18 @@ def portable_cpu_experts() -> Any:
     return experts if issubclass(experts, modular_kernel.FusedMoEExpertsModular) else None
 
 
+def takes_expert_map(experts: Any) -> bool:
+    """Whether a class of experts, or None, is handed the map of expert parallelism together with the router's picks.
+
+    Differs:  experts for CPUs came as one function with the router in it, into which nothing can be put between.
+    Upstream: `CPUUnquantizedExperts` is one of `FusedMoEExpertsModular` in 0.32, not in 0.27.
+    Remove:   when the oldest supported version has it so, or when its experts for CPUs heed the map.
+    """
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExpertsModular
+
+    return isinstance(experts, type) and issubclass(experts, FusedMoEExpertsModular)
+
+
 def knows_scales_of_modules() -> bool:
     """Whether this vLLM scales each module of an adapter by its own rank and alpha.
 
