@@ -22,21 +22,24 @@ def doctor(
     model: Annotated[str | None, typer.Argument(help="Also check this checkpoint: a folder or a hub name.")] = None,
     hf_overrides: options.HfOverrides = "{}",
     deep: Annotated[bool, typer.Option("--deep", help="Also read all weights: NaN, infinity, zeros.")] = False,
+    url: Annotated[str | None, options.URL] = None,
+    served_model_name: options.ServedModelName = None,
+    timeout: Annotated[float, typer.Option("--timeout", help="With --url: seconds for each answer.", min=0.1)] = 30.0,
     as_json: options.AsJson = False,
 ) -> None:
-    """Check this installation, and a checkpoint if one is named: each line is ok or says what to do.
+    """Check this installation, or a server, and a checkpoint if one is named: each line is ok or says what to do.
 
     Reads configuration and file headers, and weights with --deep alone. Exit code 1 if something is wrong, 2 if the
     checks themselves failed.
     """
-    from vllm_bailing.tools import doctor
+    from vllm_bailing.tools import doctor, doctor_server
 
     if deep and not model:
         raise typer.BadParameter("--deep needs a checkpoint")
     overrides = options.json_object("--hf-overrides", hf_overrides)
     console, checks = output.console(), []
     steps = chain(
-        doctor.environment(),
+        doctor.environment() if url is None else doctor_server.server(url, served_model_name, timeout),
         doctor.checkpoint(model, overrides) if model else (),
         _weights(model) if model and deep else (),
     )

@@ -42,12 +42,25 @@ def settle_engine_config(vllm_config: Any) -> None:
     if on_cpu:
         _check_ranks_on_cpu(vllm_config)
     check_switches(vllm_config)
+    publish_version()
     check_quantization(vllm_config)
     settle_experts(vllm_config)
     check_stop_tokens(vllm_config.model_config)
     if draft_vocabulary(vllm_config):
         _check_draft_head(vllm_config)
     check_files(vllm_config)
+
+
+@functools.cache
+def publish_version() -> None:
+    """Let `/metrics` say that this package serves, and which version: `bailing_plugin_info`."""
+    from prometheus_client import Gauge
+
+    from vllm_bailing import __version__
+
+    # vLLM forgets metrics with its name in theirs when it makes its own.
+    info = Gauge("bailing_plugin_info", "The vllm-bailing that serves", ["version"], multiprocess_mode="mostrecent")
+    info.labels(version=__version__).set(1)
 
 
 def _check_ranks_on_cpu(vllm_config: Any) -> None:

@@ -1,0 +1,120 @@
+"""Checks of a running server: whether it answers, and what answers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from vllm_bailing.errors import shown
+from vllm_bailing.tools.chat import with_scheme
+from vllm_bailing.tools.doctor import Check
+
+SECONDS = 30.0  # for an answer; an engine whose peer died takes requests and never answers
+METRIC = "bailing_plugin_info"  # published by `plugin.checks.publish_version`
+_TOOL = {"type": "function", "function": {"name": "noop", "parameters": {"type": "object", "properties": {}}}}
+
+
+def server(url: str, model: str | None = None, seconds: float = SECONDS) -> Iterator[Check]:
+    """Checks of the server at `url`, which end with a generated token; nothing is sent anywhere else.
+
+    Args:
+        model: The server's name of the model; its first one if left out.
+        seconds: That it may take for each answer.
+    """
+    import httpx
+
+    base = with_scheme(url).rstrip("/").removesuffix("/v1")
+    key = os.environ.get("VLLM_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        with httpx.Client(base_url=base, timeout=seconds, headers=headers) as client:
+            yield from _checks(client, base, model)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        what = "no answer within" if isinstance(error, httpx.TimeoutException) else shown(error) or type(error).__name__
+        limit = f" {seconds:g} s" if isinstance(error, httpx.TimeoutException) else ""
+        yield Check("server", False, f"{base}: {what}{limit}", "start it, or restart it: see the end of its log")
+
+
+def _checks(client: Any, base: str, model: str | None) -> Iterator[Check]:
+    health = client.get("/health")
+    if health.status_code != 200:
+        yield Check("server", False, f"{base}: HTTP {health.status_code}", "restart it: see the end of its log")
+        return
+    vllm = _json(client.get("/version")).get("version")
+    yield Check("server", True, f"{base}, vLLM {shown(str(vllm))}" if vllm else f"{base}, not a vLLM server")
+    metrics = client.get("/metrics").text
+    yield _plugin(metrics)
+    models = _json(client.get("/v1/models")).get("data")
+    names = {entry.get("id"): entry for entry in models or [] if isinstance(entry, dict)}
+    if not names or (model and model not in names):
+        known = ", ".join(shown(str(name)) for name in names) or "none"
+        yield Check("model", False, f"the server has {known}", "name one of them by --served-model-name")
+        return
+    name = model or next(iter(names))
+    yield Check("model", True, f"{shown(str(name))}, window of {names[name].get('max_model_len', '?')} tokens")
+    yield from _chat(client, name)
+    yield _drafts(metrics)
+    yield _token(client, name)
+
+
+def _json(response: Any) -> dict[str, Any]:
+    try:
+        found = response.json()
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _plugin(metrics: str) -> Check:
+    found = re.search(rf'^{METRIC}{{[^}}]*version="([^"]*)"', metrics, re.MULTILINE)
+    if found:
+        return Check("plugin", True, f"vllm-bailing {shown(found[1])}")
+    return Check(
+        "plugin",
+        None,
+        "not seen: vLLM's own class, a router in front, or --disable-log-stats",
+        "pip install vllm-bailing where the server runs",
+    )
+
+
+def _chat(client: Any, name: str) -> Iterator[Check]:
+    messages = [{"role": "user", "content": "Hi"}]
+    tokens = _json(client.post("/tokenize", json={"model": name, "messages": messages})).get("count")
+    if isinstance(tokens, int):
+        yield Check("chat template", True, f"makes {tokens} tokens of a message of one word")
+    else:
+        yield Check("chat template", None, "none, or no /tokenize: a base model, or another server")
+        return
+    request = {"model": name, "messages": messages, "tools": [_TOOL], "tool_choice": "auto", "max_tokens": 1}
+    if client.post("/v1/chat/completions", json=request).status_code == 200:
+        yield Check("tool calls", True, "taken")
+    else:
+        flags = "--enable-auto-tool-choice --tool-call-parser bailing"
+        yield Check("tool calls", None, f"refused: the server was started without {flags}")
+
+
+def _drafts(metrics: str) -> Check:
+    drafted, accepted = _count(metrics, "draft_tokens"), _count(metrics, "accepted_tokens")
+    if not drafted:
+        return Check("drafts", None, "none yet" if "vllm:spec_decode" in metrics else "none")
+    return Check("drafts", True, f"{accepted / drafted:.0%} of {drafted:,.0f} draft tokens were accepted")
+
+
+def _count(metrics: str, what: str) -> float:
+    """The counter of speculative decoding, over all engines."""
+    rows = re.findall(rf"^vllm:spec_decode_num_{what}_total{{[^}}]*}} (\S+)$", metrics, re.MULTILINE)
+    return sum(map(float, rows))
+
+
+def _token(client: Any, name: str) -> Check:
+    # A prompt of one token id: it needs no tokenizer and no template.
+    response = client.post("/v1/completions", json={"model": name, "prompt": [0], "max_tokens": 1, "temperature": 0})
+    usage = _json(response).get("usage") or {}
+    if response.status_code == 200 and usage.get("completion_tokens") == 1:
+        return Check("a token", True, f"generated in {response.elapsed.total_seconds():.1f} s")
+    error = _json(response).get("error") or {}
+    reason = error.get("message") if isinstance(error, dict) else error
+    detail = f"HTTP {response.status_code}: {shown(str(reason or 'no token'))}"
+    return Check("a token", False, detail, "see the end of the server's log")
