@@ -56,7 +56,7 @@ def _checks(client: Any, base: str, model: str | None) -> Iterator[Check]:
     yield Check("model", True, f"{shown(str(name))}, window of {names[name].get('max_model_len', '?')} tokens")
     yield from _chat(client, name)
     yield _drafts(metrics)
-    yield _token(client, name)
+    yield _token(client, name, metrics)
 
 
 def _json(response: Any) -> dict[str, Any]:
@@ -96,21 +96,30 @@ def _chat(client: Any, name: str) -> Iterator[Check]:
 
 
 def _drafts(metrics: str) -> Check:
-    drafted, accepted = _count(metrics, "draft_tokens"), _count(metrics, "accepted_tokens")
+    drafted, accepted = (_count(metrics, f"spec_decode_num_{what}") for what in ("draft_tokens", "accepted_tokens"))
     if not drafted:
         return Check("drafts", None, "none yet" if "vllm:spec_decode" in metrics else "none")
     return Check("drafts", True, f"{accepted / drafted:.0%} of {drafted:,.0f} draft tokens were accepted")
 
 
 def _count(metrics: str, what: str) -> float:
-    """The counter of speculative decoding, over all engines."""
-    rows = re.findall(rf"^vllm:spec_decode_num_{what}_total{{[^}}]*}} (\S+)$", metrics, re.MULTILINE)
-    return sum(map(float, rows))
+    """A counter of vLLM, over all engines."""
+    return sum(map(float, re.findall(rf"^vllm:{what}_total{{[^}}]*}} (\S+)$", metrics, re.MULTILINE)))
 
 
-def _token(client: Any, name: str) -> Check:
+def _token(client: Any, name: str, before: str) -> Check:
+    import httpx
+
     # A prompt of one token id: it needs no tokenizer and no template.
-    response = client.post("/v1/completions", json={"model": name, "prompt": [0], "max_tokens": 1, "temperature": 0})
+    request = {"model": name, "prompt": [0], "max_tokens": 1, "temperature": 0}
+    try:
+        response = client.post("/v1/completions", json=request)
+    except httpx.ReadTimeout:
+        limit, after = client.timeout.read, client.get("/metrics").text
+        done = sum(_count(after, what) - _count(before, what) for what in ("generation_tokens", "prompt_tokens"))
+        if done > 0:  # a queue is no fault, and a probe must not end a server for it
+            return Check("a token", None, f"still in the queue after {limit:g} s; {done:,.0f} others were computed")
+        return Check("a token", False, f"no answer within {limit:g} s", "restart the server: its engine stands still")
     usage = _json(response).get("usage") or {}
     if response.status_code == 200 and usage.get("completion_tokens") == 1:
         return Check("a token", True, f"generated in {response.elapsed.total_seconds():.1f} s")
