@@ -6,6 +6,7 @@ How to support a new one, step by step: CONTRIBUTING.md, "A new vLLM release".
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 from dataclasses import dataclass, field
@@ -119,7 +120,8 @@ def missing_from_vllm(vllm_root: Path | None = None) -> list[str]:
     return problems
 
 
-def imported_names() -> list[tuple[str, str]]:
+@functools.cache
+def imported_names() -> tuple[tuple[str, str], ...]:
     """(module, name) of all that the model classes, and what they import of this package, import from vLLM."""
     names = {
         (node.module or "", alias.name)
@@ -128,7 +130,7 @@ def imported_names() -> list[tuple[str, str]]:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    return sorted((module, name) for module, name in names if module.partition(".")[0] == "vllm")
+    return tuple(sorted((module, name) for module, name in names if module.partition(".")[0] == "vllm"))
 
 
 def model_files() -> dict[Path, ast.Module]:
