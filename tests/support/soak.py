@@ -1,0 +1,199 @@
+"""Mixed load on a server of the demo checkpoint for any length of time, every answer compared with the right one.
+
+The right answers are those of the plain PyTorch model to the held-out conversations, without and with the demo's
+adapter. By hand, for an hour, with a report: scripts/dev/soak.py.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.support.conversations import HELD_OUT, MAX_TOKENS, greedy, prompt_ids
+
+ADAPTER = "sailor"
+PATTERN = r"[a-f]{3}-[0-9]{2}"
+
+
+@dataclass
+class Question:
+    """A prompt and the right greedy answer of the model that is asked."""
+
+    model: str
+    prompt: list[int]
+    answer: list[int]
+
+
+@dataclass
+class Tally:
+    """What came of the requests.
+
+    Attributes:
+        right: Number of answers that were right, by kind of request.
+        wrong: Descriptions of those that were not.
+        lost: Requests that ended in an error, with it.
+        samples: Rows of seconds, memory in bytes and open files of the server's processes, preemptions, requests.
+    """
+
+    right: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    samples: list[dict[str, float]] = field(default_factory=list)
+
+
+def questions(model: str, plain: Any, count: int) -> list[Question]:
+    """`count` held-out conversations, and what `plain` answers."""
+    rows = HELD_OUT[:: max(1, len(HELD_OUT) // count)][:count]
+    prompts = [prompt_ids(plain, row) for row in rows]
+    return [Question(model, *pair) for pair in zip(prompts, greedy(plain, prompts), strict=True)]
+
+
+def soak(url: str, asked: list[Question], seconds: float, clients: int = 12, sample_every: float = 5.0) -> Tally:
+    """Load the server at `url` for `seconds` with `clients` at once."""
+    tally, end, lock = Tally(), time.monotonic() + seconds, threading.Lock()
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        with httpx.Client(base_url=url, timeout=120) as client:
+            while time.monotonic() < end:
+                kind = chance.choice(list(KINDS))
+                question = chance.choice(asked)
+                try:
+                    problem = KINDS[kind](client, question, chance)
+                except (httpx.HTTPError, LookupError, ValueError) as error:
+                    with lock:
+                        tally.lost.append(f"{kind}: {type(error).__name__}: {error}")
+                    continue
+                with lock:
+                    if problem:
+                        tally.wrong.append(f"{kind}, {question.model}: {problem}")
+                    else:
+                        tally.right[kind] += 1
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(clients)]
+    started = time.monotonic()
+    for worker in workers:
+        worker.start()
+    processes = processes_of(url)
+    while time.monotonic() < end:
+        tally.samples.append({"seconds": time.monotonic() - started, **_sample(url, processes)})
+        time.sleep(min(sample_every, max(0.0, end - time.monotonic())))
+    for worker in workers:
+        worker.join(180)
+    if any(worker.is_alive() for worker in workers):
+        tally.lost.append("a request never ended")
+    return tally
+
+
+def processes_of(url: str) -> list[psutil.Process]:
+    """The server that listens at `url`, and its engine."""
+    port = int(url.rpartition(":")[2])
+    listening = {
+        found.pid for found in psutil.net_connections("tcp") if found.status == "LISTEN" and found.laddr.port == port
+    }
+    servers = [psutil.Process(pid) for pid in listening if pid]
+    return servers + [child for server in servers for child in server.children(recursive=True)]
+
+
+def _sample(url: str, processes: list[psutil.Process]) -> dict[str, float]:
+    metrics = httpx.get(f"{url}/metrics", timeout=60).text
+
+    def total(name: str) -> float:
+        return sum(map(float, re.findall(rf"^vllm:{name}{{[^}}]*}} (\S+)$", metrics, re.MULTILINE)))
+
+    return {
+        "memory": sum(process.memory_full_info().uss for process in processes),
+        "files": sum(process.num_fds() for process in processes),
+        "preemptions": total("num_preemptions_total"),
+        "requests": total("request_success_total"),
+        "running": total("num_requests_running"),
+    }
+
+
+# ---- kinds of requests; each returns what was wrong, or nothing -----------------------------------------------------
+
+
+def _post(client: httpx.Client, **body: Any) -> dict[str, Any]:
+    answer = client.post("/v1/completions", json={"temperature": 0, "max_tokens": MAX_TOKENS, **body})
+    answer.raise_for_status()
+    return answer.json()
+
+
+def _differs(found: list[int], question: Question) -> str:
+    return "" if found == question.answer else f"{found} is not {question.answer}"
+
+
+def _whole(client: httpx.Client, question: Question, chance: random.Random) -> str:
+    found = _post(client, model=question.model, prompt=question.prompt, return_token_ids=True)
+    return _differs(found["choices"][0]["token_ids"], question)
+
+
+def _several(client: httpx.Client, question: Question, chance: random.Random) -> str:
+    found = _post(client, model=question.model, prompt=[question.prompt] * 3, return_token_ids=True, logprobs=3)
+    return next(filter(None, (_differs(choice["token_ids"], question) for choice in found["choices"])), "")
+
+
+def _streamed(
+    client: httpx.Client, question: Question, chance: random.Random, leave_after: float = float("inf")
+) -> str:
+    body = {"model": question.model, "prompt": question.prompt, "stream": True, "return_token_ids": True}
+    body |= {"temperature": 0, "max_tokens": MAX_TOKENS}
+    found: list[int] = []
+    with client.stream("POST", "/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            data = line.removeprefix("data: ")
+            if not data or data == "[DONE]":
+                continue
+            found += json.loads(data)["choices"][0].get("token_ids") or []
+            if len(found) >= leave_after:
+                return "" if question.answer[: len(found)] == found else f"{found} does not begin {question.answer}"
+    return _differs(found, question)
+
+
+def _aborted(client: httpx.Client, question: Question, chance: random.Random) -> str:
+    return _streamed(client, question, chance, leave_after=chance.randint(1, 12))
+
+
+def _long(client: httpx.Client, question: Question, chance: random.Random) -> str:
+    """A prompt of many tokens, of which the answer is cut off at once; so that the cache gets full."""
+    found = _post(client, model=question.model, prompt=question.prompt * 6, max_tokens=chance.randint(1, 64))
+    return "" if found["usage"]["completion_tokens"] >= 1 else "no token"
+
+
+def _sampled(client: httpx.Client, question: Question, chance: random.Random) -> str:
+    found = _post(client, model=question.model, prompt=question.prompt, temperature=1.0, n=2, max_tokens=24)
+    return "" if len(found["choices"]) == 2 else f"{len(found['choices'])} answers for n=2"
+
+
+def _constrained(client: httpx.Client, question: Question, chance: random.Random) -> str:
+    body = {"structured_outputs": {"regex": PATTERN}, "max_tokens": 16}
+    found = _post(client, model=question.model, prompt=question.prompt, **body)["choices"][0]["text"]
+    return "" if re.fullmatch(PATTERN, found) else f"{found!r} does not match {PATTERN}"
+
+
+def _refused(client: httpx.Client, question: Question, chance: random.Random) -> str:
+    answer = client.post("/v1/completions", json={"model": question.model, "prompt": question.prompt * 200})
+    return "" if answer.status_code == 400 else f"HTTP {answer.status_code} for a prompt beyond the window"
+
+
+KINDS: dict[str, Callable[[httpx.Client, Question, random.Random], str]] = {
+    "whole": _whole,
+    "several": _several,
+    "streamed": _streamed,
+    "aborted": _aborted,
+    "long": _long,
+    "sampled": _sampled,
+    "constrained": _constrained,
+    "refused": _refused,
+}
