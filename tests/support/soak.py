@@ -167,7 +167,8 @@ def _aborted(client: httpx.Client, question: Question, chance: random.Random) ->
 
 def _long(client: httpx.Client, question: Question, chance: random.Random) -> str:
     """A prompt of many tokens, of which the answer is cut off at once; so that the cache gets full."""
-    found = _post(client, model=question.model, prompt=question.prompt * 6, max_tokens=chance.randint(1, 64))
+    prompt = (question.prompt * 20)[: chance.randint(300, 700)]
+    found = _post(client, model=question.model, prompt=prompt, max_tokens=chance.randint(1, 64))
     return "" if found["usage"]["completion_tokens"] >= 1 else "no token"
 
 
