@@ -28,7 +28,7 @@ from vllm_bailing import DEMO, DEMO_ADAPTER
 
 FLAGS = ("--speculative-config", '{"method": "mtp", "num_speculative_tokens": 2}')
 FLAGS += ("--enable-lora", "--lora-modules", f"{ADAPTER}={DEMO_ADAPTER}")
-FLAGS += ("--num-gpu-blocks-override", "48", "--max-num-seqs", "16")
+FLAGS += ("--num-gpu-blocks-override", "12", "--max-num-seqs", "16")
 
 
 def plain_model(folder: Path) -> Any:
@@ -91,7 +91,9 @@ def main(minutes: Annotated[float, typer.Option(min=1)] = 60, out: Path = Path("
         folder = Path(temporary)
         asked = questions("demo", plain_model(DEMO), 64) * 3
         asked += questions(ADAPTER, plain_model(merged(DEMO, DEMO_ADAPTER, folder / "merged")), 64)
-        with serving(folder / "log", *FLAGS, VLLM_SERVER_DEV_MODE="1") as server:
+        # The installed program: a fork of another process would take its memory over little by little.
+        programs = Path(sys.executable).parent
+        with serving(folder / "log", *FLAGS, programs=programs, VLLM_SERVER_DEV_MODE="1") as server:
             ended, reloads = threading.Event(), [0]
             reloading = threading.Thread(target=reload_weights, args=(server.url, ended, reloads))
             reloading.start()

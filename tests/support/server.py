@@ -28,10 +28,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(log, *flags, model=DEMO, **env):
-    """`vllm serve` on the demo checkpoint or another one, in fp32, without any trust flag, under the name `demo`."""
+def serving(log, *flags, model=DEMO, programs=None, **env):
+    """`vllm serve` on the demo checkpoint or another one, in fp32, without any trust flag, under the name `demo`.
+
+    Args:
+        programs: The folder with the command; one that has vLLM imported already if left out.
+    """
     port = free_port()
-    command = [str(warm.commands() / "vllm"), "serve", str(model), "--served-model-name", "demo"]
+    command = [str((programs or warm.commands()) / "vllm"), "serve", str(model), "--served-model-name", "demo"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--max-logprobs", "-1", "--kv-cache-memory-bytes", str(2**28), *flags]
     env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **env}
