@@ -9,9 +9,10 @@ from serve_configs import zoo_config
 
 from tests.support.engine import run_in_turn
 from tests.support.planning import MIDDLE, MTP, YARN, plan
+from vllm_bailing.planning.choice import tp_obstacle
 from vllm_bailing.planning.gpus import GPUS, Gpu, find_gpu
-from vllm_bailing.planning.memory import Layout, Stage, other_memory, vllm_partition
-from vllm_bailing.planning.plan import longest_window, tp_obstacle
+from vllm_bailing.planning.memory import Layout, Stage, vllm_partition
+from vllm_bailing.planning.request import longest_window
 
 PARTITIONS = [
     (80, (40, 40)),
@@ -241,7 +242,7 @@ def described(room: int) -> Gpu:
     """A GPU of which `room` bytes are left for the KV cache of `MIDDLE` in bf16, if vLLM may use half of it."""
     config = zoo_config("Ling-mini-2.0", **MIDDLE)
     layout = Layout(config, "bf16")
-    taken = layout.weights(Stage(0, 0, 6)).total + other_memory(config, 1, 8192).total
+    taken = layout.weights(Stage(0, 0, 6)).total + layout.other_memory(8192).total
     return Gpu("GPU", 2 * (taken + room), 1e12)
 
 
@@ -310,7 +311,7 @@ def test_stages_are_vllms_own_while_a_whole_window_fits():
     config = zoo_config("Ling-mini-2.0", **{**MIDDLE, "max_position_embeddings": 1000})
     layout, last = Layout(config, "bf16", pp=2), Stage(1, 3, 6)
     enough = layout.weights(last).total + 1000 * layout.kv_bytes_per_token(last)
-    other = other_memory(config, 1, 8192).total
+    other = layout.other_memory(8192).total
     for spare, partition, environment in ((0, (3, 3), {}), (-1, (4, 2), {"VLLM_PP_LAYER_PARTITION": "4,2"})):
         gpu = Gpu("GPU", enough + other + spare, 1e12)
         found = plan(config, gpu, 2, 100, 3, pp=2, memory_utilization=1)
