@@ -1,8 +1,8 @@
 """Which layouts of a model on given GPUs make sense, what each of them holds, and which one is advised.
 
 For throughput, as many replicas as hold all requests, since they send each other nothing; then data and expert
-parallelism where a TP group would keep copies of the KV cache. For latency, the layout in which the GPUs read least for
-a token. Neither spreads over nodes what one node serves.
+parallelism where a TP group would keep copies of the KV cache. For latency, tensor parallelism, by which each GPU reads
+least for a token. Neither spreads over nodes what one node serves.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def ranked(fits: Iterable[Fit], request: Request) -> list[Fit]:
         if not one.requests:
             return (True, -one.tokens, -one.room)
         if request.goal == "latency":
-            return (False, one.nodes, 1 / one.single.tokens_per_s, layout.expert_parallel, -layout.replicas)
+            return (False, one.nodes, layout.dp, 1 / one.single.tokens_per_s, -layout.replicas)
         held = min(one.requests, request.concurrency)
         copies = (layout.kv_copies, layout.expert_parallel, layout.dp)
         return (False, one.nodes, -held, -layout.replicas, copies, -one.requests)
@@ -96,9 +96,19 @@ def ranked(fits: Iterable[Fit], request: Request) -> list[Fit]:
 
 
 def runner_up(fits: list[Fit], request: Request) -> Fit | None:
-    """What else to think of: the layout that holds most if the first of the ranked `fits` is too small, or the next."""
+    """What else to think of: the layout that holds most if the first of the ranked `fits` is too small, or the next.
+
+    None if all others hold less and are slower, for one request and for all.
+    """
     first, *others = fits
-    possible = [one for one in others if one.requests]
+
+    def merits(one: Fit) -> tuple[float, ...]:
+        return one.requests, one.single.tokens_per_s, one.batch.tokens_per_s
+
+    better = [
+        one for one in others if any(own > of_first for own, of_first in zip(merits(one), merits(first), strict=True))
+    ]
+    possible = [one for one in better if one.requests]
     if not first.requests or not possible:
         return None
     roomiest = max(possible, key=lambda one: one.requests)

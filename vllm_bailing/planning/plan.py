@@ -98,6 +98,11 @@ class Plan:
         """Whether all requests fit at once."""
         return self.verdict == "fits"
 
+    @property
+    def spans_nodes(self) -> bool:
+        """Whether a replica is spread over several nodes."""
+        return self.replicas < self.nodes
+
     def serve_line(self, command: int = 0) -> str:
         """One of the commands, quoted for a shell, in lines of at most 100 columns unless one value is longer."""
         own = self.commands[command]
