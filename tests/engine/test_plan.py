@@ -20,6 +20,14 @@ SHAPES = {
 }
 
 
+# How ranks are used, as vLLM is told.
+WAYS = {
+    "tensor": lambda ranks: {"tensor_parallel_size": ranks},
+    "pipeline": lambda ranks: {"pipeline_parallel_size": ranks},
+    "expert": lambda ranks: {"tensor_parallel_size": ranks, "enable_expert_parallel": True},
+}
+
+
 def _loaded_bytes(rank, ranks, init, options):
     """Bytes of the parameters of target and draft on one rank, and how many weights its routers have."""
     from vllm.config import set_current_vllm_config
@@ -39,20 +47,20 @@ def _loaded_bytes(rank, ranks, init, options):
 
 
 def loaded_bytes(model, folder, ranks, way, draft_tokens):
-    options = {"model": str(model), f"{way}_parallel_size": ranks}
+    options = {"model": str(model), **WAYS[way](ranks)}
     if draft_tokens:
         options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": draft_tokens}
     # On CPUs routers are fp32 whatever the model is; the plan is for GPUs.
     return max(size - 2 * routers for size, routers in run_ranks(_loaded_bytes, ranks, folder, options))
 
 
-@pytest.mark.parametrize(("way", "ranks"), [("tensor", 1), ("tensor", 2), ("pipeline", 2)])
+@pytest.mark.parametrize(("way", "ranks"), [("tensor", 1), ("tensor", 2), ("pipeline", 2), ("expert", 2)])
 @pytest.mark.parametrize("shape", ["demo", *SHAPES])
 def test_weights_are_to_the_byte_what_a_rank_loads(shape, way, ranks, tmp_path):
     model = DEMO if shape == "demo" else make_checkpoint(tmp_path / "model", **{**MIDDLE, **SHAPES[shape]})
     # On CPUs vLLM's pipelines do not draft.
-    draft_tokens = 1 if shape in ("demo", "middle") and way == "tensor" else 0
-    size = {"tp": ranks} if way == "tensor" else {"pp": ranks}
+    draft_tokens = 1 if shape in ("demo", "middle") and way != "pipeline" else 0
+    size = {"pp": ranks} if way == "pipeline" else {"tp": ranks, "expert_parallel": way == "expert"}
     found = plan(read_config(model), "H100", ranks, 64, 1, draft_tokens=draft_tokens, **size)
     assert found.weights.total == loaded_bytes(model, tmp_path, ranks, way, draft_tokens)
 

@@ -23,13 +23,14 @@ def _list_gpus(is_given: bool) -> None:
     if not is_given:
         return
     from vllm_bailing.planning.gpus import GPUS
+    from vllm_bailing.units import GIB
 
-    table = output.table("name", "GiB", "TB/s", "TFLOP/s", "in fp8", "as nvidia-smi has it")
+    lines = [("name", "GiB", "TB/s", "fp8", "as nvidia-smi or rocm-smi has it")]
     for gpu in GPUS.values():
-        flops = (f"{value / 1e12:.0f}" if value else "-" for value in (gpu.flops_16, gpu.flops_8))
-        driver = gpu.driver_names[0].removeprefix("NVIDIA ")
-        table.add_row(gpu.name, output.gib(gpu.memory_bytes), f"{gpu.bandwidth / 1e12:.2f}", *flops, driver)
-    output.console().print(table)
+        size, speed = f"{gpu.memory_bytes / GIB:.1f}", f"{gpu.bandwidth / 1e12:.2f}"
+        lines.append((gpu.name, size, speed, "yes" if gpu.flops_8 else "no", gpu.driver_names[0]))
+    for name, size, speed, fp8, driver in lines:
+        typer.echo(f"{name:16} {size:>5} {speed:>5} {fp8:3}  {driver}")
     raise typer.Exit
 
 
