@@ -1,7 +1,7 @@
 """Questions to the planner about layouts, each answered by hand here.
 
 Every figure is worked out from the sizes of the model alone, apart from the package: elements of a layer's matrices,
-two bytes each (in fp8 one, and four for the scale of each block of 128 x 128), then what a GPU of the data sheet leaves.
+two bytes each (in fp8 one, and four for the scale of each block of 128 x 128); then what a GPU leaves.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def fp8(*shapes):
 
 
 def test_2_one_t_in_fp8_stays_on_one_node_though_two_hold_more():
-    """Hidden size 8192, 80 layers, 4 with an MLP of width 18432, the others with 256 experts of width 2048; 64 heads."""
+    """Hidden size 8192, 80 layers, 4 with an MLP of width 18432, 76 with 256 experts of width 2048; 64 heads."""
     found = plan(zoo_config("Ling-1T-FP8"), "H200", 8, 32768, 64, nodes=2)
     attention = fp8(((8 + 2) * 128, 8192), (8192, 1024))  # an eighth of 64 heads, and of 8 for keys and values
     mlp = fp8((2304, 8192), (2304, 8192), (8192, 2304))
