@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from serve_configs import zoo_config
 
 from tests.support.engine import run
@@ -13,7 +17,7 @@ from tests.support.paths import DATA
 from tests.support.planning import plan
 from tests.support.tuning import MINI
 from vllm_bailing.bench.in_tree import known_bandwidth
-from vllm_bailing.planning.gpus import GPUS, find_gpu, gpu_called, shared_memory_of
+from vllm_bailing.planning.gpus import GPUS, find_gpu, find_gpus, gpu_called, shared_memory_of
 from vllm_bailing.planning.serve import default_batched_tokens
 from vllm_bailing.tuning.plan import estimate_seconds
 from vllm_bailing.tuning.space import candidates
@@ -147,6 +151,94 @@ def test_a_name_that_is_like_a_row_is_not_taken_for_it(name, hint):
 def test_a_number_that_describes_a_gpu_is_positive(option, flag, value):
     with pytest.raises(ValueError, match=f"^{flag} .* must be a number above 0$"):
         find_gpu("H100", **{option: value})
+
+
+# --- GPUs of this machine -------------------------------------------------------------------------------------------
+
+
+class Nvml:
+    """Stands in for NVML's package on a machine with GPUs of these names, each of 22 GiB."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *names, as_bytes=False):
+        self.names, self.as_bytes, self.is_open = names, as_bytes, False
+
+    def nvmlInit(self):
+        self.is_open = True
+
+    def nvmlShutdown(self):
+        self.is_open = False
+
+    def nvmlDeviceGetCount(self):
+        return len(self.names)
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return index
+
+    def nvmlDeviceGetName(self, handle):
+        return self.names[handle].encode() if self.as_bytes else self.names[handle]
+
+    def nvmlDeviceGetMemoryInfo(self, handle):
+        assert self.is_open
+        return SimpleNamespace(total=22 * 2**30)
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return lambda found: monkeypatch.setitem(sys.modules, "pynvml", found)
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_auto_is_what_this_machine_has(as_bytes, nvml, monkeypatch):
+    found = Nvml(*4 * ["NVIDIA H100 80GB HBM3"], as_bytes=as_bytes)
+    nvml(found)
+    assert find_gpus("auto") == find_gpus("AUTO") == (GPUS["H100"], 4)
+    assert not found.is_open
+    assert find_gpus("auto", 2) == (GPUS["H100"], 2)
+    assert find_gpus("auto", memory_gib=94)[0].memory_bytes == 94 * 2**30
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    assert find_gpus("auto") == (GPUS["H100"], 2)
+    assert find_gpus("H200") == (GPUS["H200"], 1) and find_gpus("H200", 3) == (GPUS["H200"], 3)
+
+
+def test_auto_knows_the_memory_of_a_gpu_without_a_row(nvml):
+    nvml(Nvml("NVIDIA A10G"))
+    gpu, count = find_gpus("auto", bandwidth=0.6)
+    assert (gpu.name, gpu.memory_bytes, gpu.bandwidth, count) == ("NVIDIA A10G", 22 * 2**30, 0.6e12, 1)
+    with pytest.raises(ValueError, match="'NVIDIA A10G' is not known; add --bandwidth"):
+        find_gpus("auto")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [((), "finds no GPU here"), (("NVIDIA H100", "NVIDIA L4"), "finds NVIDIA H100, NVIDIA L4 here")]
+)
+def test_auto_wants_gpus_of_one_kind(names, said, nvml):
+    nvml(Nvml(*names))
+    with pytest.raises(ValueError, match=f"^--gpu auto: NVML {said}, not one kind; name the GPU instead"):
+        find_gpus("auto")
+
+
+def test_auto_says_what_to_do_without_nvml(nvml):
+    nvml(None)  # as if it were not installed
+    with pytest.raises(
+        ValueError, match=r"^--gpu auto asks NVML, .* missing; pip install nvidia-ml-py, or name the GPU"
+    ):
+        find_gpus("auto")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+def test_auto_says_what_to_do_without_a_driver(nvml):
+    """With the package as NVIDIA publishes it, which vLLM has a copy of."""
+    (vllm,) = importlib.util.find_spec("vllm").submodule_search_locations
+    spec = importlib.util.spec_from_file_location("pynvml", Path(vllm, "third_party", "pynvml.py"))
+    module = importlib.util.module_from_spec(spec)
+    nvml(module)
+    spec.loader.exec_module(module)
+    with pytest.raises(ValueError, match=r"^--gpu auto: NVML finds no driver of NVIDIA's here \(.+\); name the GPU"):
+        find_gpus("auto")
 
 
 # --- what vLLM takes on them --------------------------------------------------------------------------------------

@@ -403,16 +403,23 @@ def planned(options, **changes):
 @settings(deadline=None, max_examples=60)
 @given(deployments.filter(lambda options: options["gpus"] < 8))
 def test_more_gpus_never_leave_less_room(options):
-    fewer, more = planned(options), planned(options, gpus=2 * options["gpus"])
+    gpus, wanted = options["gpus"], options["concurrency"]
+    fewer, more = planned(options, tp=gpus), planned(options, gpus=2 * gpus, tp=2 * gpus)
     assert more.kv_room_bytes >= fewer.kv_room_bytes
     assert more.kv_tokens >= fewer.kv_tokens
+    # Whatever is made of them, no fewer of the requests are served.
+    fewer, more = planned(options), planned(options, gpus=2 * gpus)
+    assert min(more.largest_concurrency, wanted) >= min(fewer.largest_concurrency, wanted)
 
 
 @settings(deadline=None, max_examples=60)
 @given(deployments, st.integers(1, 131072))
 def test_more_context_never_allows_more_requests(options, context):
-    short, long = sorted((options["context"], context))
-    assert planned(options, context=long).largest_concurrency <= planned(options, context=short).largest_concurrency
+    contexts, wanted = sorted((options["context"], context)), options["concurrency"]
+    short, long = (planned(options, context=tokens, tp=options["gpus"]) for tokens in contexts)
+    assert long.largest_concurrency <= short.largest_concurrency
+    short, long = (planned(options, context=tokens) for tokens in contexts)
+    assert min(long.largest_concurrency, wanted) <= min(short.largest_concurrency, wanted)
 
 
 @settings(deadline=None, max_examples=60)

@@ -25,12 +25,10 @@ def _list_gpus(is_given: bool) -> None:
     from vllm_bailing.planning.gpus import GPUS
     from vllm_bailing.units import GIB
 
-    lines = [("name", "GiB", "TB/s", "fp8", "as nvidia-smi or rocm-smi has it")]
+    typer.echo(f"{'name':15}  {'GiB':>5}  TB/s  as nvidia-smi or rocm-smi has it")
     for gpu in GPUS.values():
-        size, speed = f"{gpu.memory_bytes / GIB:.1f}", f"{gpu.bandwidth / 1e12:.2f}"
-        lines.append((gpu.name, size, speed, "yes" if gpu.flops_8 else "no", gpu.driver_names[0]))
-    for name, size, speed, fp8, driver in lines:
-        typer.echo(f"{name:16} {size:>5} {speed:>5} {fp8:3}  {driver}")
+        size = f"{gpu.memory_bytes / GIB:5.1f}  {gpu.bandwidth / 1e12:4.2f}"
+        typer.echo(f"{gpu.name:15}  {size}  {gpu.driver_names[0]}")
     raise typer.Exit
 
 

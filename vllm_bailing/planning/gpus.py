@@ -229,9 +229,7 @@ def _gpus_here() -> tuple[list[str], int]:
     if all(number.isdecimal() and int(number) < len(names) for number in visible):
         names = [names[int(number)] for number in visible]
     if len(set(names)) != 1:
-        raise ValueError(
-            f"--gpu auto: NVML finds {', '.join(sorted(set(names))) or 'no GPU'} here, not one kind; {way}"
-        )
+        raise ValueError(f"--gpu auto: NVML finds {', '.join(sorted({*names})) or 'no GPU'} here, not one kind; {way}")
     return names, min(sizes)
 
 

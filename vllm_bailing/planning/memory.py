@@ -305,11 +305,11 @@ class Layout:
         """Parts of a decoder layer on one rank, by the names of `WeightBytes`; an MTP layer has "eh_proj" as well."""
         parts: dict[str, Part] = {}
         for name, whole in layer_tensors(self.config, layer).items():
+            if ".mlp.experts." in name and ".mlp.experts.0." not in name:
+                continue  # all are of one shape
             names = name.split(".")[3:]
             kind, tp, copies = _part_of(names), self.tp, 1
             if kind == "routed_experts":
-                if names[2] != "0":
-                    continue  # all are of one shape
                 tp, copies = self.expert_tp, self.local_experts
             elif kind == "shared_experts" and self.is_sequence_parallel:
                 tp = 1
@@ -406,15 +406,23 @@ class Layout:
     def balanced_partition(self) -> tuple[int, ...]:
         """Layers of each stage such that the stage with the most bytes of weights has as few as possible."""
         layers = self.config.num_hidden_layers
+        sizes: dict[tuple[int, ...], int] = {}  # of stages with the same ends and equally many layers of each kind
+
+        def size(stage: Stage) -> int:
+            ends = stage.index == 0, stage.index == self.pp - 1
+            key = (*ends, self._dense_layers(stage), stage.end - stage.first)
+            if key not in sizes:
+                sizes[key] = self.weights(stage).total
+            return sizes[key]
 
         @cache
         def best(index: int, first: int) -> tuple[int, tuple[int, ...]]:
             if index == self.pp - 1:
-                return self.weights(Stage(index, first, layers)).total, (layers - first,)
+                return size(Stage(index, first, layers)), (layers - first,)
             choices = []
             for end in range(first + 1, layers - (self.pp - index - 1) + 1):
                 fullest, rest = best(index + 1, end)
-                own = self.weights(Stage(index, first, end)).total
+                own = size(Stage(index, first, end))
                 choices.append((max(fullest, own), (end - first, *rest)))
             return min(choices)
 
