@@ -258,7 +258,7 @@ def test_a_plan_shows_more_only_where_there_is_more_to_say():
     config = ROOT / "tests" / "data" / "configs" / "Ling-mini-2.0.json"
     alone, many = (invoke("plan", config, "--gpu", "H100", "--gpus", count).stdout for count in (1, 8))
     assert not any(word in alone for word in ("why:", "runner-up:", "traffic:", "replica", "A router", "--port"))
-    assert len(alone.splitlines()) <= 24
+    assert len(alone.splitlines()) <= 28  # one less than when there was one layout
     assert "nothing was run on GPUs yet" in alone and "nothing was run on GPUs yet" in many
     for word in (
         "why: 1 GPU holds",

@@ -126,7 +126,7 @@ def why(fits: list[Fit], request: Request) -> str:
     if request.goal == "latency":
         return f"its GPUs read the least for a token of one request, {first.single.step_bytes / 1e9:.1f} GB each"
     if first.requests < request.concurrency:
-        return "no layout on one node holds more such requests"
+        return "no layout" + (" on one node" if request.nodes != 1 else "") + " holds more such requests"
     if layout.replicas > 1:
         gpus = "1 GPU holds" if layout.ranks == 1 else f"{layout.ranks} GPUs hold"
         return f"{gpus} model and requests, and replicas send each other nothing"
