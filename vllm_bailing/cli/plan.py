@@ -127,20 +127,20 @@ def _adapters(count: int | None, rank: int | None, targets: str | None) -> dict[
 
 
 def _report(plan: Plan, config_file: Path | None, as_json: bool) -> None:
-    is_written = config_file is not None and plan.verdict != "no"
-    if is_written:
+    written = None if plan.verdict == "no" else config_file
+    if written:
         try:
-            config_file.write_text(plan.yaml(), encoding="utf-8")
+            written.write_text(plan.yaml(), encoding="utf-8")
         except OSError as error:
-            raise output.fail("plan", f"--config {config_file}: {error.strerror}; name another file", 2) from None
+            raise output.fail("plan", f"--config {written}: {error.strerror}; name another file", 2) from None
     if as_json:
         lines = [plan.serve_line(number) for number in range(len(plan.commands))]
         commands = [{**asdict(own), "line": line} for own, line in zip(plan.commands, lines, strict=True)]
         typer.echo(json.dumps({**asdict(plan), "commands": commands, "serve": lines[0]}))
         return
     show_plan(plan)
-    if is_written:
-        output.show_files([config_file])
+    if written:
+        output.show_files([written])
 
 
 def show_plan(plan: Plan) -> None:
