@@ -155,6 +155,15 @@ def test_5_flash_in_fp8_takes_four_l40s():
     assert found.why == "fewer GPUs do not hold the model with one request"
 
 
+def test_5b_copies_are_avoided_even_where_all_requests_fit():
+    """In bf16 flash takes all of eight L40S, 24 GiB each: as TP 8 with room for 91 requests, of which 8 come."""
+    by_tp = flash("L40S", 8, 8192, 8, tp=8)
+    assert by_tp.largest_concurrency == (L40S - FLASH_OTHER - FLASH[8]) // 16384 // 8192 == 91
+    found = flash("L40S", 8, 8192, 8)
+    assert found.layout == "DP 2 x TP 4, EP 8"
+    assert found.largest_concurrency == 2 * ((L40S - FLASH_DP_OTHER - FLASH_DP) // 16384 // 8192) == 142
+
+
 @pytest.mark.parametrize(
     ("gpu", "gib", "verdict"), [("L4", 22.0, "no"), ("A10", 22.0, "no"), ("RTX4090", 23.5, "tight")]
 )
