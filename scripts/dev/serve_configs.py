@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_bailing.config import BailingMoeV2Config, adopt
-from vllm_bailing.planning.plan import Plan, Request, make_plan
+from vllm_bailing.planning.plan import Plan, make_plan
+from vllm_bailing.planning.request import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy" / "serve"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from unittest import mock
+
 import pytest
 import torch
 
@@ -20,13 +23,47 @@ SHAPES = {
 }
 
 
+# How ranks are used, as vLLM is told.
+WAYS = {
+    "tensor": lambda ranks: {"tensor_parallel_size": ranks},
+    "pipeline": lambda ranks: {"pipeline_parallel_size": ranks},
+    "expert": lambda ranks: {"tensor_parallel_size": ranks, "enable_expert_parallel": True},
+    "data": lambda ranks: {"data_parallel_size": ranks, "enable_expert_parallel": True},
+    "data, tensor": lambda ranks: {
+        "data_parallel_size": 2,
+        "tensor_parallel_size": ranks // 2,
+        "enable_expert_parallel": True,
+    },
+    "redundant": lambda ranks: {
+        "tensor_parallel_size": ranks,
+        "enable_expert_parallel": True,
+        "enable_eplb": True,
+        "eplb_config": {"num_redundant_experts": 2 * ranks},
+    },
+}
+# The same for the planner.
+SIZES = {
+    "tensor": lambda ranks: {"tp": ranks},
+    "pipeline": lambda ranks: {"pp": ranks},
+    "expert": lambda ranks: {"tp": ranks, "expert_parallel": True},
+    "data": lambda ranks: {"dp": ranks, "tp": 1},
+    "data, tensor": lambda ranks: {"dp": 2, "tp": ranks // 2},
+    "redundant": lambda ranks: {"tp": ranks, "expert_parallel": True, "redundant_experts": 2 * ranks},
+}
+
+
 def _loaded_bytes(rank, ranks, init, options):
     """Bytes of the parameters of target and draft on one rank, and how many weights its routers have."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
 
     torch.set_default_dtype(torch.bfloat16)  # as vLLM's loaders do
-    target, _ = loaded_rank(rank, ranks, init, options)
+    # Of the platforms of vLLM's CPU build none balances experts; that they are loaded does not need it.
+    from vllm.config import parallel
+
+    balancing = mock.Mock(wraps=parallel.current_platform, **{"is_cuda_alike.return_value": True})
+    with mock.patch.object(parallel, "current_platform", balancing) if "enable_eplb" in options else nullcontext():
+        target, _ = loaded_rank(rank, ranks, init, options)
     models, settings = [target], target.vllm_config
     if settings.speculative_config:
         with set_current_vllm_config(settings):
@@ -39,22 +76,29 @@ def _loaded_bytes(rank, ranks, init, options):
 
 
 def loaded_bytes(model, folder, ranks, way, draft_tokens):
-    options = {"model": str(model), f"{way}_parallel_size": ranks}
+    options = {"model": str(model), **WAYS[way](ranks)}
     if draft_tokens:
         options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": draft_tokens}
     # On CPUs routers are fp32 whatever the model is; the plan is for GPUs.
     return max(size - 2 * routers for size, routers in run_ranks(_loaded_bytes, ranks, folder, options))
 
 
-@pytest.mark.parametrize(("way", "ranks"), [("tensor", 1), ("tensor", 2), ("pipeline", 2)])
+@pytest.mark.parametrize(("way", "ranks"), [("tensor", 1), ("tensor", 2), ("pipeline", 2), ("expert", 2)])
 @pytest.mark.parametrize("shape", ["demo", *SHAPES])
 def test_weights_are_to_the_byte_what_a_rank_loads(shape, way, ranks, tmp_path):
     model = DEMO if shape == "demo" else make_checkpoint(tmp_path / "model", **{**MIDDLE, **SHAPES[shape]})
     # On CPUs vLLM's pipelines do not draft.
-    draft_tokens = 1 if shape in ("demo", "middle") and way == "tensor" else 0
-    size = {"tp": ranks} if way == "tensor" else {"pp": ranks}
-    found = plan(read_config(model), "H100", ranks, 64, 1, draft_tokens=draft_tokens, **size)
+    draft_tokens = 1 if shape in ("demo", "middle") and way != "pipeline" else 0
+    found = plan(read_config(model), "H100", ranks, 64, 1, draft_tokens=draft_tokens, **SIZES[way](ranks))
     assert found.weights.total == loaded_bytes(model, tmp_path, ranks, way, draft_tokens)
+
+
+@pytest.mark.parametrize(("way", "ranks"), [("data", 2), ("data, tensor", 4), ("redundant", 2)])
+def test_so_they_are_where_experts_are_divided_among_all_ranks(way, ranks, tmp_path):
+    """Two data-parallel ranks of two keep the shared experts whole; redundant experts are on every rank."""
+    model = make_checkpoint(tmp_path / "model", **MIDDLE)
+    found = plan(read_config(model), "H100", ranks, 64, 1, draft_tokens=1, **SIZES[way](ranks))
+    assert found.weights.total == loaded_bytes(model, tmp_path, ranks, way, 1)
 
 
 def _cache_tokens(model, **options):

@@ -44,7 +44,8 @@ WITHOUT = {
 WITHOUT_TORCH = "config rope folders tensor_names layouts checkpoint checkpoint_audit likely_causes"
 WITHOUT_TORCH += " adapters adapter_audit dequantize"
 WITHOUT_TORCH += " plugin/patches plugin/checks plugin/speculation plugin/lora"
-WITHOUT_TORCH += " planning/gpus planning/memory planning/plan tools/doctor tools/verify tools/chat tools/demo"
+WITHOUT_TORCH += " planning/gpus planning/memory planning/plan planning/request planning/choice planning/traffic"
+WITHOUT_TORCH += " planning/serve planning/roofline tools/doctor tools/verify tools/chat tools/demo"
 WITHOUT_TORCH += " tools/quantize tools/draft_vocab tools/info cli/__init__"
 
 

@@ -228,7 +228,7 @@ def loaded_rank(rank: int, ranks: int, init: Path, options: dict[str, Any], watc
     """(model, names that it loaded) of one rank as the loader leaves it, without an engine.
 
     Args:
-        options: Of `vllm.EngineArgs`, with the way that the ranks are used.
+        options: Of `vllm.EngineArgs`, with the way that the ranks are used; data-parallel ranks number themselves.
         watch: Passes the checkpoint's tensors on.
     """
     import vllm_bailing
@@ -243,10 +243,15 @@ def loaded_rank(rank: int, ranks: int, init: Path, options: dict[str, Any], watc
     # Eager pipelines are refused on CPUs.
     eager = options.get("pipeline_parallel_size", 1) == 1
     defaults = {"dtype": "bfloat16", "enforce_eager": eager, "skip_tokenizer_init": True}
+    in_group = ranks // options.get("data_parallel_size", 1)
+    if in_group < ranks:
+        options = {**options, "data_parallel_rank": rank // in_group}
+        # vLLM would agree on a port with the other data-parallel ranks; it takes a group that is there.
+        torch.distributed.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=ranks)
     config = EngineArgs(**{**defaults, **options}).create_engine_config()
     parallel = config.parallel_config
     with set_current_vllm_config(config):
-        init_distributed_environment(ranks, rank, f"file://{init}", rank, "gloo")
+        init_distributed_environment(in_group, rank % in_group, f"file://{init}", rank, "gloo")
         initialize_model_parallel(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
         model = initialize_model(vllm_config=config, model_config=config.model_config)
         weights = DefaultModelLoader(config.load_config).get_all_weights(config.model_config, model)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vllm_bailing.planning.plan import Plan, Request, make_plan
+from vllm_bailing.planning.plan import Plan, make_plan
+from vllm_bailing.planning.request import Request
 
 GB = 10**9
 MTP = {"num_nextn_predict_layers": 1}

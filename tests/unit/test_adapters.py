@@ -106,7 +106,7 @@ def test_ranks_are_those_of_vllm():
 
     from vllm.config.lora import MaxLoRARanks
 
-    from vllm_bailing.planning.plan import LORA_RANKS, Request
+    from vllm_bailing.planning.request import LORA_RANKS, Request
 
     assert get_args(MaxLoRARanks) == LORA_RANKS
     assert Request.max_lora_rank == AdapterSlots(()).rank == 16

@@ -17,6 +17,7 @@ from vllm_bailing import DEMO, cli
 from vllm_bailing.bench import in_tree
 from vllm_bailing.cli import app
 from vllm_bailing.errors import BenchError
+from vllm_bailing.planning.gpus import GPUS
 from vllm_bailing.tools import demo, verify
 from vllm_bailing.tuning import space
 
@@ -243,6 +244,59 @@ def test_a_plan_that_cannot_be_written_is_one_line(tmp_path):
     done = invoke("plan", DEMO, "--gpu", "H100", "--config", tmp_path / "missing" / "serve.yaml")
     (line,) = done.stderr.splitlines()
     assert done.exit_code == 2 and "missing/serve.yaml: No such file or directory; name another file" in line
+
+
+def test_gpus_are_listed_without_a_model():
+    done = invoke("plan", "--list-gpus")
+    first, *lines = done.stdout.splitlines()
+    assert done.exit_code == 0 and first.startswith("name ") and max(map(len, done.stdout.splitlines())) <= 80
+    assert [line.split()[0] for line in lines] == list(GPUS)
+    assert [line.split(maxsplit=3)[3] for line in lines] == [gpu.driver_names[0] for gpu in GPUS.values()]
+
+
+def test_a_plan_shows_more_only_where_there_is_more_to_say():
+    config = ROOT / "tests" / "data" / "configs" / "Ling-mini-2.0.json"
+    alone, many = (invoke("plan", config, "--gpu", "H100", "--gpus", count).stdout for count in (1, 8))
+    assert not any(word in alone for word in ("why:", "runner-up:", "traffic:", "replica", "A router", "--port"))
+    assert len(alone.splitlines()) <= 28  # one less than when there was one layout
+    assert "nothing was run on GPUs yet" in alone and "nothing was run on GPUs yet" in many
+    for word in (
+        "why: 1 GPU holds",
+        "runner-up: 4 replicas of TP 2",
+        "CUDA_VISIBLE_DEVICES=0 vllm serve",
+        "--port 8000",
+    ):
+        assert word in many
+    assert [line for line in many.splitlines() if line.startswith("the same")] == [
+        f"the same with CUDA_VISIBLE_DEVICES={number} --port {8000 + number}" for number in range(1, 8)
+    ]
+
+
+def test_a_plan_over_nodes_has_a_command_for_each():
+    config = ROOT / "tests" / "data" / "configs" / "Ling-1T.json"
+    arguments = ("plan", config, "--gpu", "H200", "--gpus", 8, "--nodes", 2, "--concurrency", 7)
+    shown = invoke(*arguments).stdout
+    assert "node 0, of address HOST0:" in shown and "node 1:" in shown and shown.count("vllm serve") == 2
+    found = json.loads(invoke(*arguments, "--json").stdout)
+    assert [own["node"] for own in found["commands"]] == [0, 1] and found["serve"] == found["commands"][0]["line"]
+    assert "--node-rank 1 --master-addr HOST0 --headless" in found["commands"][1]["line"].replace("\\\n  ", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--nodes", 0), "nodes=0 must be a whole number of at least 1"),
+        (("--goal", "x"), "goal='x' is not known; use one of throughput, latency"),
+        (("--gpus", 8, "--tp", 4, "--dp", 4), "tp=4 x dp=4 makes no groups of equal size of gpus=8"),
+        (("--ep",), "expert parallelism needs more than one GPU"),
+        (("--gpus", 8, "--tp", 8, "--redundant-experts", 8), "add --enable-expert-parallel or --dp"),
+        (("--gpus", 12), "gpus=12 are more than the 8 of a usual node"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_one_line(arguments, said):
+    done = invoke("plan", ROOT / "tests" / "data" / "configs" / "Ling-mini-2.0.json", "--gpu", "H100", *arguments)
+    (line,) = done.stderr.splitlines()
+    assert done.exit_code == 2 and line.startswith("vllm-bailing plan: ") and said in line
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from serve_configs import zoo_config
 
 from tests.support.engine import run_in_turn
 from tests.support.planning import MIDDLE, MTP, YARN, plan
+from vllm_bailing.planning.choice import tp_obstacle
 from vllm_bailing.planning.gpus import GPUS, Gpu, find_gpu
-from vllm_bailing.planning.memory import Layout, Stage, other_memory, vllm_partition
-from vllm_bailing.planning.plan import longest_window, tp_obstacle
+from vllm_bailing.planning.memory import Layout, Stage, vllm_partition
+from vllm_bailing.planning.request import longest_window
 
 PARTITIONS = [
     (80, (40, 40)),
@@ -85,7 +86,7 @@ def test_fp8_is_weight_only_where_there_is_no_fp8_arithmetic():
     assert "no fp8 arithmetic" in found.notes[0]
     assert not plan(config, "H100", 2, 4096, 1, dtype="fp8").notes
     # What arithmetic a described GPU has is not known.
-    assert not plan(config, find_gpu("B300", 268, 8), 2, 4096, 1, dtype="fp8").notes
+    assert not plan(config, find_gpu("B300", 268, 8), 1, 4096, 1, dtype="fp8").notes
 
 
 @pytest.mark.parametrize(("short", "full"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
@@ -96,7 +97,7 @@ def test_a_dtype_may_be_spelled_as_torch_does(short, full):
 
 BASE = {"gpu": "H100", "gpus": 4, "context": 4096, "concurrency": 4}
 REFUSED = [
-    ({"gpu": "H1000"}, ("'H1000'", "H100, H200", "--memory-gib", "--bandwidth")),
+    ({"gpu": "H1000"}, ("'H1000'", "--list-gpus", "--memory-gib", "--bandwidth")),
     ({"gpus": 0}, ("gpus=0", "at least 1")),
     ({"context": -1}, ("context=-1",)),
     ({"concurrency": 1.5}, ("concurrency=1.5",)),
@@ -107,11 +108,22 @@ REFUSED = [
     ({"kv_dtype": "int8"}, ("kv_dtype='int8'", "auto, fp8")),
     ({"context": 131073}, ("context=131073", "131072 with YaRN", "at most 131072")),
     ({"tp": 3, "gpus": 3}, ("tp=3", "num_attention_heads=16")),
-    ({"tp": 8}, ("tp=8 times pp=1 is 8, not gpus=4",)),
-    ({"pp": 8}, ("tp=1 times pp=8 is 8, not gpus=4",)),
-    ({"pp": 3}, ("tp=1 times pp=3 is 3, not gpus=4",)),
-    ({"tp": 4, "pp": 2}, ("tp=4 times pp=2 is 8, not gpus=4",)),
+    ({"tp": 8}, ("tp=8 makes no groups of equal size of gpus=4; change",)),
+    ({"pp": 8}, ("pp=8 makes no groups of equal size of gpus=4; change",)),
+    ({"pp": 3}, ("pp=3 makes no groups of equal size of gpus=4; change",)),
+    ({"tp": 4, "pp": 2}, ("tp=4 x pp=2 makes no groups of equal size of gpus=4; change",)),
+    ({"tp": 4, "dp": 2}, ("tp=4 x dp=2 makes no groups of equal size of gpus=4; change",)),
+    ({"tp": 8, "nodes": 3}, ("tp=8 makes no groups of equal size of gpus=4 on each of 3 nodes; change",)),
     ({"pp": 24, "gpus": 24}, ("pp=24", "num_hidden_layers=20", "fewer GPUs")),
+    ({"nodes": 0}, ("nodes=0", "at least 1")),
+    ({"gpus": 12}, ("gpus=12 are more than the 8 of a usual node", "--gpus", "--nodes")),
+    ({"goal": "x"}, ("goal='x'", "throughput, latency")),
+    ({"redundant_experts": -1}, ("redundant_experts=-1", "at least 0")),
+    ({"gpus": 1, "expert_parallel": True}, ("expert parallelism needs more than one GPU",)),
+    ({"tp": 4, "redundant_experts": 4}, ("redundant_experts=4 need expert parallelism", "--enable-expert-parallel")),
+    ({"dp": 4, "redundant_experts": 3}, ("redundant_experts=3 and num_experts=256", "of 4 ranks", "use 4")),
+    ({"dp": 2, "tp": 2, "max_loras": 1}, ("max_loras=1 with dp=2 was never tried", "replicas")),
+    ({"gpus": 2, "nodes": 4, "tp": 4, "dp": 2}, ("tp=4 x pp=1 is larger than a node of 2 GPUs", "leave out dp")),
 ]
 
 
@@ -145,8 +157,7 @@ def test_requests_that_the_model_does_not_allow_are_refused(overrides, options, 
 def test_blocks_of_fp8_stay_whole_on_every_rank():
     """The shared expert of the vendor's export of Ling-mini has 512 inputs, four blocks."""
     config = zoo_config("own export in FP8")
-    found = plan(config, "H100", 8, 4096, 1)
-    assert (found.tp, found.pp) == (4, 2)
+    assert plan(config, "H100", 8, 4096, 1, goal="latency").tp == 4
     with pytest.raises(ValueError, match="width=512 into whole blocks of 128"):
         plan(config, "H100", 8, 4096, 1, tp=8)
 
@@ -199,29 +210,38 @@ def test_two_ranks_keep_whole_blocks_as_well():
 
 
 @pytest.mark.parametrize(
-    ("gpus", "options", "degrees"),
+    ("gpus", "options", "sizes"),
     [
-        (1, {}, (1, 1)),
-        (2, {}, (2, 1)),
-        (3, {}, (1, 3)),
-        (6, {}, (2, 3)),
-        (8, {}, (8, 1)),
-        (16, {}, (8, 2)),
-        (24, {}, (8, 3)),
-        (16, {"tp": 16}, (16, 1)),
-        (8, {"tp": 2}, (2, 4)),
-        (8, {"pp": 2}, (4, 2)),
-        (8, {"tp": 4, "pp": 2}, (4, 2)),
-        (20, {"pp": 20}, (1, 20)),
+        (1, {}, (1, 1, 1, 1)),
+        (3, {}, (3, 1, 1, 1)),
+        (16, {}, (16, 1, 1, 1)),
+        (1, {"goal": "latency"}, (1, 1, 1, 1)),
+        (2, {"goal": "latency"}, (1, 1, 2, 1)),
+        (6, {"goal": "latency"}, (3, 1, 2, 1)),
+        (8, {"goal": "latency"}, (1, 1, 8, 1)),
+        (16, {"goal": "latency"}, (2, 1, 8, 1)),
+        (24, {"goal": "latency"}, (3, 1, 8, 1)),
+        (16, {"goal": "latency", "nodes": 1}, (1, 1, 16, 1)),
+        (4, {"goal": "latency", "nodes": 3}, (3, 1, 4, 1)),
+        (16, {"tp": 16}, (1, 1, 16, 1)),
+        (8, {"tp": 2}, (4, 1, 2, 1)),
+        (8, {"pp": 2}, (4, 1, 1, 2)),
+        (8, {"pp": 2, "goal": "latency"}, (1, 1, 4, 2)),
+        (8, {"dp": 2}, (4, 2, 1, 1)),
+        (8, {"dp": 2, "tp": 4}, (1, 2, 4, 1)),
+        (8, {"dp": 2, "tp": 2, "pp": 2}, (1, 2, 2, 2)),
+        (8, {"tp": 4, "pp": 2}, (1, 1, 4, 2)),
+        (5, {"pp": 20, "nodes": 4}, (1, 1, 1, 20)),
     ],
 )
-def test_all_gpus_are_used(gpus, options, degrees):
+def test_all_gpus_are_used(gpus, options, sizes):
     found = plan(zoo_config("Ling-mini-2.0"), "H200", gpus, 4096, 1, **options)
-    assert (found.tp, found.pp, found.gpus) == (*degrees, gpus)
+    assert (found.replicas, found.dp, found.tp, found.pp) == sizes
+    assert found.replicas * found.dp * found.tp * found.pp == found.gpus == gpus * options.get("nodes", 1)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "4"])
-@pytest.mark.parametrize("name", ["gpus", "context", "concurrency", "tp", "pp", "max_num_batched_tokens"])
+@pytest.mark.parametrize("name", "gpus nodes context concurrency tp pp dp max_num_batched_tokens".split())
 def test_counts_are_whole_numbers_of_at_least_one(name, value):
     with pytest.raises(ValueError, match=f"^{name}={value!r} must be a whole number of at least 1; give another$"):
         plan(zoo_config("Ling-mini-2.0"), **{**BASE, name: value})
@@ -241,7 +261,7 @@ def described(room: int) -> Gpu:
     """A GPU of which `room` bytes are left for the KV cache of `MIDDLE` in bf16, if vLLM may use half of it."""
     config = zoo_config("Ling-mini-2.0", **MIDDLE)
     layout = Layout(config, "bf16")
-    taken = layout.weights(Stage(0, 0, 6)).total + other_memory(config, 1, 8192).total
+    taken = layout.weights(Stage(0, 0, 6)).total + layout.other_memory(8192).total
     return Gpu("GPU", 2 * (taken + room), 1e12)
 
 
@@ -310,7 +330,7 @@ def test_stages_are_vllms_own_while_a_whole_window_fits():
     config = zoo_config("Ling-mini-2.0", **{**MIDDLE, "max_position_embeddings": 1000})
     layout, last = Layout(config, "bf16", pp=2), Stage(1, 3, 6)
     enough = layout.weights(last).total + 1000 * layout.kv_bytes_per_token(last)
-    other = other_memory(config, 1, 8192).total
+    other = layout.other_memory(8192).total
     for spare, partition, environment in ((0, (3, 3), {}), (-1, (4, 2), {"VLLM_PP_LAYER_PARTITION": "4,2"})):
         gpu = Gpu("GPU", enough + other + spare, 1e12)
         found = plan(config, gpu, 2, 100, 3, pp=2, memory_utilization=1)
@@ -341,12 +361,14 @@ def test_a_window_is_stretched_as_far_as_the_model_cards_go(window, rope, longes
 )
 def test_a_note_says_how_to_get_the_checkpoint(dtype, stored, note):
     config = zoo_config("Ling-mini-2.0", **({"quantization_config": stored} if stored else {}))
-    assert plan(config, "H200", 8, 4096, 1, dtype=dtype).notes == ((note,) if note else ())
+    assert plan(config, "H200", 1, 4096, 1, dtype=dtype).notes == ((note,) if note else ())
 
 
-def test_a_note_says_that_there_is_more_than_one_machine():
-    (note,) = plan(zoo_config("Ling-mini-2.0"), "H200", 9, 4096, 1, tp=1).notes
-    assert note.startswith("More than one machine")
+def test_a_note_says_that_replicas_need_a_router():
+    config = zoo_config("Ling-mini-2.0")
+    (note,) = plan(config, "H200", 8, 4096, 1).notes
+    assert note.startswith("A router has to share the requests out") and "docs/deploy.md" in note
+    assert not plan(config, "H200", 8, 4096, 1, tp=8).notes
 
 
 def test_drafts_of_another_checkpoint_are_one_layer():
@@ -381,23 +403,31 @@ def planned(options, **changes):
 @settings(deadline=None, max_examples=60)
 @given(deployments.filter(lambda options: options["gpus"] < 8))
 def test_more_gpus_never_leave_less_room(options):
-    fewer, more = planned(options), planned(options, gpus=2 * options["gpus"])
+    gpus, wanted = options["gpus"], options["concurrency"]
+    fewer, more = planned(options, tp=gpus), planned(options, gpus=2 * gpus, tp=2 * gpus)
     assert more.kv_room_bytes >= fewer.kv_room_bytes
     assert more.kv_tokens >= fewer.kv_tokens
+    # Whatever is made of them, no fewer of the requests are served.
+    fewer, more = planned(options), planned(options, gpus=2 * gpus)
+    assert min(more.largest_concurrency, wanted) >= min(fewer.largest_concurrency, wanted)
 
 
 @settings(deadline=None, max_examples=60)
 @given(deployments, st.integers(1, 131072))
 def test_more_context_never_allows_more_requests(options, context):
-    short, long = sorted((options["context"], context))
-    assert planned(options, context=long).largest_concurrency <= planned(options, context=short).largest_concurrency
+    contexts, wanted = sorted((options["context"], context)), options["concurrency"]
+    short, long = (planned(options, context=tokens, tp=options["gpus"]) for tokens in contexts)
+    assert long.largest_concurrency <= short.largest_concurrency
+    short, long = (planned(options, context=tokens) for tokens in contexts)
+    assert min(long.largest_concurrency, wanted) <= min(short.largest_concurrency, wanted)
 
 
 @settings(deadline=None, max_examples=60)
 @given(deployments, st.sampled_from([1, 2, 3]))
 def test_largest_context_and_concurrency_are_exact(options, stages):
-    options = {**options, "gpus": options["gpus"] * stages}
+    options = {**options, "nodes": stages}
     found = planned(options)
+    options |= {"tp": found.tp, "pp": found.pp, "dp": found.dp}
     assert found.fits == (found.largest_concurrency >= found.concurrency)
     if found.largest_concurrency:
         assert planned(options, concurrency=found.largest_concurrency).fits
@@ -406,4 +436,4 @@ def test_largest_context_and_concurrency_are_exact(options, stages):
         assert planned(options, context=found.largest_context).fits
         if found.largest_context < 131072:
             assert not planned(options, context=found.largest_context + 1).fits
-    assert (found.verdict == "no") == (found.kv_tokens < found.context)
+    assert (found.verdict == "no") == (found.kv_tokens // found.replicas // found.dp < found.context)

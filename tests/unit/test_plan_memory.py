@@ -18,8 +18,6 @@ from vllm_bailing.planning.memory import (
     Part,
     Stage,
     WeightBytes,
-    layer_parts,
-    other_memory,
     stored_dtype,
 )
 
@@ -158,7 +156,7 @@ def test_half_empty_blocks_have_a_scale_as_well(dtype, gate, down):
 
 
 def test_the_projection_of_an_mtp_layer_is_whole_and_plain():
-    parts = layer_parts(zoo_config("Ling-mini-2.0", **MIDDLE), 6, "fp8", 2)
+    parts = Layout(zoo_config("Ling-mini-2.0", **MIDDLE), "fp8", tp=2).layer_parts(6)
     assert parts["eh_proj"] == Part(512 * 1024 * 2, 512 * 1024)
     assert parts["norms"] == Part((5 * 512 + 2 * 64) * 2, 0)
 
@@ -255,9 +253,9 @@ def test_balanced_stages_are_the_best_of_all(pp, mtp_layers):
 def test_other_memory_by_hand(tp, columns):
     config = zoo_config("Ling-mini-2.0", **MIDDLE)
     expected = OtherMemory(100 * 8 * columns * 2, 100 * 512 * 16, 1024 * 1000 * 6, 3 * 2**29, 3 * 2**29)
-    assert other_memory(config, tp, 100) == expected
-    wide = other_memory(zoo_config("Ling-mini-2.0", **{**MIDDLE, "moe_intermediate_size": 2048}), tp, 100)
-    assert wide.moe_workspace == 100 * 8 * (4096 // tp + 2048 // tp) * 2
+    assert Layout(config, "bf16", tp=tp).other_memory(100) == expected
+    wide = Layout(zoo_config("Ling-mini-2.0", **{**MIDDLE, "moe_intermediate_size": 2048}), "bf16", tp=tp)
+    assert wide.other_memory(100).moe_workspace == 100 * 8 * (4096 // tp + 2048 // tp) * 2
 
 
 @pytest.mark.parametrize(

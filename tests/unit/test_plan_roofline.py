@@ -31,7 +31,7 @@ def test_recorded_roofline(name, dtype, tp, requests, step_gb, speeds):
     config = zoo_config(name)
     routers = len(config.moe_layer_ids) * config.num_experts * config.hidden_size * 2 * (1 - 1 / tp)
     for gpu, speed in speeds.items():
-        bound = plan(config, gpu, tp, 2048, requests, dtype=dtype).batch
+        bound = plan(config, gpu, tp, 2048, requests, dtype=dtype, tp=tp).batch
         assert (bound.batch, bound.limit) == (requests, "bandwidth")
         divided = bound.step_bytes - routers
         assert divided / GB == pytest.approx(step_gb, rel=0.003)  # as rounded there
@@ -42,15 +42,15 @@ def test_recorded_roofline(name, dtype, tp, requests, step_gb, speeds):
 
 def test_drafts_do_not_change_the_bound_and_a_single_request_has_its_own():
     config = zoo_config("Ling-flash-2.0", **MTP)
-    plain, drafting = (plan(config, "H20", 4, 2048, 32, draft_tokens=count) for count in (0, 3))
+    plain, drafting = (plan(config, "H20", 4, 2048, 32, draft_tokens=count, tp=4) for count in (0, 3))
     assert (plain.single, plain.batch) == (drafting.single, drafting.batch)
-    assert plain.single == plan(config, "H20", 4, 2048, 1).batch
+    assert plain.single == plan(config, "H20", 4, 2048, 1, tp=4).batch
 
 
 def test_many_tokens_are_bound_by_compute_on_a_gpu_with_little_of_it():
     """Recorded for H20: from about 700 requests of 2048 tokens on, with Ling-flash in bf16 on four."""
     config = zoo_config("Ling-flash-2.0")
-    limits = {requests: plan(config, "H20", 4, 2048, requests).batch.limit for requests in (500, 2000)}
+    limits = {requests: plan(config, "H20", 4, 2048, requests, tp=4).batch.limit for requests in (500, 2000)}
     assert limits == {500: "bandwidth", 2000: "compute"}
 
 
@@ -87,7 +87,7 @@ def test_only_the_last_stage_computes_logits():
 def test_step_bytes_are_those_of_a_plan():
     config = zoo_config("Ling-flash-2.0")
     for dtype in ("bf16", "fp32", "fp8"):
-        planned = plan(config, "B200", 4, 2048, 16, dtype=dtype).batch
+        planned = plan(config, "B200", 4, 2048, 16, dtype=dtype, tp=4).batch
         assert planned.step_bytes == round(step_bytes(config, dtype, 4, 2048, 16))
 
 

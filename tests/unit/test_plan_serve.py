@@ -15,8 +15,8 @@ from tests.support.planning import YARN, plan
 from vllm_bailing.planning.serve import config_file, serve_line
 
 
-def _parsed(arguments):
-    """What `vllm ARGUMENTS` reads, by the names of its attributes."""
+def _parsed(arguments, names=()):
+    """What `vllm ARGUMENTS` reads, by the names of its attributes: those of `EXPECTED`, and `names`."""
     import vllm_bailing
 
     vllm_bailing.register()
@@ -27,7 +27,7 @@ def _parsed(arguments):
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     parsed = parser.parse_args(arguments)
     command.validate(parsed)
-    names = [*(name for flags in EXPECTED.values() for name in flags), "model_tag", "model"]
+    names = [*(name for flags in EXPECTED.values() for name in flags), "model_tag", "model", *names]
     return {name: getattr(parsed, name) for name in dict.fromkeys(names)}
 
 
@@ -44,6 +44,7 @@ COMMANDS = {
         "kv_dtype": "fp8",
         "draft_tokens": 2,
         "memory_utilization": 0.9,
+        "tp": 4,
         "pp": 2,
         "max_loras": 2,
         "max_lora_rank": 8,
@@ -53,6 +54,8 @@ COMMANDS = {
         "name": "Ling-1T-FP8",
         "gpu": "B200",
         "gpus": 32,
+        "tp": 8,
+        "pp": 4,
         "context": 65536,
         "concurrency": 4,
         "dtype": "fp16",
@@ -122,6 +125,110 @@ def test_vllm_reads_command_and_file_as_planned(case, tmp_path):
     assert by_command == by_file
     assert {name: by_command[name] for name in EXPECTED[case]} == EXPECTED[case]
     assert yaml.safe_load(found.yaml()) == {**found.flags, "shutdown-timeout": 60}
+
+
+# name: (of a plan, flags of all, flags of each command)
+LAYOUTS = {
+    "replicas on one node": (
+        {"name": "Ling-flash-2.0", "gpu": "H200", "gpus": 4, "context": 32768, "concurrency": 5},
+        {"tensor_parallel_size": 2, "data_parallel_size": 1, "enable_expert_parallel": False, "max_num_seqs": 3},
+        [{"port": 8000, "headless": False}, {"port": 8001, "headless": False}],
+    ),
+    "a replica on each node": (
+        {"name": "Ling-mini-2.0", "gpu": "H200", "gpus": 1, "nodes": 2, "context": 32768, "concurrency": 32},
+        {"tensor_parallel_size": 1, "max_num_seqs": 16, "nnodes": 1},
+        2 * [{"port": 8000, "headless": False}],
+    ),
+    "stages on two nodes": (
+        {"name": "Ling-1T", "gpu": "H200", "gpus": 8, "nodes": 2, "context": 32768, "concurrency": 7},
+        {"tensor_parallel_size": 8, "pipeline_parallel_size": 2, "nnodes": 2, "master_addr": "HOST0"},
+        [{"node_rank": 0, "headless": False}, {"node_rank": 1, "headless": True}],
+    ),
+    "two replicas on four nodes": (
+        {"name": "Ling-1T", "gpu": "H200", "gpus": 8, "nodes": 4, "context": 32768, "concurrency": 7},
+        {"tensor_parallel_size": 8, "pipeline_parallel_size": 2, "nnodes": 2, "max_num_seqs": 4},
+        [
+            {"node_rank": 0, "master_addr": "HOST0", "headless": False},
+            {"node_rank": 1, "master_addr": "HOST0", "headless": True},
+            {"node_rank": 0, "master_addr": "HOST2", "headless": False},
+            {"node_rank": 1, "master_addr": "HOST2", "headless": True},
+        ],
+    ),
+    "data-parallel ranks on one node, with copies of experts": (
+        {
+            "name": "Ling-flash-2.0",
+            "gpu": "H100",
+            "gpus": 8,
+            "context": 32768,
+            "concurrency": 64,
+            "dp": 2,
+            "redundant_experts": 16,
+        },
+        {
+            "tensor_parallel_size": 4,
+            "data_parallel_size": 2,
+            "enable_expert_parallel": True,
+            "enable_eplb": True,
+            "max_num_seqs": 32,
+            "data_parallel_size_local": None,
+        },
+        [{"headless": False}],
+    ),
+    "data-parallel ranks on two nodes": (
+        {
+            "name": "Ling-flash-2.0",
+            "gpu": "H100",
+            "gpus": 8,
+            "nodes": 2,
+            "context": 32768,
+            "concurrency": 64,
+            "dp": 4,
+            "tp": 4,
+        },
+        {
+            "tensor_parallel_size": 4,
+            "data_parallel_size": 4,
+            "data_parallel_size_local": 2,
+            "data_parallel_address": "HOST0",
+            "max_num_seqs": 16,
+            "nnodes": 1,
+        },
+        [
+            {"data_parallel_start_rank": None, "headless": False},
+            {"data_parallel_start_rank": 2, "headless": True},
+        ],
+    ),
+}
+LAYOUT_NAMES = "port headless nnodes node_rank master_addr enable_expert_parallel enable_eplb max_num_seqs".split()
+LAYOUT_NAMES += [f"{way}_parallel_size" for way in ("tensor", "pipeline", "data")]
+LAYOUT_NAMES += [f"data_parallel_{name}" for name in ("size_local", "address", "start_rank")]
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_vllm_reads_every_command_of_a_layout_as_planned(case):
+    options, of_all, of_each = LAYOUTS[case]
+    options = dict(options)
+    found = plan(zoo_config(options.pop("name")), model="a model", **options)
+    assert len(found.commands) == len(of_each)
+    for number, own in enumerate(of_each):
+        words = shlex.split(found.serve_line(number).replace("\\\n", ""))
+        parsed = run_in_turn(_parsed, words[words.index("serve") :], LAYOUT_NAMES)
+        expected = {**of_all, **own}
+        assert {name: parsed[name] for name in expected} == expected
+        assert dict(word.split("=", 1) for word in words[: words.index("vllm")]) == {
+            **found.commands[number].environment,
+            **found.environment,
+        }
+
+
+def test_a_file_says_what_each_node_is_given_besides():
+    options = dict(LAYOUTS["data-parallel ranks on two nodes"][0])
+    text = plan(zoo_config(options.pop("name")), **options).yaml()
+    assert "# On node 0: --data-parallel-size-local 2 --data-parallel-address HOST0\n" in text
+    assert "--data-parallel-start-rank 2 --headless\n" in text
+    options = dict(LAYOUTS["replicas on one node"][0])
+    text = plan(zoo_config(options.pop("name")), **options).yaml()
+    assert "# On node 0, replica 1: CUDA_VISIBLE_DEVICES=2,3 --port 8001\n" in text
 
 
 # What they are by vLLM's own parser is tested above, that nothing else is given here.

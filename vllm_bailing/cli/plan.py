@@ -5,20 +5,43 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vllm_bailing.cli import options, output
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from vllm_bailing.planning.plan import Plan
+
+NEVER_RUN = "on paper: sizes of TP and PP were compared on CPUs, nothing was run on GPUs yet"
+
+
+def _list_gpus(is_given: bool) -> None:
+    if not is_given:
+        return
+    from vllm_bailing.planning.gpus import GPUS
+    from vllm_bailing.units import GIB
+
+    typer.echo(f"{'name':15}  {'GiB':>5}  TB/s  as nvidia-smi or rocm-smi has it")
+    for gpu in GPUS.values():
+        size = f"{gpu.memory_bytes / GIB:5.1f}  {gpu.bandwidth / 1e12:4.2f}"
+        typer.echo(f"{gpu.name:15}  {size}  {gpu.driver_names[0]}")
+    raise typer.Exit
+
+
+def _size(*spellings: str, help: str) -> Any:
+    return typer.Option(*spellings, min=1, help=help)
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="A hub name, a folder or a config.json.")],
-    gpu: Annotated[str, typer.Option(help="Such as H100; any other with --memory-gib and --bandwidth.")],
-    gpus: Annotated[int, typer.Option(help="How many, over all nodes.")] = 1,
+    gpu: Annotated[str, typer.Option(help="Such as H100, or auto; any other with --memory-gib and --bandwidth.")],
+    gpus: Annotated[int | None, typer.Option(help="How many in each node; 1, or with auto all, if left out.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes; 1, or for more than 8 --gpus nodes of 8.")] = None,
+    goal: Annotated[str, typer.Option(help="throughput or latency; what sizes are chosen for.")] = "throughput",
     context: Annotated[int | None, typer.Option(help="Tokens of a request; the model's window if left out.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 32,
     dtype: Annotated[
@@ -27,21 +50,22 @@ def plan(
     kv_dtype: Annotated[str, typer.Option(help="auto or fp8.")] = "auto",
     draft_tokens: options.DraftTokens = 0,
     draft_model: options.DraftModel = None,
-    max_loras: Annotated[
-        int | None, typer.Option("--max-loras", min=1, help="LoRA adapters in one batch; none without these flags.")
-    ] = None,
-    max_lora_rank: Annotated[
-        int | None, typer.Option("--max-lora-rank", help="Highest rank of an adapter; 16 if left out.")
-    ] = None,
+    max_loras: Annotated[int | None, _size("--max-loras", help="LoRA adapters in one batch.")] = None,
+    max_lora_rank: Annotated[int | None, typer.Option(help="Highest rank of an adapter; 16 if left out.")] = None,
     lora_target_modules: Annotated[
-        str | None,
-        typer.Option("--lora-target-modules", help="What adapters change, in quotes; all but experts if left out."),
+        str | None, typer.Option(help="What adapters change, in quotes; all but experts if left out.")
     ] = None,
     tensor_parallel_size: Annotated[int | None, options.TENSOR_PARALLEL_SIZE] = None,
     pipeline_parallel_size: Annotated[
-        int | None,
-        typer.Option("--pipeline-parallel-size", "--pp", "-pp", min=1, help="Pipeline stages, as for vLLM."),
+        int | None, _size("--pipeline-parallel-size", "--pp", "-pp", help="Pipeline stages, as for vLLM.")
     ] = None,
+    data_parallel_size: Annotated[
+        int | None, _size("--data-parallel-size", "--dp", "-dp", help="Ranks of data parallelism, as for vLLM.")
+    ] = None,
+    enable_expert_parallel: Annotated[
+        bool, typer.Option("--enable-expert-parallel", "--ep", "-ep", help="Whole experts, as always with --dp.")
+    ] = False,
+    redundant_experts: Annotated[int, typer.Option(help="Copies of experts in each layer for EPLB, in all.")] = 0,
     memory_gib: Annotated[float | None, typer.Option(help="Memory of a GPU that is not known.")] = None,
     bandwidth: options.Bandwidth = None,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of a GPU that vLLM may use.")] = 0.92,
@@ -49,24 +73,26 @@ def plan(
         Path | None, typer.Option("--config", help="Write a file for `vllm serve --config`.")
     ] = None,
     as_json: options.AsJson = False,
+    _list: Annotated[
+        bool, typer.Option("--list-gpus", callback=_list_gpus, is_eager=True, help="Print known GPUs and exit.")
+    ] = False,
 ) -> None:
-    """Will it fit, how much context and how many requests, and with which command?
+    """Will it fit, how much context and how many requests, and with which commands?
 
     Works from the configuration alone; sizes of parallelism are chosen if they are left out. Memory beside weights and
     KV cache is an estimate; the speeds are bounds that no deployment can pass, not promises. Exit code 1 if it does not
     fit.
     """
     from vllm_bailing.config import read_config
-    from vllm_bailing.planning.gpus import find_gpu
-    from vllm_bailing.planning.plan import Request, make_plan
+    from vllm_bailing.planning.gpus import find_gpus
+    from vllm_bailing.planning.plan import make_plan
+    from vllm_bailing.planning.request import Request
     from vllm_bailing.units import short_dtype
 
     try:
         config = read_config(model)
-        wants_adapters = not (max_loras is None and max_lora_rank is None and lora_target_modules is None)
         request = Request(
-            find_gpu(gpu, memory_gib, bandwidth),
-            gpus,
+            *find_gpus(gpu, gpus, memory_gib, bandwidth),
             config.max_position_embeddings if context is None else context,
             concurrency,
             dtype=dtype and short_dtype(dtype),
@@ -77,42 +103,60 @@ def plan(
             memory_utilization=gpu_memory_utilization,
             model=model,
             draft_model=draft_model,
-            max_loras=(1 if max_loras is None else max_loras) if wants_adapters else 0,
-            max_lora_rank=Request.max_lora_rank if max_lora_rank is None else max_lora_rank,
-            lora_target_modules=Request.lora_target_modules
-            if lora_target_modules is None
-            else tuple(lora_target_modules.replace(",", " ").split()),
+            **_adapters(max_loras, max_lora_rank, lora_target_modules),
+            nodes=nodes,
+            goal=goal,
+            dp=data_parallel_size,
+            expert_parallel=enable_expert_parallel,
+            redundant_experts=redundant_experts,
         )
         deployment = make_plan(config, request)
     except ValueError as error:
         raise output.fail("plan", error, 2) from None
-    is_possible = deployment.verdict != "no"
-    if config_file and is_possible:
+    _report(deployment, config_file, as_json)
+    raise typer.Exit(1 if deployment.verdict == "no" else 0)
+
+
+def _adapters(count: int | None, rank: int | None, targets: str | None) -> dict[str, Any]:
+    """What a request says of adapters: none unless one of the flags is given."""
+    if count is rank is targets is None:
+        return {}
+    asked = {"max_loras": 1 if count is None else count}
+    asked |= {} if rank is None else {"max_lora_rank": rank}
+    return asked | ({} if targets is None else {"lora_target_modules": tuple(targets.replace(",", " ").split())})
+
+
+def _report(plan: Plan, config_file: Path | None, as_json: bool) -> None:
+    written = None if plan.verdict == "no" else config_file
+    if written:
         try:
-            config_file.write_text(deployment.yaml(), encoding="utf-8")
+            written.write_text(plan.yaml(), encoding="utf-8")
         except OSError as error:
-            raise output.fail("plan", f"--config {config_file}: {error.strerror}; name another file", 2) from None
+            raise output.fail("plan", f"--config {written}: {error.strerror}; name another file", 2) from None
     if as_json:
-        typer.echo(json.dumps({**asdict(deployment), "serve": deployment.serve_line()}))
-    else:
-        show_plan(deployment)
-        if config_file and is_possible:
-            output.show_files([config_file])
-    raise typer.Exit(0 if is_possible else 1)
+        lines = [plan.serve_line(number) for number in range(len(plan.commands))]
+        commands = [{**asdict(own), "line": line} for own, line in zip(plan.commands, lines, strict=True)]
+        typer.echo(json.dumps({**asdict(plan), "commands": commands, "serve": lines[0]}))
+        return
+    show_plan(plan)
+    if written:
+        output.show_files([written])
 
 
 def show_plan(plan: Plan) -> None:
-    """A plan with its command."""
+    """A plan with its commands."""
     console = output.console()
-    layout = f"TP {plan.tp}" + (f", {plan.pp} pipeline stages" if plan.pp > 1 else "")
     console.print(
-        f"[bold]{plan.model}[/bold] in {plan.dtype} on {plan.gpus} x {plan.gpu.name} ({layout})", soft_wrap=True
+        f"[bold]{plan.model}[/bold] in {plan.dtype} on {plan.gpus} x {plan.gpu.name} ({plan.layout})", soft_wrap=True
     )
+    for name, text in (("why", plan.why), ("runner-up", plan.runner_up)):
+        if text:
+            console.print(f"{name}: {text}", soft_wrap=True)
     table = output.table("GiB per GPU")
     table.add_column("", justify="right")
     for part, name in ((plan.weights, "weights"), (plan.other, "other, estimated")):
         for key, value in asdict(part).items():
-            if value:
+            if output.gib(value) != output.gib(0):
                 table.add_row(f"  {key.replace('_', ' ')}", output.gib(value), style="dim")
         table.add_row(name, output.gib(part.total))
     table.add_row("left for the KV cache", output.gib(plan.kv_room_bytes), style="bold")
@@ -131,9 +175,39 @@ def show_plan(plan: Plan) -> None:
         for bound in (plan.single, plan.batch):
             console.print(
                 f"bound at batch {bound.batch}: {bound.tokens_per_s:.0f} tokens/s "
-                f"({bound.step_bytes / 1e9:.1f} GB per step and GPU, limited by {bound.limit})"
+                f"({bound.step_bytes / 1e9:.1f} GB per step and GPU, by {bound.limit})",
+                soft_wrap=True,
             )
+        _show_traffic(console, plan)
+    console.print(NEVER_RUN)
     for note in plan.notes:
         console.print(f"note: {note}", soft_wrap=True)
     if plan.verdict != "no":
-        console.print(f"\n{plan.serve_line()}", soft_wrap=True, markup=False)
+        _show_commands(console, plan)
+
+
+def _show_traffic(console: Console, plan: Plan) -> None:
+    if not plan.traffic.total:
+        return
+    leaves = plan.traffic.between_nodes
+    between = f", {leaves / 1e3:.0f} kB of it to other nodes" if leaves else ", nothing to other nodes"
+    console.print(
+        f"traffic: each GPU sends {plan.traffic.total / 1e3:.0f} kB for a token" + (between if plan.nodes > 1 else "")
+    )
+
+
+def _show_commands(console: Console, plan: Plan) -> None:
+    """Replicas differ by a few words, nodes that share one by more."""
+    first, *others = plan.commands
+    if plan.spans_nodes:
+        for number, own in enumerate(plan.commands):
+            address = f", of address HOST{own.node}" if "headless" not in own.flags else ""
+            console.print(f"\n{own.place(plan.commands)}{address}:")
+            console.print(plan.serve_line(number), soft_wrap=True, markup=False)
+        return
+    beside = [own for own in others if own.node == first.node]
+    where = f"each of {plan.nodes} nodes" if plan.nodes > 1 else "the node"
+    console.print(f"\non {where}:" if others else "")
+    console.print(plan.serve_line(), soft_wrap=True, markup=False)
+    for own in beside:
+        console.print(f"the same with {own.additions()}", soft_wrap=True, markup=False)

@@ -8,8 +8,11 @@ are listed at https://developer.nvidia.com/cuda-gpus. tests/data/gpus.json has t
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 from vllm_bailing.units import GIB
 
@@ -83,9 +86,20 @@ _ROWS = (
     _gpu("H20-3e", driver="NVIDIA H20-3e",
          gib=139.7, tb_per_s=4.8, tflops_16=148, tflops_8=296, capability="9.0", shared_kib=227,
          source="H20 with the memory of an H200, as quoted to NVIDIA: https://github.com/NVIDIA/nvbandwidth/issues/48"),
+    # Nor of the H800, an H100 with slower links between GPUs.
+    _gpu("H800", driver="NVIDIA H800",
+         gib=79.1, tb_per_s=3.35, tflops_16=989, tflops_8=1979, capability="9.0", shared_kib=227,
+         source="Insights into DeepSeek-V3, section 4.1, where it is an H100 but for FP64 and NVLink: https://arxiv.org/"
+                "abs/2505.09343"),
     _gpu("B200", driver="NVIDIA B200",
          gib=178.4, tb_per_s=8.0, tflops_16=2250, tflops_8=4500, capability="10.0", shared_kib=227,
          source="NVIDIA DGX B200, an eighth of it: https://www.nvidia.com/en-us/data-center/dgx-b200/"),
+    _gpu("GB200", driver="NVIDIA GB200",
+         gib=184.3, tb_per_s=8.0, tflops_16=2500, tflops_8=5000, capability="10.0", shared_kib=227,
+         source="NVIDIA GB200 NVL72, a 72nd of it: https://www.nvidia.com/en-us/data-center/gb200-nvl72/"),
+    _gpu("GB300", driver="NVIDIA GB300",
+         gib=276.5, tb_per_s=8.0, tflops_16=2500, tflops_8=5000, capability="10.3", shared_kib=227,
+         source="NVIDIA GB300 NVL72, a 72nd of it: https://www.nvidia.com/en-us/data-center/gb300-nvl72/"),
     _gpu("A100-80G", driver="NVIDIA A100-SXM4-80GB",
          gib=79.1, tb_per_s=2.039, tflops_16=312, tflops_8=None, capability="8.0", shared_kib=163,
          source="NVIDIA A100 Tensor Core GPU, A100 80GB SXM: https://www.nvidia.com/content/dam/en-zz/Solutions/"
@@ -93,13 +107,36 @@ _ROWS = (
     _gpu("L40S", driver="NVIDIA L40S",
          gib=44.4, tb_per_s=0.864, tflops_16=362, tflops_8=733, capability="8.9", shared_kib=99,
          source="NVIDIA L40S: https://www.nvidia.com/en-us/data-center/l40s/"),
+    _gpu("L4", driver="NVIDIA L4",
+         gib=22.0, tb_per_s=0.3, tflops_16=121, tflops_8=242.5, capability="8.9", shared_kib=99,
+         source="NVIDIA L4: https://www.nvidia.com/en-us/data-center/l4/"),
+    _gpu("A10", driver="NVIDIA A10",
+         gib=22.0, tb_per_s=0.6, tflops_16=125, tflops_8=None, capability="8.6", shared_kib=99,
+         source="NVIDIA A10: https://www.nvidia.com/en-us/data-center/products/a10-gpu/"),
     _gpu("RTX4090", driver="NVIDIA GeForce RTX 4090",
          gib=23.5, tb_per_s=1.008, tflops_16=165, tflops_8=330, capability="8.9", shared_kib=99,
          source="NVIDIA Ada GPU Architecture, appendix A, with fp32 accumulation: https://images.nvidia.com/aem-dam/"
                 "Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"),
+    _gpu("RTX5090", driver="NVIDIA GeForce RTX 5090",
+         gib=31.3, tb_per_s=1.792, tflops_16=209.5, tflops_8=419, capability="12.0", shared_kib=99,
+         source="NVIDIA RTX Blackwell GPU Architecture, appendix A, with fp32 accumulation: https://images.nvidia.com/"
+                "aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf"),
+    _gpu("RTX-PRO-6000", driver="NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
+         gib=94.9, tb_per_s=1.792, tflops_16=503.8, tflops_8=1007.6, capability="12.0", shared_kib=99,
+         source="NVIDIA RTX Blackwell PRO GPU Architecture, RTX PRO 6000 Workstation Edition: https://www.nvidia.com/"
+                "content/dam/en-zz/Solutions/design-visualization/quadro-product-literature/"
+                "NVIDIA-RTX-Blackwell-PRO-GPU-Architecture-v1.0.pdf"),
+    _gpu("RTX-PRO-6000-SE", driver="NVIDIA RTX PRO 6000 Blackwell Server Edition",
+         gib=94.9, tb_per_s=1.597, tflops_16=500, tflops_8=1000, capability="12.0", shared_kib=99,
+         source="NVIDIA RTX PRO 6000 Blackwell Server Edition: https://www.nvidia.com/en-us/data-center/"
+                "rtx-pro-6000-blackwell-server-edition/"),
     _gpu("MI300X", driver="AMD Instinct MI300X",
          gib=191.5, tb_per_s=5.3, tflops_16=1307, tflops_8=2615, capability=None, shared_kib=64,
          source="AMD Instinct MI300X: https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html; shared "
+                "memory (LDS): https://rocm.docs.amd.com/en/latest/reference/gpu-specs.html"),
+    _gpu("MI325X", driver="AMD Instinct MI325X",
+         gib=255.6, tb_per_s=6.0, tflops_16=1307, tflops_8=2615, capability=None, shared_kib=64,
+         source="AMD Instinct MI325X: https://www.amd.com/en/products/accelerators/instinct/mi300/mi325x.html; shared "
                 "memory (LDS): https://rocm.docs.amd.com/en/latest/reference/gpu-specs.html"),
 )
 # fmt: on
@@ -144,7 +181,7 @@ def find_gpu(name: str, memory_gib: float | None = None, bandwidth: float | None
             way = "give its memory by --memory-gib and its bandwidth by --bandwidth (TB/s)"
             if len(absent) == 1:
                 way = f"add {absent[0]}{' (TB/s)' if absent == ['--bandwidth'] else ''}"
-            raise ValueError(f"GPU {name!r} is not known{_like(name)}; {way}, or name one of {', '.join(GPUS)}")
+            raise ValueError(f"GPU {name!r} is not known{_like(name)}; {way}, or name one of --list-gpus")
         # Without FLOP/s: bytes bound decoding on every GPU of the table.
         return Gpu(name, round(memory_gib * GIB), bandwidth * 1e12)
     if memory_gib is not None:
@@ -152,9 +189,53 @@ def find_gpu(name: str, memory_gib: float | None = None, bandwidth: float | None
     return gpu if bandwidth is None else replace(gpu, bandwidth=bandwidth * 1e12)
 
 
+def find_gpus(
+    name: str, count: int | None = None, memory_gib: float | None = None, bandwidth: float | None = None
+) -> tuple[Gpu, int]:
+    """(GPU, how many) as asked on the command line; "auto" are those of this machine, and all of them without `count`.
+
+    Raises:
+        ValueError: As for `find_gpu`, or if NVML does not find GPUs of one kind.
+    """
+    if name.casefold() != "auto":
+        return find_gpu(name, memory_gib, bandwidth), 1 if count is None else count
+    names, bytes_each = _gpus_here()
+    if _row_called(names[0]) is None and memory_gib is None:
+        memory_gib = bytes_each / GIB
+    return find_gpu(names[0], memory_gib, bandwidth), len(names) if count is None else count
+
+
+def _gpus_here() -> tuple[list[str], int]:
+    """(the driver's name of each GPU of this machine, memory of one in bytes), as NVML has them."""
+    way = "name the GPU instead, such as --gpu H100"
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ImportError:
+        raise ValueError(
+            f"--gpu auto asks NVML, and its package is missing; pip install nvidia-ml-py, or {way}"
+        ) from None
+    try:
+        nvml.nvmlInit()
+        try:
+            handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+            names = [nvml.nvmlDeviceGetName(handle) for handle in handles]
+            sizes = [nvml.nvmlDeviceGetMemoryInfo(handle).total for handle in handles]
+        finally:
+            nvml.nvmlShutdown()
+    except nvml.NVMLError as error:
+        raise ValueError(f"--gpu auto: NVML finds no driver of NVIDIA's here ({error}); {way}") from None
+    names = [name.decode() if isinstance(name, bytes) else name for name in names]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if all(number.isdecimal() and int(number) < len(names) for number in visible):
+        names = [names[int(number)] for number in visible]
+    if len(set(names)) != 1:
+        raise ValueError(f"--gpu auto: NVML finds {', '.join(sorted({*names})) or 'no GPU'} here, not one kind; {way}")
+    return names, min(sizes)
+
+
 def _row_called(name: str) -> Gpu | None:
     def plain(text: str) -> str:
-        return text.casefold().replace("_", "").replace(" ", "")
+        return text.casefold().replace("_", "").replace(" ", "").replace("-", "")
 
     rows = (gpu for gpu in GPUS.values() if plain(name) in map(plain, (gpu.name, *gpu.driver_names)))
     return next(rows, None)

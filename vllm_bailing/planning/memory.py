@@ -6,7 +6,7 @@ Everything follows from the configuration: no torch, no GPU and no file is neede
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -67,11 +67,15 @@ class OtherMemory(_Bytes):
     M tokens of the biggest step, K experts per token.
 
     Attributes:
-        moe_workspace: The two buffers of the fused experts, each of M * K rows.
-        activations: Eight tensors [M, hidden size], such as residual, norm and the fp32 copy for the router.
+        moe_workspace: The two buffers of the fused experts, each of M * K rows; with data parallelism, of the tokens
+            of all its ranks.
+        activations: Eight tensors [M, hidden size], such as residual, norm and the fp32 copy for the router; with data
+            parallelism also what comes from all ranks and goes back to them.
         logits: Logits of vLLM's trial run with 1024 requests, in the model's dtype and in fp32.
         cuda_graphs: Captured CUDA graphs.
         context: CUDA's context, NCCL and libraries.
+        eplb_buffer: One layer's routed experts, which pass through it when they are rearranged; once more for a draft.
+            Source: vLLM, `EplbState.add_model`.
     """
 
     moe_workspace: int
@@ -79,6 +83,7 @@ class OtherMemory(_Bytes):
     logits: int
     cuda_graphs: int
     context: int
+    eplb_buffer: int = 0
 
 
 def plain_dtype(config: BailingMoeV2Config) -> str:
@@ -118,20 +123,6 @@ def padded_vocabulary(config: BailingMoeV2Config) -> int:
     return -(-config.vocab_size // _VOCABULARY_PADDING) * _VOCABULARY_PADDING
 
 
-def other_memory(config: BailingMoeV2Config, tp: int, max_num_batched_tokens: int) -> OtherMemory:
-    """What one of `tp` ranks needs beside weights and KV cache, for steps of at most `max_num_batched_tokens`."""
-    hidden, width = config.hidden_size, config.moe_intermediate_size // tp
-    # Source of the workspace: vLLM, `TritonExperts.workspace_shapes`.
-    columns = max(2 * width, hidden) + max(width, hidden)
-    return OtherMemory(
-        moe_workspace=max_num_batched_tokens * config.num_experts_per_tok * columns * 2,
-        activations=max_num_batched_tokens * hidden * 8 * 2,
-        logits=_TRIAL_REQUESTS * config.vocab_size * (2 + 4),
-        cuda_graphs=3 * GIB // 2,
-        context=3 * GIB // 2,
-    )
-
-
 def _matrix_bytes(rows: int, columns: int, dtype: str) -> int:
     """Bytes of a linear layer's weight [rows, columns] with its scales."""
     if dtype == "fp8":
@@ -153,6 +144,20 @@ def router_bytes(dtype: str) -> int:
     return 4 if dtype in ("fp16", "fp32") else 2
 
 
+_DENSE_PARTS = ("attention", "dense_mlp", "shared_experts")
+
+
+def _part_of(names: list[str]) -> str:
+    """The part of `WeightBytes` that a layer's tensor belongs to; `names` is its name after the layer's number."""
+    if names[:2] == ["mlp", "gate"]:
+        return "router"
+    if names[0] == "mlp":
+        return {"experts": "routed_experts", "shared_experts": "shared_experts"}.get(names[1], "dense_mlp")
+    if names[0] == "attention" and names[1] in ("query_key_value", "dense"):
+        return "attention"
+    return "eh_proj" if names[0] == "eh_proj" else "norms"
+
+
 @dataclass(frozen=True)
 class Part:
     """What one GPU holds of a part of the model.
@@ -170,30 +175,6 @@ class Part:
 
     def __mul__(self, layers: int) -> Part:
         return Part(self.bytes * layers, self.elements * layers)
-
-
-def layer_parts(config: BailingMoeV2Config, layer: int, dtype: str, tp: int) -> dict[str, Part]:
-    """Parts of a decoder layer on one rank, by the names of `WeightBytes`; an MTP layer has "eh_proj" as well."""
-    parts: dict[str, Part] = {}
-    for name, whole in layer_tensors(config, layer).items():
-        names = name.split(".")[3:]
-        shape = shard_shape(config, names, whole, tp)
-        elements, size = math.prod(shape), _plain_bytes(dtype)
-        if names[:2] == ["mlp", "gate"]:
-            part, size = "router", 4 if names[2] == "expert_bias" else router_bytes(dtype)
-        elif names[0] == "mlp":
-            part = {"experts": "routed_experts", "shared_experts": "shared_experts"}.get(names[1], "dense_mlp")
-        elif names[0] == "attention" and names[1] in ("query_key_value", "dense"):
-            part = "attention"
-        else:
-            part = "eh_proj" if names[0] == "eh_proj" else "norms"
-        is_matrix = len(shape) == 2
-        is_quantized = part == "routed_experts" or (
-            part in ("attention", "dense_mlp", "shared_experts") and dtype != "int4"
-        )
-        stored = _matrix_bytes(*shape, dtype) if is_matrix and is_quantized else elements * size
-        parts[part] = parts.get(part, Part()) + Part(stored, elements if is_matrix else 0)
-    return parts
 
 
 def vllm_partition(layers: int, pp: int) -> tuple[int, ...]:
@@ -216,13 +197,22 @@ class Stage(NamedTuple):
 class Layout:
     """A model divided among GPUs: bytes of any pipeline stage, on one of its ranks.
 
+    A replica is a copy of the model of its own, on `ranks` GPUs: dp times pp times tp. All but the routed experts is
+    divided by `tp`, and every data-parallel rank has it once. The routed experts are divided among the dp times tp GPUs
+    of a stage: each of them by its width, or as wholes with expert parallelism. Source: vLLM,
+    `FusedMoEParallelConfig.make`.
+
     Attributes:
         dtype: Data type of the weights, one of `DTYPES`.
         kv_dtype: Data type of the KV cache, one of `KV_DTYPES`.
         tp: Tensor-parallel size.
         pp: Number of pipeline stages.
         mtp_layers: Number of MTP layers that draft; 0 without drafts.
-        adapters: Slots for LoRA adapters; None without.
+        adapters: Slots for LoRA adapters, whose `tp` and `ep` are those of the layout; None without.
+        dp: Data-parallel size: ranks with requests and a KV cache of their own.
+        expert_parallel: Whether routed experts are divided as wholes.
+        redundant_experts: Further copies of routed experts in each layer, over all ranks, for EPLB.
+        replicas: Independent copies.
     """
 
     config: BailingMoeV2Config
@@ -232,6 +222,56 @@ class Layout:
     pp: int = 1
     mtp_layers: int = 0
     adapters: AdapterSlots | None = None
+    dp: int = 1
+    expert_parallel: bool = False
+    redundant_experts: int = 0
+    replicas: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """GPUs of one replica."""
+        return self.dp * self.pp * self.tp
+
+    @property
+    def engines(self) -> int:
+        """Schedulers with a KV cache of their own, over all replicas."""
+        return self.replicas * self.dp
+
+    @property
+    def ep(self) -> int:
+        """Ranks that the routed experts are divided among as wholes."""
+        return self.dp * self.tp if self.expert_parallel else 1
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that each routed expert is divided among."""
+        return self.dp * self.tp // self.ep
+
+    @property
+    def local_experts(self) -> int:
+        """Routed experts of a layer on the rank that has the most, the redundant ones included."""
+        return -(-(self.config.num_experts + self.redundant_experts) // self.ep)
+
+    @property
+    def is_sequence_parallel(self) -> bool:
+        """Whether the ranks of a TP group divide the tokens of an MoE layer, and keep its shared experts whole.
+
+        Source: vLLM, `ParallelConfig.use_sequence_parallel_moe`.
+        """
+        return self.expert_parallel and self.tp > 1 and self.dp > 1
+
+    @property
+    def kv_copies(self) -> int:
+        """How often a TP group keeps each key and value: more than once if it has more ranks than KV heads."""
+        return max(1, self.tp // self.config.num_key_value_heads)
+
+    @property
+    def name(self) -> str:
+        """In words, such as "2 replicas of DP 2 x TP 4, EP 8"."""
+        parts = [f"DP {self.dp}"] * (self.dp > 1) + [f"TP {self.tp}"]
+        one = " x ".join(parts) + (f", EP {self.ep}" if self.expert_parallel else "")
+        one += f", {self.pp} pipeline stages" if self.pp > 1 else ""
+        return f"{self.replicas} replicas of {one}" if self.replicas > 1 else one
 
     @cached_property
     def vocabulary(self) -> Part:
@@ -247,22 +287,41 @@ class Layout:
 
     @cached_property
     def _dense_layer(self) -> dict[str, Part]:
-        return self._layer_parts(0) if self.config.first_k_dense_replace else {}
+        return self.layer_parts(0) if self.config.first_k_dense_replace else {}
 
     @cached_property
     def _moe_layer(self) -> dict[str, Part]:
         layers = self.config.num_hidden_layers
-        return self._layer_parts(layers - 1) if self.config.first_k_dense_replace < layers else {}
+        return self.layer_parts(layers - 1) if self.config.first_k_dense_replace < layers else {}
 
     @cached_property
     def _mtp_bytes(self) -> int:
         if not self.mtp_layers:
             return 0
-        draft = self._layer_parts(self.config.num_hidden_layers)
+        draft = self.layer_parts(self.config.num_hidden_layers)
         return self.mtp_layers * sum(part.bytes for part in draft.values())
 
-    def _layer_parts(self, layer: int) -> dict[str, Part]:
-        return layer_parts(self.config, layer, self.dtype, self.tp)
+    def layer_parts(self, layer: int) -> dict[str, Part]:
+        """Parts of a decoder layer on one rank, by the names of `WeightBytes`; an MTP layer has "eh_proj" as well."""
+        parts: dict[str, Part] = {}
+        for name, whole in layer_tensors(self.config, layer).items():
+            if ".mlp.experts." in name and ".mlp.experts.0." not in name:
+                continue  # all are of one shape
+            names = name.split(".")[3:]
+            kind, tp, copies = _part_of(names), self.tp, 1
+            if kind == "routed_experts":
+                tp, copies = self.expert_tp, self.local_experts
+            elif kind == "shared_experts" and self.is_sequence_parallel:
+                tp = 1
+            shape = shard_shape(self.config, names, whole, tp)
+            elements, size = math.prod(shape), _plain_bytes(self.dtype)
+            if kind == "router":
+                size = 4 if names[2] == "expert_bias" else router_bytes(self.dtype)
+            is_matrix = len(shape) == 2
+            is_quantized = kind == "routed_experts" or (kind in _DENSE_PARTS and self.dtype != "int4")
+            stored = _matrix_bytes(*shape, self.dtype) if is_matrix and is_quantized else elements * size
+            parts[kind] = parts.get(kind, Part()) + Part(stored, elements if is_matrix else 0) * copies
+        return parts
 
     def part(self, name: str, stage: Stage) -> Part:
         """A part of `WeightBytes`, summed over the decoder layers of a stage."""
@@ -304,13 +363,29 @@ class Layout:
     def _adapter_layers(self) -> tuple[int, int]:
         """Bytes of the slots of the first layer and of the last: dense and with experts, if there are both kinds."""
         assert self.adapters is not None
-        last = self.config.num_hidden_layers - 1
-        return self.adapters.layer_bytes(self.config, 0), self.adapters.layer_bytes(self.config, last)
+        slots = replace(self.adapters, tp=self.tp, ep=self.ep)
+        return slots.layer_bytes(self.config, 0), slots.layer_bytes(self.config, self.config.num_hidden_layers - 1)
 
     def kv_bytes_per_token(self, stage: Stage) -> int:
         """Bytes of a token's keys and values on one rank, with those of the drafts, which the last stage keeps."""
         drafts = self.mtp_layers if stage.index == self.pp - 1 else 0
         return (stage.end - stage.first + drafts) * self.kv_bytes_per_layer
+
+    def other_memory(self, max_num_batched_tokens: int) -> OtherMemory:
+        """What one rank needs beside weights and KV cache, for steps of at most `max_num_batched_tokens`."""
+        hidden, width = self.config.hidden_size, self.config.moe_intermediate_size // self.expert_tp
+        # Source of the workspace: vLLM, `TritonExperts.workspace_shapes`.
+        columns = max(2 * width, hidden) + max(width, hidden)
+        gathered = 2 * self.dp if self.dp > 1 else 0
+        experts = self._moe_layer.get("routed_experts", Part()).bytes if self.redundant_experts else 0
+        return OtherMemory(
+            moe_workspace=max_num_batched_tokens * self.dp * self.config.num_experts_per_tok * columns * 2,
+            activations=max_num_batched_tokens * hidden * (8 + gathered) * 2,
+            logits=_TRIAL_REQUESTS * self.config.vocab_size * (2 + 4),
+            cuda_graphs=3 * GIB // 2,
+            context=3 * GIB // 2,
+            eplb_buffer=experts * (2 if self.mtp_layers else 1),
+        )
 
     def stages(self, partition: tuple[int, ...]) -> list[Stage]:
         """The stages that have `partition` layers each."""
@@ -331,15 +406,23 @@ class Layout:
     def balanced_partition(self) -> tuple[int, ...]:
         """Layers of each stage such that the stage with the most bytes of weights has as few as possible."""
         layers = self.config.num_hidden_layers
+        sizes: dict[tuple[int, ...], int] = {}  # of stages with the same ends and equally many layers of each kind
+
+        def size(stage: Stage) -> int:
+            ends = stage.index == 0, stage.index == self.pp - 1
+            key = (*ends, self._dense_layers(stage), stage.end - stage.first)
+            if key not in sizes:
+                sizes[key] = self.weights(stage).total
+            return sizes[key]
 
         @cache
         def best(index: int, first: int) -> tuple[int, tuple[int, ...]]:
             if index == self.pp - 1:
-                return self.weights(Stage(index, first, layers)).total, (layers - first,)
+                return size(Stage(index, first, layers)), (layers - first,)
             choices = []
             for end in range(first + 1, layers - (self.pp - index - 1) + 1):
                 fullest, rest = best(index + 1, end)
-                own = self.weights(Stage(index, first, end)).total
+                own = size(Stage(index, first, end))
                 choices.append((max(fullest, own), (end - first, *rest)))
             return min(choices)
 

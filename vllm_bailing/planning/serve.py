@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_bailing.adapters import LINEAR
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.planning.gpus import Gpu
-from vllm_bailing.planning.memory import plain_dtype, stored_dtype, vllm_partition
+from vllm_bailing.planning.memory import Layout, plain_dtype, stored_dtype, vllm_partition
 from vllm_bailing.units import GIB, PLAIN_DTYPES
 
 if TYPE_CHECKING:
-    from vllm_bailing.planning.plan import Request
+    from vllm_bailing.planning.request import Request
 
 MEMORY_UTILIZATION = 0.92  # vLLM's own default
 _COLUMNS = 100  # of the command, with "  " before a line and " \" after it
 SHUTDOWN_TIMEOUT = 60  # seconds for answers that are under way when a server is told to stop; vLLM's default is none
+FIRST_PORT = 8000  # of the first replica on a node, vLLM's own default
 _PARSERS = {"enable-auto-tool-choice": True, "tool-call-parser": "bailing", "reasoning-parser": "bailing"}
 
 
@@ -30,17 +32,89 @@ def default_batched_tokens(gpu: Gpu) -> int:
     return 8192 if gpu.memory_bytes >= 70 * GIB and not is_a100 else 2048
 
 
-def flags(config: BailingMoeV2Config, request: Request, yarn_factor: float | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Command:
+    """What one `vllm serve` of a deployment is given besides what all of them are.
+
+    Attributes:
+        node: Number of its node.
+        replica: Number of its replica.
+        environment: Variables.
+        flags: Flags, as in a `Plan`.
+    """
+
+    node: int
+    replica: int
+    environment: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
+
+    def place(self, commands: Sequence[Command]) -> str:
+        """Where it runs and as which one, among all `commands`."""
+        replicas = len({command.replica for command in commands})
+        return f"node {self.node}" + (f", replica {self.replica}" if replicas > 1 else "")
+
+    def additions(self) -> str:
+        """Variables and flags, as they are typed."""
+        variables = [f"{name}={value}" for name, value in self.environment.items()]
+        return " ".join([*variables, *(word for item in self.flags.items() for word in _words(*item))])
+
+
+def commands(layout: Layout, gpus: int, nodes: int) -> tuple[Command, ...]:
+    """Every `vllm serve` of a layout on `nodes` nodes of `gpus` GPUs, node by node.
+
+    HOST0, HOST1 and so on stand for the addresses of nodes.
+    """
+    if layout.ranks <= gpus:
+        on_a_node = gpus // layout.ranks
+        return tuple(
+            Command(
+                node,
+                node * on_a_node + slot,
+                {"CUDA_VISIBLE_DEVICES": ",".join(str(slot * layout.ranks + rank) for rank in range(layout.ranks))},
+                {"port": FIRST_PORT + slot},
+            )
+            if on_a_node > 1
+            else Command(node, node)
+            for node in range(nodes)
+            for slot in range(on_a_node)
+        )
+    span = layout.ranks // gpus
+    return tuple(Command(node, node // span, {}, _node_flags(layout, span, node % span, node)) for node in range(nodes))
+
+
+def _node_flags(layout: Layout, span: int, rank: int, node: int) -> dict[str, Any]:
+    """Flags of the node that is number `rank` of the `span` nodes of a replica."""
+    head = f"HOST{node - rank}"
+    if layout.dp > 1:
+        local = layout.dp // span
+        chosen: dict[str, Any] = {"data-parallel-size-local": local, "data-parallel-address": head}
+        return chosen | ({"data-parallel-start-rank": rank * local, "headless": True} if rank else {})
+    chosen = {"nnodes": span, "node-rank": rank, "master-addr": head}
+    return chosen | ({"headless": True} if rank else {})
+
+
+def requests_of_an_engine(request: Request, layout: Layout) -> int:
+    """Requests at once of the engine that has most of them."""
+    return -(-request.concurrency // layout.engines)
+
+
+def flags(config: BailingMoeV2Config, request: Request, layout: Layout, yarn_factor: float | None) -> dict[str, Any]:
     """Flags of `vllm serve` without their dashes, as in a `Plan`.
 
     Args:
         request: A request in which nothing is left open.
         yarn_factor: Factor that stretches the window over the context; None without one.
     """
-    chosen: dict[str, Any] = {"model": request.model, "tensor-parallel-size": request.tp}
-    if request.pp != 1:
-        chosen["pipeline-parallel-size"] = request.pp
-    chosen |= {"max-model-len": request.context, "max-num-seqs": request.concurrency}
+    chosen: dict[str, Any] = {"model": request.model, "tensor-parallel-size": layout.tp}
+    if layout.pp != 1:
+        chosen["pipeline-parallel-size"] = layout.pp
+    if layout.dp != 1:
+        chosen["data-parallel-size"] = layout.dp
+    if layout.expert_parallel:
+        chosen["enable-expert-parallel"] = True
+    if layout.redundant_experts:
+        chosen |= {"enable-eplb": True, "eplb-config": _json({"num_redundant_experts": layout.redundant_experts})}
+    chosen |= {"max-model-len": request.context, "max-num-seqs": requests_of_an_engine(request, layout)}
     if request.max_num_batched_tokens != default_batched_tokens(request.gpu):
         chosen["max-num-batched-tokens"] = request.max_num_batched_tokens
     if request.memory_utilization != MEMORY_UTILIZATION:
@@ -92,8 +166,7 @@ def serve_line(model: str, flags: dict[str, Any], environment: dict[str, str]) -
     parts = [[*words, shlex.quote(model)]]
     for name, value in flags.items():
         if name != "model":
-            values = [] if value is True else value if isinstance(value, list) else [value]
-            parts.append([f"--{name}", *(shlex.quote(str(one)) for one in values)])
+            parts.append(_words(name, value))
     width, lines = _COLUMNS - 4, [""]
     for part in parts:
         whole = " ".join(part)
@@ -102,6 +175,12 @@ def serve_line(model: str, flags: dict[str, Any], environment: dict[str, str]) -
                 lines.append("")
             lines[-1] += f" {piece}" if lines[-1] else piece
     return " \\\n  ".join(lines)
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """A flag with its values, quoted for a shell."""
+    values = [] if value is True else value if isinstance(value, list) else [value]
+    return [f"--{name}", *(shlex.quote(str(one)) for one in values)]
 
 
 def config_file(flags: dict[str, Any], environment: dict[str, str], comments: Iterable[str]) -> str:
