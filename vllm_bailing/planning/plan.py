@@ -233,5 +233,5 @@ def _notes(config: BailingMoeV2Config, gpu: Gpu, dtype: str, layout: Layout) -> 
         command = f"vllm-bailing quantize --scheme {_SCHEMES[dtype]}"
         notes.append(f"Make a checkpoint in {dtype} and name it as the model: {command}.")
     if layout.replicas > 1:
-        notes.append("A router has to share the requests out among the replicas, see docs/deploy.md.")
+        notes.append("A router has to share the requests out among the replicas, see docs/scale-out.md.")
     return tuple(notes)
