@@ -143,16 +143,16 @@ def _plan(model: str, gpu: str, gpus: int, answers: int, length: int, answer_len
     console = output.console()
     console.print(f"{answers:,} answers of {length} tokens with their prompts, {made.tokens / 1e6:.1f} million tokens")
     console.print(table)
-    answer = "do not fit" if made.answer_hours is None else f"{made.answer_hours:.1f} h at least"
+    answer = "do not fit" if made.answer_hours is None else f"{_time(made.answer_hours)} at least"
+    console.print(f"{all_}: answers {answer}, states {_time(made.record_hours)}, training {_time(made.train_hours)}")
     console.print(
-        f"{all_}: answers {answer}, states {made.record_hours:.1f} h, training {made.train_hours:.1f} h",
-        soft_wrap=True,
+        "Memory: weights, gradients, moments and logits; a batch comes on top. Time: answers at the roofline, the rest "
+        f"at {100 * UTILIZATION:.0f} % of one GPU's peak, as the README of Ling-V2 has it for Ling-mini-2.0."
     )
-    console.print(
-        f"memory: weights, gradients, moments and logits; a batch comes on top. hours: answers at the\n"
-        f"roofline, the rest at {100 * UTILIZATION:.0f} % of one GPU's peak, as the README of Ling-V2 has it for "
-        "Ling-mini-2.0"
-    )
+
+
+def _time(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
 
 
 class Terminal:

@@ -41,6 +41,14 @@ class Question:
     temperature: float
 
 
+def chosen(kinds: list[str], share: float, most: int) -> set[int]:
+    """Which of several are held out: a `share` of each of their `kinds`, one at least, `most` of all, and never all."""
+    order = sorted(range(len(kinds)), key=kinds.__getitem__)  # stable: kinds in runs, of which every so many are taken
+    count = max(1, len(set(kinds)), min(most, round(share * len(order))))
+    count = min(count, len(order) // 2)
+    return {order[number * len(order) // count] for number in range(count)}
+
+
 def questions_of(
     prompts: Iterable[tuple[list[int], str]], samples: int, temperature: float, share: float, most: int, seed: int
 ) -> list[Question]:
@@ -53,13 +61,11 @@ def questions_of(
     Raises:
         TrainError: If there are fewer than two.
     """
-    drawn = list(dict.fromkeys((tuple(ids), kind) for ids, kind in prompts))  # a prompt twice would be in both parts
+    drawn = list({tuple(ids): kind for ids, kind in prompts}.items())  # a prompt twice could be in both parts
     if len(drawn) < 2:
-        raise TrainError("--data has one prompt; give two at least, one to learn from and one to measure on")
+        raise TrainError("--data has one prompt only; give two at least, one to learn from and one to measure on")
     random.Random(seed).shuffle(drawn)
-    drawn.sort(key=lambda prompt: prompt[1])  # stable: kinds in runs, of which every n-th is taken
-    count = max(1, min(most, round(share * len(drawn))))
-    held_out = {number * len(drawn) // count for number in range(count)}
+    held_out = chosen([kind for _, kind in drawn], share, most)
     questions = []
     for number, (ids, kind) in enumerate(drawn):
         is_held = number in held_out
@@ -85,9 +91,10 @@ class AnswerTask(Task):
 
         llm = LLM(self.model, **{"seed": self.seed, **self.engine})
         requests: Any = [{"prompt_token_ids": question["token_ids"]} for question in self.questions]
+        # The engine's seed, not one of each request: vLLM 0.32's CPU build ends at those.
         params = [
-            SamplingParams(temperature=question["temperature"], max_tokens=self.max_tokens, seed=self.seed + number)
-            for number, question in enumerate(self.questions)
+            SamplingParams(temperature=question["temperature"], max_tokens=self.max_tokens)
+            for question in self.questions
         ]
         return [list(output.outputs[0].token_ids) for output in llm.generate(requests, params, use_tqdm=True)]
 
@@ -168,8 +175,7 @@ def read_answers(file: Path, vocab_size: int, share: float, most: int) -> list[A
     if len(answers) < 2:
         raise TrainError(f"--answers {file} has {len(answers)} answers of two tokens or more; give at least two")
     if not any(answer.held_out for answer in answers):
-        count = max(1, min(most, round(share * len(answers))))
-        held_out = {number * len(answers) // count for number in range(count)}
+        held_out = chosen([answer.kind for answer in answers], share, most)
         answers = [Answer(**{**asdict(one), "held_out": n in held_out}) for n, one in enumerate(answers)]
     if all(answer.held_out for answer in answers):
         raise TrainError(f"--answers {file} marks every answer as held out; leave some to learn from")

@@ -155,12 +155,12 @@ def _keep_settings(request: Request, resume: bool) -> None:
         before = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise TrainError(f"--resume: {file} cannot be read; remove {request.work} and begin again") from None
-    flat = [{**run, **run.pop("settings", {})} for run in (before, now)]
-    for name, value in flat[1].items():
-        if name not in ("merge", "out") and flat[0].get(name) != value:
+    was, wanted = ({**run, **run["settings"], "settings": None} for run in (before, now))
+    for name, value in wanted.items():
+        if name not in ("merge", "out") and was.get(name) != value:
             raise TrainError(
-                f"--resume: the run in {request.work} has {name}={flat[0].get(name)}, not {value}; give the same "
-                "options, or remove it and begin again"
+                f"--resume: the run in {request.work} has {name}={was.get(name)}, not {value}; give the same options, "
+                "or remove it and begin again"
             )
 
 
