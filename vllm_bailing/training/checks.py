@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +94,10 @@ def check_packages() -> None:
     """Raises:
     TrainError: If what `Trainer` needs is not installed.
     """
-    if importlib.util.find_spec("accelerate") is None:
-        raise TrainError("accelerate is not installed; `pip install 'vllm-bailing[train]'`")
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        raise TrainError("accelerate is not installed; `pip install 'vllm-bailing[train]'`") from None
 
 
 def check_folder(folder: Path, flag: str) -> None:

@@ -64,7 +64,9 @@ def require_peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise TrainError("--train lora needs PEFT; `pip install peft`, or choose --train attention") from None
+        raise TrainError(
+            "--train lora needs PEFT; `pip install 'vllm-bailing[train]'`, or choose --train attention"
+        ) from None
     return peft
 
 
