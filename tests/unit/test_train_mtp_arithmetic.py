@@ -70,7 +70,7 @@ def test_every_step_is_what_an_engine_computes(switches, tmp_path):
     ids = PROMPT[:12]
     batch = batch_of(model, ids)
     states = batch["hidden_states"][0]
-    steps = draft.unrolled(batch["input_ids"], batch["hidden_states"], batch["lengths"])
+    steps = draft.unrolled(batch["input_ids"], batch["hidden_states"], torch.arange(11)[None], batch["lengths"])
     torch.testing.assert_close(steps[0], model.mtp_forward(states[None, :-1], torch.tensor([ids[1:]]))[0], **CLOSE)
     for root in range(len(ids) - 1 - STEPS):
         for step, wanted in enumerate(drafted_one_by_one(model, ids, states, root)):
@@ -84,7 +84,7 @@ def test_the_loss_is_the_divergence_from_what_the_target_says_next(tmp_path):
     ids = PROMPT[:12]
     batch = batch_of(model, ids)
     wanted = model(torch.tensor([ids])).logits[0].softmax(-1)  # row i: of token i + 1
-    drafts = draft.unrolled(batch["input_ids"], batch["hidden_states"], batch["lengths"])
+    drafts = draft.unrolled(batch["input_ids"], batch["hidden_states"], torch.arange(11)[None], batch["lengths"])
     means, right = [], np.full((len(ids) - 1, STEPS), NOT_COUNTED)
     for step in range(1, STEPS + 1):
         came = model.logits(drafts[step - 1][0]).softmax(-1)
@@ -97,7 +97,7 @@ def test_the_loss_is_the_divergence_from_what_the_target_says_next(tmp_path):
     weights = [DECAY**step for step in range(STEPS)]
     output = draft(**batch)
     assert float(output["loss"]) == pytest.approx(np.average(means, weights=weights), rel=1e-4)
-    assert (output["matches"][0].numpy() == right).all()
+    assert (output["matches"][0].numpy() == right[FIRST - 1 : -1]).all()
 
 
 def test_padding_changes_neither_loss_nor_balance(tmp_path):
@@ -111,15 +111,15 @@ def test_padding_changes_neither_loss_nor_balance(tmp_path):
         draft.loads.zero_()
     draft(**batch_of(model, *rows))
     assert torch.equal(draft.loads, sum(loads))
-    # Every step runs over the rows whose token is there.
-    assert draft.loads.sum() == model.config.num_experts_per_tok * sum(
-        len(ids) - 1 - k for ids in rows for k in range(3)
-    )
+    # The first step runs over all tokens, the others over the answer as far as their token is there.
+    counted = sum(len(ids) - 1 + len(ids) - FIRST - 1 + len(ids) - FIRST - 2 for ids in rows)
+    assert draft.loads.sum() == model.config.num_experts_per_tok * counted
     draft.eval()
     padded = draft(**batch_of(model, *rows))["matches"]
     for ids, row in zip(rows, padded, strict=True):
-        assert torch.equal(row[: len(ids) - 1], draft(**batch_of(model, ids))["matches"][0])
-        assert (row[len(ids) - 1 :] == NOT_COUNTED).all()
+        count = len(ids) - FIRST - 1
+        assert torch.equal(row[:count], draft(**batch_of(model, ids))["matches"][0])
+        assert (row[count:] == NOT_COUNTED).all()
 
 
 def test_balance_moves_the_bias_of_every_expert_towards_an_even_load(tmp_path):
@@ -136,7 +136,7 @@ def test_balance_moves_the_bias_of_every_expert_towards_an_even_load(tmp_path):
 def test_answers_too_short_for_a_step_are_no_harm(length, tmp_path):
     model, draft = opened(tmp_path)
     output = draft(**batch_of(model, PROMPT[:length]))
-    assert torch.isfinite(output["loss"]) and output["matches"].shape == (1, length - 1, STEPS)
+    assert torch.isfinite(output["loss"]) and output["matches"].shape == (1, max(1, length - FIRST - 1), STEPS)
     assert (output["matches"] != NOT_COUNTED).sum() == sum(range(length - FIRST))
 
 

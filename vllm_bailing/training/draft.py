@@ -54,14 +54,15 @@ class MtpDraft(nn.Module):
 
         Returns:
             `loss`, the mean over the steps of the Kullback-Leibler divergence from the target, in nats; and in
-            evaluation `matches` [B, T - 1, steps] int64: whether the draft's favourite is the target's, or
-            `NOT_COUNTED`.
+            evaluation `matches` [B, A, steps] int64, a row for each token of the answer but the last (A at most):
+            whether the draft's favourite is the target's, or `NOT_COUNTED`.
         """
         states = hidden_states.to(self.embedding.dtype)
+        rows, is_row = answer_rows(labels, lengths)
         losses, matches = [], []
-        for step, drafted in enumerate(self.unrolled(input_ids, states, lengths), 1):
-            counted = self._counted(labels, step)
-            wanted = F.pad(states[:, step:], (0, 0, 0, step))[:, : counted.shape[1]][counted]
+        for step, drafted in enumerate(self.unrolled(input_ids, states, rows, lengths), 1):
+            counted = is_row & (rows + step + 1 < lengths[:, None])
+            wanted = taken(states, rows + step)[counted]
             parts = [
                 checkpoint(self._compared, *pair, use_reentrant=False)
                 for pair in zip(drafted[counted].split(LOSS_ROWS), wanted.split(LOSS_ROWS), strict=True)
@@ -87,37 +88,36 @@ class MtpDraft(nn.Module):
         """[N, vocab] in fp32 of [N, H]."""
         return F.linear(hidden_states.to(self.head.dtype), self.head).float()
 
-    def unrolled(self, input_ids: Tensor, hidden_states: Tensor, lengths: Tensor) -> list[Tensor]:
-        """The layer's output [B, T - 1, H] of each step.
+    def unrolled(self, input_ids: Tensor, hidden_states: Tensor, rows: Tensor, lengths: Tensor) -> list[Tensor]:
+        """The layer's output [B, A, H] of each step at `rows` [B, A].
 
-        A later step is fed the output of the one before and the token that follows, and sees what it sees at
-        inference: keys of the first step up to its own row, and those of its own further steps. Rows that have no such
-        token any more hold numbers without meaning.
+        The first step runs over the whole, since its keys are what all look at. A later one is fed the output of the
+        one before and the token that follows, and sees what it sees at inference: keys of the first step up to its own
+        row, and those of its own further steps. Rows that have no such token any more hold numbers without meaning.
         """
-        rows, device = input_ids.shape[1] - 1, input_ids.device
+        whole = torch.arange(input_ids.shape[1] - 1, device=input_ids.device)[None]
         cache: Any = DynamicCache()
-        own = torch.eye(rows, dtype=torch.bool, device=device)
-        mask = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
-        previous, outputs = hidden_states[:, :-1], []
-        for step in range(self.steps):
-            following = F.pad(input_ids[:, step + 1 :], (0, min(step, rows)))[:, :rows]
-            joined = self.layer.join(F.embedding(following, self.embedding), previous)
-            positions = torch.arange(step, rows + step, device=device)[None]
-            cos, sin = rotary_cos_sin(self.config, positions)
-            output, routing = self.layer(joined, cos, sin, mask[None, None], cache)
-            if self.training and routing is not None:
-                is_real = (torch.arange(rows, device=device) + step + 1 < lengths[:, None]).flatten()
-                self.loads += torch.bincount(routing[0][is_real].flatten(), minlength=len(self.loads))
-            previous = self.layer.final_layernorm(output)
-            outputs.append(previous)
-            mask = torch.cat((mask, own), dim=1)
+        first = self._step(input_ids[:, 1:], hidden_states[:, :-1], whole, None, cache, whole + 1 < lengths[:, None])
+        outputs = [taken(first, rows)]
+        own = torch.eye(rows.shape[1], dtype=torch.bool, device=rows.device).expand(len(rows), -1, -1)
+        mask = whole[:, None] <= rows[..., None]  # [B, A, T - 1]
+        for step in range(1, self.steps):
+            mask = torch.cat((mask, own), dim=2)
+            following = taken(input_ids, rows + step + 1)
+            is_real = rows + step + 1 < lengths[:, None]
+            outputs.append(self._step(following, outputs[-1], rows + step, mask[:, None], cache, is_real))
         return outputs
 
-    @staticmethod
-    def _counted(labels: Tensor, step: int) -> Tensor:
-        """[B, T - 1] rows whose given token and whose wanted token are of the answer."""
-        wanted = F.pad(labels[:, step + 1 :], (0, step))[:, : labels.shape[1] - 1]
-        return labels[:, 1:] & wanted
+    def _step(
+        self, next_ids: Tensor, previous: Tensor, positions: Tensor, mask: Tensor | None, cache: Any, is_real: Tensor
+    ) -> Tensor:
+        """One run of the layer over rows [B, R]; counts where `is_real` which experts they go to."""
+        joined = self.layer.join(F.embedding(next_ids, self.embedding), previous)
+        output, routing = self.layer(joined, *rotary_cos_sin(self.config, positions), mask, cache)
+        if self.training and routing is not None:
+            chosen = routing[0][is_real.expand(next_ids.shape).flatten()]
+            self.loads += torch.bincount(chosen.flatten(), minlength=len(self.loads))
+        return self.layer.final_layernorm(output)
 
     @torch.no_grad()
     def balance(self, rate: float) -> None:
@@ -131,11 +131,26 @@ class MtpDraft(nn.Module):
         self.loads.zero_()
 
 
+def answer_rows(labels: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [B, A] whose given token is of the answer, and which of them there are; the others repeat the last."""
+    first = labels.int().argmax(1) - 1
+    count = lengths - 1 - first - 1  # the last token of an answer has none after it that could be drafted
+    rows = first[:, None] + torch.arange(max(1, int(count.max())), device=labels.device)
+    is_row = rows < (first + count)[:, None]
+    return rows.clamp(max=labels.shape[1] - 2), is_row
+
+
+def taken(values: Tensor, rows: Tensor) -> Tensor:
+    """`values` [B, T, ...] at `rows` [B, A], the last one past the end."""
+    rows = rows.clamp(max=values.shape[1] - 1)
+    return values[torch.arange(len(values), device=values.device)[:, None], rows]
+
+
 def engine_steps(matches: np.ndarray) -> np.ndarray:
     """What a greedy engine accepts at each of its steps through an answer.
 
     Args:
-        matches: [T, steps] of one answer, of `MtpDraft.forward`.
+        matches: [A, steps] of one answer, of `MtpDraft.forward`.
     Returns:
         [N, steps] int64 for N steps of the engine: whether the draft up to there was accepted, or `NOT_COUNTED` past
         the end of the answer. A step begins after the token that the target gave in the one before.

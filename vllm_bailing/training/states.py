@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from vllm_bailing.planning.training import STATE_BYTES
 from vllm_bailing.training.answers import Answer
 
 CHUNK_BYTES = 2**28
+BATCH_TOKENS = 4096  # that the target reads at once, with padding
 _INDEX = "index.json"
 
 
@@ -59,23 +60,40 @@ def record(
             save_file({"hidden_states": torch.cat(chunk)}, folder / f"states-{number:05d}.safetensors")
         chunk, size, number = [], 0, number + 1
 
-    for answer in answers:
-        token_ids = answer.token_ids[: max_length - 1]
-        prompt = answer.prompt_token_ids[-(max_length - len(token_ids)) :]
-        ids = [*prompt, *token_ids]
-        states = target.model(torch.tensor([ids], device=target.device), use_cache=False).last_hidden_state[0]
-        examples.append(
-            Example(ids, len(prompt), answer.kind, answer.held_out, f"states-{number:05d}.safetensors", size)
-        )
-        chunk.append(states.bfloat16().cpu())
-        size += len(ids)
-        if size * states.shape[1] * STATE_BYTES >= CHUNK_BYTES:
+    for batch in _batches(answers, max_length):
+        width = max(len(prompt) + len(said) for _, prompt, said in batch)
+        # Padding on the right, which causal attention never sees.
+        ids = torch.tensor([[*prompt, *said] + [0] * (width - len(prompt) - len(said)) for _, prompt, said in batch])
+        found = target.model(ids.to(target.device), use_cache=False).last_hidden_state
+        for row, (answer, prompt, said) in zip(found, batch, strict=True):
+            token_ids, file = [*prompt, *said], f"states-{number:05d}.safetensors"
+            examples.append(Example(token_ids, len(prompt), answer.kind, answer.held_out, file, size))
+            chunk.append(row[: len(token_ids)].bfloat16().cpu())
+            size += len(token_ids)
+        if size * found.shape[2] * STATE_BYTES >= CHUNK_BYTES:
             flush()
-        progress(1)
+        progress(len(batch))
     flush()
     rows = [vars(example) for example in examples]
     (folder / _INDEX).write_text(json.dumps(rows), encoding="utf-8")
     return examples
+
+
+def _batches(answers: list[Answer], max_length: int) -> Iterator[list[tuple[Answer, list[int], list[int]]]]:
+    """Answers of like length with the prompt and answer that are kept, `BATCH_TOKENS` together."""
+    rows = []
+    for answer in answers:
+        said = answer.token_ids[: max_length - 1]
+        rows.append((answer, answer.prompt_token_ids[-(max_length - len(said)) :], said))
+    rows.sort(key=lambda row: len(row[1]) + len(row[2]))
+    batch: list[tuple[Answer, list[int], list[int]]] = []
+    for row in rows:
+        if batch and (len(batch) + 1) * (len(row[1]) + len(row[2])) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def recorded(folder: Path) -> list[Example] | None:

@@ -139,6 +139,7 @@ def make_trainer(
         eval_steps=often,
         save_steps=often,
         save_total_limit=1,
+        train_sampling_strategy="group_by_length",
         label_names=["labels"],
         remove_unused_columns=False,
         disable_tqdm=True,
@@ -178,7 +179,7 @@ class Acceptance:
 
 
 def acceptance(matches: np.ndarray) -> Acceptance:
-    """Of the rows of `MtpDraft.forward`'s `matches` [B, T, steps]."""
+    """Of the rows of `MtpDraft.forward`'s `matches` [B, A, steps]."""
     steps = np.concatenate([engine_steps(row) for row in matches])
     return Acceptance((steps >= 0).sum(0).tolist(), (steps == 1).sum(0).tolist())
 
