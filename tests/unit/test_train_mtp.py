@@ -161,13 +161,16 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(stopped, base, tmp_pat
     assert done.exit_code == 2 and "out.work; go on with --resume, or remove it" in done.stderr
     done = train(base, tmp_path / "out", "--resume", "--seed", 1)
     assert done.exit_code == 2 and "has seed=0, not 1; give the same options" in done.stderr
+    shown = []
+    monkeypatch.setattr(Terminal, "step", lambda self, step, steps, logs: shown.append(step))
     assert train(base, tmp_path / "out", "--resume").exit_code == 0
+    assert min(shown) == stopped  # what was done before is not done again
     whole, out = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "out")
     assert all(torch.equal(whole[name], out[name]) for name in whole)
     one, other = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "out"))
     assert one["acceptance"] == other["acceptance"]
-    key = "loss"
-    assert [row[key] for row in one["history"] if key in row] == [row[key] for row in other["history"] if key in row]
+    losses = [[row["loss"] for row in numbers["history"] if "loss" in row] for numbers in (one, other)]
+    assert losses[0] == losses[1] and len(losses[0]) == STEPS
 
 
 # ---- what it refuses --------------------------------------------------------------------------------------------
