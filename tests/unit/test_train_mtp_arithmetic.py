@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from tests.support.checkpoints import PROMPT, make_checkpoint
+from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer
 from tests.support.config_switches import switched
 from vllm_bailing.bench.statistics import wilson
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.config import read_config
 from vllm_bailing.reference import BailingMoeV2ForCausalLM, rotary_cos_sin
-from vllm_bailing.training.answers import questions_of
+from vllm_bailing.training.answers import Question, ask_plain, questions_of
 from vllm_bailing.training.draft import DECAY, NOT_COUNTED, MtpDraft, engine_steps
 from vllm_bailing.training.files import embedding_and_head, layer_from
 from vllm_bailing.training.states import collate
@@ -147,6 +147,21 @@ def test_an_engine_s_steps():
     assert engine_steps(matches).tolist() == [[1, 1], [0, 0], [1, 0], [1, n]]
     found = acceptance(np.stack([matches, np.full_like(matches, n)]))
     assert (found.drafts, found.accepted) == ([4, 3], [3, 1]) and found.shares == [0.75, 1 / 3]
+
+
+def test_the_plain_model_answers_as_it_does_alone(tmp_path):
+    folder = make_checkpoint(tmp_path, num_hidden_layers=2)
+    model = BailingMoeV2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = [PROMPT[start : start + 3 + 2 * start] for start in range(8)]
+    alone = [plain_answer(folder, prompt, 6)[1] for prompt in prompts]
+    stop = alone[3][2]  # ends this answer after three tokens at most
+    model.generation_config.eos_token_id = stop
+    wanted = [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in alone]
+    questions = [Question(ids, "", False, 0.0) for ids in prompts] + [Question(PROMPT[:4], "", False, 1.0)] * 2
+    done = []
+    came = ask_plain(model, questions, 6, 0, done.append)
+    assert came[:-2] == wanted and sum(done) == len(questions)
+    assert came[-2:] == ask_plain(model, questions, 6, 0, done.append)[-2:] != [wanted[0]] * 2
 
 
 @settings(max_examples=50, deadline=None)

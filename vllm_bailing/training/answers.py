@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from vllm_bailing.bench.runner import Task, run_task
 from vllm_bailing.errors import BenchError, TrainError
 from vllm_bailing.tools.prompts import json_row, read_lines
 
+_AT_ONCE = 16  # questions that the plain model answers together
 _FORM = 'give {"prompt_token_ids": [...], "token_ids": [...]}, and if you like "kind" and "held_out"'
 
 
@@ -119,19 +121,36 @@ def ask_vllm(
 def ask_plain(
     target: Any, questions: list[Question], max_tokens: int, seed: int, progress: Callable[[int], object]
 ) -> list[list[int]]:
-    """As `ask_vllm`, by the plain model `target`, one question after the other: for small models."""
+    """As `ask_vllm`, by the plain model `target`, a few questions of like length at once: for small models."""
     import torch
 
     torch.manual_seed(seed)
-    answers = []
-    for question in questions:
-        ids = torch.tensor([question.token_ids], device=target.device)
-        sampling: dict[str, Any] = {"do_sample": question.temperature > 0}
-        if question.temperature > 0:
-            sampling |= {"temperature": question.temperature, "top_k": 0, "top_p": 1.0}
-        answer = target.generate(ids, max_new_tokens=max_tokens, pad_token_id=0, **sampling)
-        answers.append(answer[0, ids.shape[1] :].tolist())
-        progress(1)
+    stops = target.generation_config.eos_token_id
+    stops = set(stops if isinstance(stops, list) else [stops])
+    answers: list[list[int]] = [[]] * len(questions)
+    order = sorted(range(len(questions)), key=lambda n: (questions[n].temperature, len(questions[n].token_ids)))
+    for _, group in itertools.groupby(order, key=lambda n: questions[n].temperature):
+        numbers = list(group)
+        for start in range(0, len(numbers), _AT_ONCE):
+            batch = numbers[start : start + _AT_ONCE]
+            asked = [questions[number] for number in batch]
+            width = max(len(question.token_ids) for question in asked)
+            ids = torch.tensor([[0] * (width - len(one.token_ids)) + one.token_ids for one in asked])
+            mask = torch.tensor([[0] * (width - len(one.token_ids)) + [1] * len(one.token_ids) for one in asked])
+            sampling: dict[str, Any] = {"do_sample": asked[0].temperature > 0}
+            if asked[0].temperature > 0:
+                sampling |= {"temperature": asked[0].temperature, "top_k": 0, "top_p": 1.0}
+            said = target.generate(
+                ids.to(target.device),
+                attention_mask=mask.to(target.device),
+                max_new_tokens=max_tokens,
+                pad_token_id=0,
+                **sampling,
+            )
+            for number, row in zip(batch, said[:, width:].tolist(), strict=True):
+                end = next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
+                answers[number] = row[:end]
+            progress(len(batch))
     return answers
 
 
