@@ -21,7 +21,7 @@ from vllm_bailing.config import read_config
 from vllm_bailing.draft_target import KEY, DraftTarget, other_target
 from vllm_bailing.planning.training import LORA, layer_elements, memory_needed, trained_elements
 from vllm_bailing.tools import doctor
-from vllm_bailing.training import checks
+from vllm_bailing.training import checks, files
 
 STEPS = 6
 
@@ -171,6 +171,20 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(stopped, base, tmp_pat
     assert one["acceptance"] == other["acceptance"]
     losses = [[row["loss"] for row in numbers["history"] if "loss" in row] for numbers in (one, other)]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
+
+
+def test_a_disk_that_fills_up_at_the_end_costs_nothing(base, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write_merged", full)
+        done = train(base, tmp_path / "out", "--merge", tmp_path / "merged")
+    assert_refused(done, "No space left on device; make room and go on with --resume")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "merged").exists()
+    assert train(base, tmp_path / "out", "--merge", tmp_path / "merged", "--resume").exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "merged"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"model.safetensors", "README.md", "training.png"}
 
 
 # ---- what it refuses --------------------------------------------------------------------------------------------

@@ -16,11 +16,11 @@ from vllm_bailing.bench.statistics import wilson
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.config import read_config
 from vllm_bailing.reference import BailingMoeV2ForCausalLM, rotary_cos_sin
-from vllm_bailing.training.answers import Question, ask_plain, questions_of
+from vllm_bailing.training.answers import Answer, Question, ask_plain, questions_of
 from vllm_bailing.training.draft import DECAY, NOT_COUNTED, MtpDraft, engine_steps
 from vllm_bailing.training.files import embedding_and_head, layer_from
-from vllm_bailing.training.states import collate
-from vllm_bailing.training.trainer import acceptance
+from vllm_bailing.training.states import States, collate, record
+from vllm_bailing.training.trainer import Part, Settings, acceptance, make_trainer, measure
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 STEPS, FIRST = 3, 5
@@ -162,6 +162,31 @@ def test_the_plain_model_answers_as_it_does_alone(tmp_path):
     came = ask_plain(model, questions, 6, 0, done.append)
     assert came[:-2] == wanted and sum(done) == len(questions)
     assert came[-2:] == ask_plain(model, questions, 6, 0, done.append)[-2:] != [wanted[0]] * 2
+
+
+def test_acceptance_is_told_apart_by_kind_whatever_the_order(tmp_path):
+    model, draft = opened(tmp_path / "model", vocab_size=4)  # so few tokens that many drafts are right
+    answers = [
+        Answer(
+            [n % 4 for n in PROMPT[start : start + 3 + start % 7]], [n % 4 for n in PROMPT[: 4 + 3 * (start % 5)]], kind
+        )
+        for start, kind in enumerate("abcbaaccbabcacbbac")
+    ]
+    examples = record(model, answers, 40, tmp_path / "states", lambda _: None)
+    wanted = {}
+    for kind in "abc":
+        rows = [collate([one]) for one in States(tmp_path / "states", [e for e in examples if e.kind == kind])]
+        counted = [acceptance(draft(**row)["matches"].numpy()) for row in rows]
+        wanted[kind] = [
+            [sum(x) for x in zip(*parts, strict=True)]
+            for parts in zip(*((c.drafts, c.accepted) for c in counted), strict=True)
+        ]
+    data = States(tmp_path / "states", examples)
+    trainer = make_trainer(draft, data, data, Settings(1, 5, 0.1, Part.whole, 0), tmp_path / "t", lambda *_: None)
+    found = measure(trainer, data)
+    assert {kind: [one.drafts, one.accepted] for kind, one in found.items() if kind} == wanted
+    assert found[""].drafts == [sum(one) for one in zip(*(drafts for drafts, _ in wanted.values()), strict=True)]
+    assert len({one.shares[0] for one in found.values()}) == 4
 
 
 @settings(max_examples=50, deadline=None)

@@ -91,31 +91,17 @@ def train_mtp(
 
         checks.check_packages()
         settings = trainer.Settings(steps, batch_size, learning_rate, trainer.Part(part.value), seed)
-        request = run.Request(
-            target,
-            init,
-            data,
-            answers,
-            out,
-            settings,
-            draft_tokens,
-            max_tokens,
-            max_length,
-            samples,
-            temperature,
-            generator.value,
-            arguments,
-            merge,
-        )
+        sizes = (draft_tokens, max_tokens, max_length, samples, temperature)
+        request = run.Request(target, init, data, answers, out, settings, *sizes, generator.value, arguments, merge)
         with output.output_aside():
             result = run.train(request, Terminal(), resume)
-            written = card.write_card(result)
-            run.clean_up(request)
+            card.write_card(result, request.layer)
+            run.finish(request)
     except TrainError as error:
         raise output.fail("train-mtp", error, 2) from None
     except OSError as error:  # a disk that fills up on the way
         raise output.fail("train-mtp", f"{error}; make room and go on with --resume", 2) from None
-    _show(result, written)
+    _show(result)
 
 
 def _plan(model: str, gpu: str, gpus: int, answers: int, length: int, answer_length: int, draft_tokens: int) -> None:
@@ -179,7 +165,7 @@ class Terminal:
         self.console.print(f"step {step}/{steps}  " + (accepted if positions else f"loss {logs['loss']:.4f}"))
 
 
-def _show(result: Result, written: list[Path]) -> None:
+def _show(result: Result) -> None:
     from vllm_bailing.training.card import rows_of
 
     count = result.request.draft_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -63,10 +64,9 @@ def rows_of(result: Result) -> list[tuple[str, str, list[str]]]:
     ]
 
 
-def write_card(result: Result) -> list[Path]:
-    """Write README.md, training.json and, with matplotlib, training.png beside the layer."""
+def write_card(result: Result, folder: Path) -> None:
+    """Write README.md, training.json and, with matplotlib, training.png into the layer's folder."""
     request, settings = result.request, result.request.settings
-    out = request.out
     numbers = {
         "request": json.loads(json.dumps(asdict(request), default=str)),
         "target": result.made_for.to_json(),
@@ -77,20 +77,17 @@ def write_card(result: Result) -> list[Path]:
         },
         "history": result.history,
     }
-    written = [out / "README.md", out / "training.json"]
-    written[1].write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    try:
-        plot(result, out / "training.png")
-        written.append(out / "training.png")
-    except ImportError:
-        pass
+    (folder / "training.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    picture = folder / "training.png"
+    with contextlib.suppress(ImportError):
+        plot(result, picture)
     count = request.draft_tokens
     rows = "\n".join(f"| {kind} | {layer} | {' | '.join(texts)} |" for kind, layer, texts in rows_of(result))
-    written[0].write_text(
+    (folder / "README.md").write_text(
         _CARD.format(
             name=result.made_for.name,
             target=request.target,
-            out=out,
+            out=request.out,
             config=result.made_for.config,
             weights=result.made_for.weights,
             tokens=count,
@@ -103,11 +100,10 @@ def write_card(result: Result) -> list[Path]:
             positions=" | ".join(f"position {number}" for number in range(1, count + 1)),
             rules=" | ".join(["---"] * count),
             rows=rows,
-            plot="\n![Loss and acceptance](training.png)\n" if len(written) == 3 else "",
+            plot="\n![Loss and acceptance](training.png)\n" if picture.exists() else "",
         ),
         encoding="utf-8",
     )
-    return written
 
 
 def plot(result: Result, path: Path) -> None:

@@ -67,6 +67,11 @@ class Request:
         """Where a run keeps what it needs to go on."""
         return self.out.with_name(f"{self.out.name}.work")
 
+    @property
+    def layer(self) -> Path:
+        """Where the layer is written; it becomes `out` when it is complete."""
+        return self.work / "layer"
+
 
 class Show(Protocol):
     """What a run tells its user."""
@@ -99,7 +104,7 @@ class Result:
 
 
 def train(request: Request, show: Show, resume: bool = False) -> Result:
-    """Train a layer and write it to `request.out`, and merged into a copy of the target where that is asked for.
+    """Train a layer and write it to `request.layer`, and merged into a copy of the target where that is asked for.
 
     Raises:
         TrainError: If something is missing, does not fit or has no room; before any long work where it can be known.
@@ -117,9 +122,13 @@ def train(request: Request, show: Show, resume: bool = False) -> Result:
     draft = _draft(request, target, init)
     result = _trained(request, draft, examples, made_for, show, resume)
     layer = files.published_layer(layer_state(draft), target.config)
-    files.write_draft(request.out, layer, target.folder, made_for)
+    shutil.rmtree(request.layer, ignore_errors=True)
+    files.write_draft(request.layer, layer, target.folder, made_for)
     if request.merge is not None:
-        files.write_merged(request.merge, layer, target.folder, made_for)
+        part = request.merge.with_name(f"{request.merge.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        files.write_merged(part, layer, target.folder, made_for)
+        part.replace(request.merge)
     return result
 
 
@@ -290,6 +299,7 @@ def _trained(
     return Result(request, made_for, before, after, trainer.state.log_history, len(examples))
 
 
-def clean_up(request: Request) -> None:
-    """Remove what an interrupted run would need."""
+def finish(request: Request) -> None:
+    """Put the layer where it was asked for, and remove what an interrupted run would need."""
+    request.layer.replace(request.out)
     shutil.rmtree(request.work)

@@ -109,6 +109,10 @@ class States(Dataset[dict[str, Any]]):
         self.folder, self.examples = folder, examples
         self._files: dict[str, Any] = {}
 
+    def of_kind(self, kind: str) -> States:
+        """The examples of one kind of text."""
+        return States(self.folder, [example for example in self.examples if example.kind == kind])
+
     def __len__(self) -> int:
         return len(self.examples)
 

@@ -186,9 +186,9 @@ def acceptance(matches: np.ndarray) -> Acceptance:
 
 def measure(trainer: Trainer, held_out: States) -> dict[str, Acceptance]:
     """Acceptance on the held-out answers, by kind; that of all is under ""."""
-    matches = trainer.predict(held_out).predictions
-    kinds = [example.kind for example in held_out.examples]
-    result = {"": acceptance(matches)}
-    for kind in sorted(set(kinds) - {""}):
-        result[kind] = acceptance(matches[[number for number, one in enumerate(kinds) if one == kind]])
-    return result
+    # Kind by kind: the trainer sorts what it evaluates by length.
+    kinds = sorted({example.kind for example in held_out.examples})
+    found = {kind: acceptance(trainer.predict(held_out.of_kind(kind)).predictions) for kind in kinds}
+    drafts = [sum(counts) for counts in zip(*(one.drafts for one in found.values()), strict=True)]
+    accepted = [sum(counts) for counts in zip(*(one.accepted for one in found.values()), strict=True)]
+    return {"": Acceptance(drafts, accepted), **{kind: one for kind, one in found.items() if kind}}
