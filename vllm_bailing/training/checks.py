@@ -91,8 +91,10 @@ def _source(model: str, what: str) -> Source:
 
 
 def check_packages() -> None:
-    """Raises:
-    TrainError: If what `Trainer` needs is not installed.
+    """Whether `Trainer` has what it needs.
+
+    Raises:
+        TrainError: If what `Trainer` needs is not installed.
     """
     try:
         import accelerate  # noqa: F401
@@ -101,8 +103,10 @@ def check_packages() -> None:
 
 
 def check_folder(folder: Path, flag: str) -> None:
-    """Raises:
-    TrainError: If there is something in the folder, or no place for it.
+    """Whether a folder can be written.
+
+    Raises:
+        TrainError: If there is something in the folder, or no place for it.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise TrainError(f"{flag} {folder} is not an empty folder; choose another one")
@@ -111,8 +115,10 @@ def check_folder(folder: Path, flag: str) -> None:
 
 
 def check_memory(config: BailingMoeV2Config, model: str, part: str) -> None:
-    """Raises:
-    TrainError: If the weights alone do not fit into the memory that is free.
+    """Whether the weights of either part of a run fit into the memory that is free.
+
+    Raises:
+        TrainError: If the weights alone do not fit into the memory that is free.
     """
     import psutil
     import torch
@@ -136,8 +142,10 @@ def check_memory(config: BailingMoeV2Config, model: str, part: str) -> None:
 
 
 def check_disk(folder: Path, needed: int, what: str) -> None:
-    """Raises:
-    TrainError: If a file system has less than `needed` bytes free.
+    """Whether a file system has `needed` bytes free.
+
+    Raises:
+        TrainError: If a file system has less than `needed` bytes free.
     """
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
