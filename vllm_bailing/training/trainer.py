@@ -118,6 +118,9 @@ def make_trainer(
     """
     import torch
 
+    # Its name before was `group_by_length`.
+    is_new = "train_sampling_strategy" in TrainingArguments.__dataclass_fields__
+    grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"} if is_new else {"group_by_length": True}
     often = max(1, settings.steps // 10)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -139,7 +142,7 @@ def make_trainer(
         eval_steps=often,
         save_steps=often,
         save_total_limit=1,
-        train_sampling_strategy="group_by_length",
+        **grouped,
         label_names=["labels"],
         remove_unused_columns=False,
         disable_tqdm=True,
