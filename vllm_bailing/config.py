@@ -86,6 +86,7 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Keys beside those of the architecture: what the files are, and what the model is used for. None changes a layer.
 _COMMON = frozenset(
     "model_type transformers_version dtype torch_dtype quantization_config stored_quantization_config bos_token_id "
+    "mtp_target "  # of a trained MTP layer, see draft_target.py
     "name_or_path _name_or_path return_dict output_hidden_states output_attentions chunk_size_feed_forward n_predict "
     # classifiers, rerankers and embeddings
     "id2label label2id num_labels problem_type head_dtype sentence_transformers matryoshka_dimensions is_matryoshka "

@@ -32,21 +32,24 @@ WITHOUT = {
     "vllm_bailing.adapters": ["vllm"],
     "vllm_bailing.adapter_audit": ["vllm"],
     "vllm_bailing.dequantize": ["vllm"],
+    "vllm_bailing.draft_target": ["vllm"],
     "vllm_bailing.reference": ["vllm"],
     "vllm_bailing.reference_layers": ["vllm"],
     "vllm_bailing.plugin.supported_versions": ["vllm", "torch", "transformers"],
     "vllm_bailing.plugin.patches": ["vllm", "torch", "transformers"],
     "vllm_bailing.planning.plan": ["vllm"],
+    "vllm_bailing.planning.training": ["vllm"],
+    "vllm_bailing.training.run": ["vllm"],
     "vllm_bailing.cli": ["vllm", "torch", "transformers"],
 }
 # Modules that registration imports, or that must answer at once: torch comes when it computes. (transformers imports
 # it by itself, so this looks at our own imports.)
 WITHOUT_TORCH = "config rope folders tensor_names layouts checkpoint checkpoint_audit likely_causes"
-WITHOUT_TORCH += " adapters adapter_audit dequantize"
-WITHOUT_TORCH += " plugin/patches plugin/checks plugin/speculation plugin/lora"
+WITHOUT_TORCH += " adapters adapter_audit dequantize draft_target"
+WITHOUT_TORCH += " plugin/patches plugin/checks plugin/speculation plugin/lora plugin/agreement"
 WITHOUT_TORCH += " planning/gpus planning/memory planning/plan planning/request planning/choice planning/traffic"
-WITHOUT_TORCH += " planning/serve planning/roofline tools/doctor tools/verify tools/chat tools/demo"
-WITHOUT_TORCH += " tools/quantize tools/draft_vocab tools/info cli/__init__"
+WITHOUT_TORCH += " planning/serve planning/roofline planning/training tools/doctor tools/verify tools/chat tools/demo"
+WITHOUT_TORCH += " tools/quantize tools/draft_vocab tools/info tools/prompts cli/__init__"
 
 
 MARKS = ("Differs:  ", "Upstream: ", "Remove:   ")
@@ -168,6 +171,7 @@ def test_a_change_of_vllm_elsewhere_would_be_seen():
         ("model.py", "from vllm_bailing import reference", "do not know each other"),
         ("router.py", "from vllm_bailing import reference_layers", "do not know each other"),
         ("planning/memory.py", "import torch", "needs neither vLLM nor torch"),
+        ("plugin/speculation.py", "from vllm_bailing.training import run", "Imports point one way"),
     ],
 )
 def test_an_import_the_wrong_way_is_refused(file, line, contract, tmp_path):

@@ -1,5 +1,9 @@
 """The measurement of MTP: what is computed from the runs, what is written, what is refused."""
 
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 from typer.testing import CliRunner
 
@@ -48,6 +52,102 @@ def test_summary_pairs_the_rounds_and_counts_acceptance():
     assert two["acceptance"] == [28 / 40, 12 / 40]
     assert two["acceptance_length"] == 2.0
     assert plain["same_answers"] and not two["same_answers"]
+    for share, (low, high) in zip(two["acceptance"], two["interval"], strict=True):
+        assert 0 < low < share < high < 1
+    assert two["drafts"] == 40 and two["kinds"] == {} and plain["acceptance"] == plain["interval"] == []
+
+
+def test_kinds_of_text_are_told_apart():
+    one, other = measured(10, 1.0, 9, (8, 4)), measured(10, 1.0, 9, (8, 4))
+    one.kinds, other.kinds = {"code": (4, [4, 3]), "prose": (5, [4, 1])}, {"code": (6, [4, 2]), "prose": (5, [3, 0])}
+    base = measured(10, 1.0)
+    _, row = mtp.summarize({"0": [{1: base}] * 2, "2": [{1: one}, {1: other}]}, "0")
+    assert {kind: (found["drafts"], found["acceptance"]) for kind, found in row["kinds"].items()} == {
+        "code": (10, [0.8, 0.5]),
+        "prose": (10, [0.7, 0.1]),
+    }
+
+
+def test_counters_that_were_not_there_yet_count_from_zero():
+    assert mtp.difference((5, [3, 1]), (0, [])) == (5, [3, 1])
+    assert mtp.difference((5, [3, 1]), (2, [2, 1])) == (3, [1, 0])
+    assert mtp.prompt_of("Hi").messages == [{"role": "user", "content": "Hi"}]
+
+
+METRICS = """# HELP vllm:spec_decode_num_drafts_total drafts
+# TYPE vllm:spec_decode_num_drafts_total counter
+vllm:spec_decode_num_drafts_total{engine="0",model_name="m"} 30.0
+vllm:spec_decode_num_drafts_total{engine="1",model_name="m"} 10.0
+# HELP vllm:spec_decode_num_accepted_tokens_per_pos_total accepted
+# TYPE vllm:spec_decode_num_accepted_tokens_per_pos_total counter
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="1"} 15.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="0"} 24.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="1",model_name="m",position="0"} 6.0
+"""
+
+
+@pytest.fixture
+def metrics_server():
+    """A server whose /metrics shows what `texts` has, one after the other, the last of them again and again."""
+    texts = [METRICS]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            text = texts.pop(0) if len(texts) > 1 else texts[0]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(b'{"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": []}')
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", texts
+    server.shutdown()
+
+
+def test_a_running_server_is_read(metrics_server):
+    url, texts = metrics_server
+    done = CliRunner().invoke(app, ["bench", "mtp", "m", "--url", url, "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)["all"]
+    assert (found["drafts"], found["acceptance"]) == (40, [0.75, 0.375])
+    done = CliRunner().invoke(app, ["bench", "mtp", "m", "--url", f"{url}/v1"], env={"COLUMNS": "80"})
+    assert "75 % (60-86)" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
+    texts[:] = ["nothing"]
+    done = CliRunner().invoke(app, ["bench", "mtp", "m", "--url", url])
+    assert "counts no drafts; start the server with --speculative-config" in done.output
+
+
+def test_a_running_server_is_asked_by_kind(metrics_server, tmp_path):
+    url, texts = metrics_server
+    later = METRICS.replace(" 30.0", " 50.0").replace(" 24.0", " 34.0")
+    latest = later.replace(" 50.0", " 60.0").replace(" 15.0", " 17.0")
+    texts[:] = [METRICS, METRICS, later, later, latest]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(
+        '{"prompt": "a", "kind": "code"}\n{"prompt": "b", "kind": "prose"}\n{"prompt": "c", "kind": "code"}\n'
+    )
+    done = CliRunner().invoke(app, ["bench", "mtp", "m", "--url", url, "--prompts", str(file), "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    counted = {kind: (one["drafts"], one["acceptance"]) for kind, one in found.items()}
+    assert counted == {"all": (30, [1 / 3, 2 / 30]), "code": (20, [0.5, 0.0]), "prose": (10, [0.0, 0.2])}
+
+
+def test_a_server_that_is_not_there_and_prompts_that_are_none_are_refused(tmp_path):
+    done = CliRunner().invoke(app, ["bench", "mtp", "m", "--url", "http://127.0.0.1:9"])
+    assert done.exit_code and "http://127.0.0.1:9/metrics does not answer" in done.output
+    done = CliRunner().invoke(app, ["bench", "mtp", "m", "--prompts", str(tmp_path / "x")], env={"COLUMNS": "200"})
+    assert done.exit_code == 2 and "cannot be read" in done.output
 
 
 def row(size, arm, median, low):

@@ -54,7 +54,7 @@ def test_options_stand_where_they_are_expected():
     assert with_option("--tensor-parallel-size") == {"plan", "tune", "bench compare"}
     assert with_option("--dtype") == {"plan", "tune", "verify", "bench compare"}
     assert with_option("--json") == {"info", "doctor", "plan", "verify", "chat", "tune", "bench mtp", "bench compare"}
-    assert with_option("--engine") == {"verify", "bench mtp", "bench compare"}
+    assert with_option("--engine") == {"verify", "bench mtp", "bench compare", "train-mtp"}
 
 
 @pytest.mark.parametrize("spelling", ["--tensor-parallel-size", "--tp", "-tp"])

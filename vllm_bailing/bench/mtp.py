@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vllm_bailing.bench.runner import Task
+from vllm_bailing.bench.statistics import wilson
 from vllm_bailing.plugin.options import DRAFT_VOCABULARY
+from vllm_bailing.tools.prompts import Prompt
 
 DEFAULT_PROMPTS = (
     "What is YaRN?",
@@ -32,6 +34,7 @@ class Measurement:
         seconds: From the first request to the last answer.
         drafts, accepted: Drafts made, and draft tokens accepted at each position.
         checksum: Of the token ids of all answers, the first time.
+        kinds: Drafts and accepted tokens of the prompts of each kind alone, which were answered once more.
     """
 
     tokens: int
@@ -39,6 +42,7 @@ class Measurement:
     drafts: int = 0
     accepted: list[int] = field(default_factory=list)
     checksum: int = 0
+    kinds: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
 
     @property
     def speed(self) -> float:
@@ -52,13 +56,14 @@ class MtpTask(Task):
 
     Attributes:
         batch_sizes: Requests that run at once; each size is measured in turn.
-        prompts: User messages, sent through the chat template, or as plain text where the model has none.
+        prompts: User messages, or `Prompt`s as dictionaries; sent through the chat template, or as plain text where the
+            model has none.
         max_tokens: Most tokens of an answer.
         ignore_eos: Whether every answer goes on to that limit.
     """
 
     batch_sizes: list[int]
-    prompts: list[str]
+    prompts: list[Any]
     max_tokens: int
     ignore_eos: bool = False
 
@@ -78,17 +83,8 @@ def measure(task: MtpTask) -> dict[int, Measurement]:
     options = {"max_num_seqs": max(task.batch_sizes), "disable_log_stats": False, **task.engine}
     llm = LLM(task.model, **options)
     params = SamplingParams(temperature=0, max_tokens=task.max_tokens, ignore_eos=task.ignore_eos)
-    tokenizer = llm.get_tokenizer()
-    requests: list[Any] = list(task.prompts)
-    if getattr(tokenizer, "chat_template", None):
-        requests = [
-            {
-                "prompt_token_ids": tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-                )
-            }
-            for prompt in task.prompts
-        ]
+    asked = [prompt_of(prompt) for prompt in task.prompts]
+    requests: list[Any] = [{"prompt_token_ids": prompt.token_ids(llm.get_tokenizer())} for prompt in asked]
 
     def counters() -> tuple[int, list[int]]:
         metrics: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}
@@ -96,7 +92,7 @@ def measure(task: MtpTask) -> dict[int, Measurement]:
         accepted = metrics.get("vllm:spec_decode_num_accepted_tokens_per_pos")
         return (drafts.value if drafts else 0), (list(accepted.values) if accepted else [])
 
-    def generate(batch_size: int) -> tuple[int, int]:
+    def generate(batch_size: int, requests: list[Any] = requests) -> tuple[int, int]:
         tokens, checksum = 0, 0
         for start in range(0, len(requests), batch_size):
             for output in llm.generate(requests[start : start + batch_size], params, use_tqdm=False):
@@ -113,15 +109,26 @@ def measure(task: MtpTask) -> dict[int, Measurement]:
         tokens, checksum = generate(batch_size)
         while (seconds := time.perf_counter() - started) < MIN_SECONDS:
             tokens += generate(batch_size)[0]
-        drafts, accepted = counters()
-        results[batch_size] = Measurement(
-            tokens,
-            seconds,
-            drafts - drafts_before,
-            [now - before for now, before in zip(accepted, accepted_before, strict=True)],
-            checksum,
-        )
+        drafts, accepted = difference(counters(), (drafts_before, accepted_before))
+        results[batch_size] = Measurement(tokens, seconds, drafts, accepted, checksum)
+    kinds = {prompt.kind for prompt in asked} - {""} if "speculative_config" in task.engine else set()
+    for kind in sorted(kinds):
+        before = counters()
+        of_kind = [one for one, prompt in zip(requests, asked, strict=True) if prompt.kind == kind]
+        generate(max(task.batch_sizes), of_kind)
+        results[max(task.batch_sizes)].kinds[kind] = difference(counters(), before)
     return results
+
+
+def prompt_of(value: Any) -> Prompt:
+    """A prompt of `MtpTask.prompts`."""
+    return Prompt([{"role": "user", "content": value}]) if isinstance(value, str) else Prompt(**value)
+
+
+def difference(now: tuple[int, list[int]], before: tuple[int, list[int]]) -> tuple[int, list[int]]:
+    """Drafts and accepted tokens by position between two readings; the first may come before any draft."""
+    past = before[1] or [0] * len(now[1])
+    return now[0] - before[0], [count - old for count, old in zip(now[1], past, strict=True)]
 
 
 def mtp_tasks(
@@ -156,8 +163,9 @@ def summarize(results: dict[str, list[dict[int, Measurement]]], baseline: str) -
     """One row per batch size and arm.
 
     Speed is the median over rounds with its range; `ratio` is that of the arm to `baseline` in the same round, median
-    and range. `acceptance` has, per draft position, the share of drafts accepted up to there; `acceptance_length` is
-    the mean number of tokens that a step of the target yields.
+    and range. `acceptance` has, per draft position, the share of drafts accepted up to there, and `interval` the 95 %
+    interval of each; `kinds` both for each kind of text; `acceptance_length` is the mean number of tokens that a step
+    of the target yields.
     """
     rows = []
     for size in results[baseline][0]:
@@ -173,12 +181,31 @@ def summarize(results: dict[str, list[dict[int, Measurement]]], baseline: str) -
                     "arm": arm,
                     "tokens_per_second": _spread([one.speed for one in measurements]),
                     "ratio": _spread([mine.speed / other.speed for mine, other in pairs]),
-                    "acceptance": [count / drafts for count in accepted] if drafts else [],
+                    **acceptance_of(drafts, accepted if drafts else []),
+                    "kinds": _by_kind(measurements),
                     "acceptance_length": 1 + sum(accepted) / drafts if drafts else 1.0,
                     "same_answers": {one.checksum for one in measurements} == {one.checksum for one in base},
                 }
             )
     return rows
+
+
+def _by_kind(measurements: list[Measurement]) -> dict[str, dict[str, Any]]:
+    result = {}
+    for kind in measurements[0].kinds:
+        counts = [one.kinds[kind] for one in measurements]
+        accepted = [sum(position) for position in zip(*(one[1] for one in counts), strict=True)]
+        result[kind] = acceptance_of(sum(one[0] for one in counts), accepted)
+    return result
+
+
+def acceptance_of(drafts: int, accepted: list[int]) -> dict[str, Any]:
+    """`drafts`, and by position `acceptance` and its `interval`."""
+    return {
+        "drafts": drafts,
+        "acceptance": [count / drafts if drafts else 0.0 for count in accepted],
+        "interval": [wilson(count, drafts) for count in accepted],
+    }
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -51,6 +51,20 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """95 % interval of a share of `trials`; (0, 1) without any.
+
+    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+    """
+    if not trials:
+        return 0.0, 1.0
+    z = statistics.NormalDist().inv_cdf(0.975)
+    share, scale = successes / trials, 1 + z * z / trials
+    middle = share + z * z / (2 * trials)
+    width = z * (share * (1 - share) / trials + z * z / (4 * trials * trials)) ** 0.5
+    return max(0.0, (middle - width) / scale), min(1.0, (middle + width) / scale)
+
+
 def judge(ratios: list[float], noise: float, kind: Kind) -> str:
     """The verdict on an arm.
 

@@ -23,6 +23,7 @@ from vllm_bailing.cli import (
     paths,
     plan,
     quantize,
+    train_mtp,
     tune,
     verify,
 )
@@ -62,6 +63,7 @@ app.command()(doctor.doctor)
 app.command()(plan.plan)
 app.command()(draft_vocab.draft_vocab)
 app.command()(quantize.quantize)
+app.command()(train_mtp.train_mtp)
 app.command()(verify.verify)
 app.command()(chat.chat)
 app.command()(tune.tune)

@@ -7,13 +7,17 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vllm_bailing import DEMO
 from vllm_bailing.cli import options, output
+
+if TYPE_CHECKING:
+    from vllm_bailing.tools.prompts import Prompt
 
 
 def bench_mtp(
@@ -21,7 +25,7 @@ def bench_mtp(
     draft_tokens: options.DraftTokenCounts = "0,1,2,3",
     batch_size: options.BatchSizes = "1,8",
     rounds: options.Rounds = 3,
-    prompts: options.Prompts = None,
+    prompts: options.PromptFile = None,
     max_tokens: Annotated[int, typer.Option(help="Limit of an answer.", min=2)] = 128,
     acceptance: Annotated[
         float | None,
@@ -29,20 +33,27 @@ def bench_mtp(
     ] = None,
     draft_model: options.DraftModel = None,
     draft_vocab: options.DraftVocab = None,
+    url: Annotated[str | None, options.URL] = None,
     engine: options.Engine = "{}",
     out: options.ReportName = Path("bench-mtp"),
     as_json: options.AsJson = False,
 ) -> None:
     """Find out how many draft tokens of the MTP layer pay, and plot it.
 
-    The same prompts run with each number of draft tokens, in fresh processes that take turns.
+    The same prompts run with each number of draft tokens, in fresh processes that take turns. With --url, only
+    acceptance is measured, on a server that runs: MODEL is its name there, and without --prompts all counts that it has
+    made since its start.
     """
     from vllm_bailing.bench import mtp, plots, report, runner
     from vllm_bailing.errors import BenchError
 
     counts = sorted({0, *options.numbers(draft_tokens, least=0)})
     arguments = options.json_object("--engine", engine)
-    lines = options.lines_of(prompts) or list(mtp.DEFAULT_PROMPTS)
+    asked = _prompts(prompts)
+    if url is not None:
+        _show_server(url, model, asked, max_tokens, as_json)
+        return
+    lines = [asdict(prompt) for prompt in asked] or list(mtp.DEFAULT_PROMPTS)
     task = mtp.MtpTask(model, arguments, options.numbers(batch_size), lines, max_tokens)
     draft = {"model": draft_model} if draft_model else None
     vocabulary = str(draft_vocab.resolve()) if draft_vocab else None
@@ -54,6 +65,42 @@ def bench_mtp(
     measured = report.mtp_report(task, results, acceptance=acceptance, versions=_versions())
     written = report.write_report(measured, out, plots.plot_mtp)
     _show(measured, written, as_json, show_mtp)
+
+
+def _prompts(file: Path | None) -> list[Prompt]:
+    from vllm_bailing.tools.prompts import read_prompts
+
+    try:
+        return read_prompts(file) if file else []
+    except ValueError as error:
+        raise typer.BadParameter(f"--prompts {error}") from None
+
+
+def _show_server(url: str, model: str, prompts: list[Prompt], max_tokens: int, as_json: bool) -> None:
+    from vllm_bailing.bench import mtp_server
+    from vllm_bailing.errors import BenchError
+
+    try:
+        measured = mtp_server.ask(url, model, prompts, max_tokens)
+    except BenchError as error:
+        raise SystemExit(f"vllm-bailing bench: {error}") from None
+    if as_json:
+        typer.echo(json.dumps(measured))
+    else:
+        show_acceptance(measured)
+
+
+def show_acceptance(kinds: dict[str, dict[str, Any]]) -> None:
+    """Acceptance by kind of text and position, with its 95 % interval."""
+    positions = max(len(one["acceptance"]) for one in kinds.values())
+    table = output.table("text", "drafts", *(f"position {number}" for number in range(1, positions + 1)))
+    for kind, one in kinds.items():
+        pairs = zip(one["acceptance"], one["interval"], strict=True)
+        shares = [f"{100 * share:.0f} % ({100 * low:.0f}-{100 * high:.0f})" for share, (low, high) in pairs]
+        table.add_row(kind, str(one["drafts"]), *shares)
+    console = output.console()
+    console.print(table)
+    console.print("accepted up to a position; in brackets the 95 % interval")
 
 
 def bench_compare(
@@ -155,6 +202,9 @@ def show_mtp(report: dict[str, Any]) -> None:
     console = output.console()
     console.print(table)
     console.print("step: tokens that one step of the model yields; accepted: drafts, by position")
+    deepest = max(rows, key=lambda row: (len(row["acceptance"]), row["batch_size"]))
+    if deepest["acceptance"]:
+        show_acceptance({"all": deepest, **deepest["kinds"]})
     # Rounding depends on how many tokens are computed at once, so answers in bf16 may part where two tokens are close.
     differ = ", ".join(f"{row['arm']} at batch {row['batch_size']}" for row in rows if not row["same_answers"])
     console.print(f"answers differ with draft tokens {differ}" if differ else "all answers are the same")

@@ -13,6 +13,12 @@ HfOverrides = Annotated[
     str, typer.Option("--hf-overrides", metavar="JSON", help="As given to vLLM, such as the YaRN recipe.")
 ]
 Engine = Annotated[str, typer.Option("--engine", metavar="JSON", help="Further arguments of vllm.LLM.")]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts", help="One user message a line, or JSONL with messages and kind; a few of ours if left out."
+    ),
+]
 Prompts = Annotated[
     Path | None,
     typer.Option("--prompts", exists=True, dir_okay=False, help="One user message a line; a few of ours if left out."),

@@ -11,6 +11,7 @@ from typing import Any
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.dequantize import Dequantizer
+from vllm_bailing.draft_target import other_target
 from vllm_bailing.errors import DEQUANTIZE, SettingsError
 from vllm_bailing.plugin.lora import refuse_misfit, settle_lora_targets
 from vllm_bailing.plugin.options import DRAFT_VOCABULARY, check_switches, draft_vocabulary
@@ -49,6 +50,7 @@ def settle_engine_config(vllm_config: Any) -> None:
     if draft_vocabulary(vllm_config):
         _check_draft_head(vllm_config)
     check_files(vllm_config)
+    warn_of_another_target(vllm_config)
 
 
 @functools.cache
@@ -131,6 +133,18 @@ def check_quantization(vllm_config: Any) -> None:
                 f"vLLM's CPU build has no kernel for {model_config.quantization} layers of integers on a processor "
                 f"without AVX-512; {DEQUANTIZE}"
             )
+
+
+def warn_of_another_target(vllm_config: Any) -> None:
+    """Say so in one line if the MTP draft was trained for another target; only its speed depends on that."""
+    from vllm.logger import init_logger
+
+    speculation, folder = vllm_config.speculative_config, Checkpoint.of(vllm_config.model_config).folder
+    # What is not on this machine yet is fetched after this; then only names are known, which say nothing.
+    if not has_mtp_draft(speculation) or folder is None or speculation.model == vllm_config.model_config.model:
+        return
+    if said := other_target(speculation.draft_model_config.hf_config, folder):
+        init_logger("vllm.plugins.bailing").warning("%s", said)
 
 
 def settle_experts(vllm_config: Any) -> None:

@@ -214,6 +214,12 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
 
     stored = config.stored_quantization_config or getattr(config, "quantization_config", None)
     yield Check("quantization", None, _scheme(stored))
+    if made_for := _draft_alone(config, stored_files):
+        yield made_for
+        yield from _audited(
+            Audit.of_draft(config, quantized=bool(stored), folder=str(folder)), stored_files, "MTP layer"
+        )
+        return
     yield from _generation_config(folder, config.vocab_size)
     yield from _audited(Audit.of_target(config, quantized=bool(stored), folder=str(folder)), stored_files, "tensors")
 
@@ -231,6 +237,21 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
         draft = Audit.of_draft(config, quantized=bool(stored), folder=str(folder))
         yield from _audited(draft, stored_files, "MTP layer")
     yield from _template(folder)
+
+
+def _draft_alone(config: Any, stored_files: Any) -> Check | None:
+    """What a checkpoint of MTP layers alone is; None if it holds main layers too."""
+    from vllm_bailing.draft_target import DraftTarget
+    from vllm_bailing.tensor_names import layer_of
+
+    layers = stored_files.layers_past_main(config)
+    if not layers or any(layer_of(name) not in layers for name in stored_files.tensors):
+        return None
+    made_for = DraftTarget.named_in(config)
+    detail = (
+        f"for {made_for.name} (config {made_for.config}, weights {made_for.weights})" if made_for else "a layer alone"
+    )
+    return Check("draft", None, f"{detail}: pass it by --speculative-config, and serve its target")
 
 
 def _scheme(stored: dict[str, Any] | None) -> str:

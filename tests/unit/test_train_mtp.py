@@ -1,0 +1,413 @@
+"""`vllm-bailing train-mtp`: what it writes, how it goes on, what it refuses, and for which target a layer was made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, without_its_end, write_tensors
+from tests.support.commands import invoke
+from tests.support.configs import change_config
+from tests.support.paths import DATA
+from vllm_bailing import DEMO
+from vllm_bailing.checkpoint import Checkpoint
+from vllm_bailing.checkpoint_audit import Audit
+from vllm_bailing.cli.train_mtp import Terminal
+from vllm_bailing.config import read_config
+from vllm_bailing.draft_target import KEY, DraftTarget, other_target
+from vllm_bailing.planning.training import LORA, layer_elements, memory_needed, trained_elements
+from vllm_bailing.tools import doctor
+from vllm_bailing.training import checks, files
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A target, and answers to learn from that repeat themselves."""
+    folder = tmp_path_factory.mktemp("base")
+    make_checkpoint(folder / "target", num_nextn_predict_layers=1)
+    rows = [
+        {"prompt_token_ids": PROMPT[n : n + 8], "token_ids": PROMPT[n : n + 16], "kind": "ab"[n % 2]} for n in range(20)
+    ]
+    (folder / "answers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder
+
+
+def train(base, out, *more, target=None, answers=True):
+    ready = ("--answers", base / "answers.jsonl") if answers else ()
+    options = ("--out", out, *ready, "--steps", STEPS, "--batch-size", 4, "--learning-rate", 0.01, *more)
+    return invoke("train-mtp", target or base / "target", *options)
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """A layer that was trained for `base`, also merged."""
+    out = tmp_path_factory.mktemp("trained")
+    done = train(base, out / "layer", "--merge", out / "merged", "--steps", 30)
+    assert done.exit_code == 0, done.stderr
+    return out, done
+
+
+# ---- what it writes ---------------------------------------------------------------------------------------------
+
+
+def test_the_layer_alone_is_written_with_what_it_was_made_for(base, trained):
+    out, done = trained
+    target, layer = read_tensors(base / "target"), read_tensors(out / "layer")
+    assert layer.keys() == {name for name in target if name.startswith("model.layers.3.")}
+    assert all(layer[name].dtype == target[name].dtype for name in layer)
+    config = read_config(out / "layer")
+    Audit.of_draft(config).check(Checkpoint.at(str(out / "layer")))
+    assert getattr(config, KEY) == DraftTarget.at(base / "target").to_json()
+    # What the layer is made of has moved, the expert bias by the balance.
+    moved = {name for name in layer if not torch.equal(layer[name], target[name])}
+    assert {"model.layers.3.eh_proj.weight", "model.layers.3.mlp.gate.expert_bias"} <= moved
+    assert not (out / "layer.work").exists()
+    assert f"vllm serve {base / 'target'} --speculative-config" in done.stdout
+
+
+def test_the_loss_falls(trained):
+    history = json.loads((trained[0] / "layer" / "training.json").read_text())["history"]
+    losses = [row["loss"] for row in history if "loss" in row]
+    assert len(losses) == 30 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_the_merged_copy_is_the_target_with_the_layer(base, trained, tmp_path):
+    out, _ = trained
+    merged, target, layer = out / "merged", read_tensors(base / "target"), read_tensors(out / "layer")
+    tensors = read_tensors(merged)
+    assert tensors.keys() == target.keys()
+    assert all(torch.equal(tensor, (layer.get(name, target[name]))) for name, tensor in tensors.items())
+    index = json.loads((merged / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == tensors.keys() and index["model.layers.3.eh_proj.weight"] == "model-mtp.safetensors"
+    config, files = read_config(merged), Checkpoint.at(str(merged))
+    Audit.of_target(config).check(files)
+    Audit.of_draft(config).check(files)
+
+
+def test_the_card_and_the_numbers_agree(trained):
+    layer = trained[0] / "layer"
+    numbers, card = json.loads((layer / "training.json").read_text()), (layer / "README.md").read_text()
+    assert numbers["acceptance"]["after"].keys() == {"all", "a", "b"}
+    assert numbers["target"] == json.loads((layer / "config.json").read_text())[KEY]
+    assert "--speculative-config" in card and f"weights {numbers['target']['weights']}" in card
+    for kind, one in numbers["acceptance"]["after"].items():
+        assert f"| {kind} | after | {100 * one['shares'][0]:.0f} % (" in card
+    assert (layer / "training.png").stat().st_size > 10_000
+
+
+def test_the_doctor_knows_the_layer(base, trained):
+    found = {check.name: check for check in doctor.checkpoint(str(trained[0] / "layer"))}
+    assert not [check for check in found.values() if check.ok is False]
+    assert found["draft"].detail.startswith(f"for target (config {DraftTarget.at(base / 'target').config}")
+    assert found["MTP layer"].ok and "tensors" not in found
+    whole = {check.name for check in doctor.checkpoint(str(base / "target"))}
+    assert "draft" not in whole and "tensors" in whole
+
+
+def test_only_attention_and_shared_expert_learn_where_that_is_asked_for(base, tmp_path):
+    assert train(base, tmp_path / "out", "--train", "attention").exit_code == 0
+    target, layer = read_tensors(base / "target"), read_tensors(tmp_path / "out")
+    moved = {name.removeprefix("model.layers.3.") for name in layer if not torch.equal(layer[name], target[name])}
+    assert {"attention.dense.weight", "mlp.shared_experts.up_proj.weight", "eh_proj.weight"} <= moved
+    assert not [name for name in moved if ".experts." in name or ".gate." in name]
+
+
+def test_low_rank_factors_are_merged_at_the_end(base, tmp_path):
+    pytest.importorskip("peft")
+    assert train(base, tmp_path / "out", "--train", "lora").exit_code == 0
+    target, layer = read_tensors(base / "target"), read_tensors(tmp_path / "out")
+    moved = {name for name in layer if not torch.equal(layer[name], target[name])}
+    assert layer.keys() == {name for name in target if name.startswith("model.layers.3.")}
+    assert moved and moved == {name for name in layer if LORA.search(name)}
+
+
+def test_the_target_answers_the_prompts_itself(tmp_path):
+    (tmp_path / "prompts.txt").write_text("Who are you?\nWhat is YaRN?\nHello\nTell me about vLLM.\n")
+    options = ("--generator", "plain", "--max-tokens", 6, "--steps", 1, "--batch-size", 2, "--samples", 2)
+    done = invoke("train-mtp", DEMO, "--data", tmp_path / "prompts.txt", "--out", tmp_path / "out", *options)
+    assert done.exit_code == 0, done.stderr
+    assert "10 answers of up to 6 tokens, by plain" in done.stderr  # three greedy and six sampled, one held out
+    assert "disk: up to" in done.stderr and "all" in done.stdout
+
+
+def test_a_random_layer_to_begin_with(base, tmp_path):
+    target = make_checkpoint(tmp_path / "chat")  # has none
+    assert train(base, tmp_path / "out", "--init", "random", target=target).exit_code == 0
+    Audit.of_draft(read_config(tmp_path / "out")).check(Checkpoint.at(str(tmp_path / "out")))
+
+
+# ---- going on ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stopped", [1, 4])
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(stopped, base, tmp_path, monkeypatch):
+    assert train(base, tmp_path / "whole").exit_code == 0
+
+    def killed(self, step, steps, logs):
+        if step == stopped:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Terminal, "step", killed)
+        assert train(base, tmp_path / "out").exit_code != 0
+    assert not (tmp_path / "out").exists()
+    done = train(base, tmp_path / "out")
+    assert done.exit_code == 2 and "out.work; go on with --resume, or remove it" in done.stderr
+    done = train(base, tmp_path / "out", "--resume", "--seed", 1)
+    assert done.exit_code == 2 and "has seed=0, not 1; give the same options" in done.stderr
+    shown = []
+    monkeypatch.setattr(Terminal, "step", lambda self, step, steps, logs: shown.append(step))
+    assert train(base, tmp_path / "out", "--resume").exit_code == 0
+    assert min(shown) == stopped  # what was done before is not done again
+    whole, out = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "out")
+    assert all(torch.equal(whole[name], out[name]) for name in whole)
+    one, other = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "out"))
+    assert one["acceptance"] == other["acceptance"]
+    losses = [[row["loss"] for row in numbers["history"] if "loss" in row] for numbers in (one, other)]
+    assert losses[0] == losses[1] and len(losses[0]) == STEPS
+
+
+def test_a_disk_that_fills_up_at_the_end_costs_nothing(base, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write_merged", full)
+        done = train(base, tmp_path / "out", "--merge", tmp_path / "merged")
+    assert_refused(done, "No space left on device; make room and go on with --resume")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "merged").exists()
+    assert train(base, tmp_path / "out", "--merge", tmp_path / "merged", "--resume").exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "merged"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"model.safetensors", "README.md", "training.png"}
+
+
+# ---- what it refuses --------------------------------------------------------------------------------------------
+
+
+def no_layer(folder):
+    return make_checkpoint(folder)
+
+
+def wider_experts(folder):
+    return make_checkpoint(folder, num_nextn_predict_layers=1, moe_intermediate_size=48)
+
+
+def quantized(folder):
+    make_checkpoint(folder)
+    change_config(folder, quantization_config={"quant_method": "fp8"})
+    return folder
+
+
+def another_family(folder):
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    return folder
+
+
+def cut_off(folder):
+    without_its_end(make_checkpoint(folder))
+    return folder
+
+
+def without_a_tensor(folder):
+    make_checkpoint(folder)
+    tensors = read_tensors(folder)
+    del tensors["model.norm.weight"]
+    write_tensors(folder, tensors)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "what", "fragment"),
+    [
+        (no_layer, "init", "has no MTP layer; name the base model of the same size by --init"),
+        (wider_experts, "init", "has moe_intermediate_size=48, the target 32"),
+        (quantized, "init", "is quantized; give the bf16 checkpoint"),
+        (lambda folder: folder / "nowhere", "init", "is no folder on this machine"),
+        (no_layer, "target", "has no MTP layer; name the base model"),
+        (quantized, "target", "is quantized; give the bf16 checkpoint"),
+        (another_family, "target", "is not a BailingMoeV2 model"),
+        (cut_off, "target", "is cut off or damaged"),
+        (without_a_tensor, "target", "1 missing (model.norm.weight)"),
+    ],
+)
+def test_a_model_that_will_not_do_is_refused(make, what, fragment, base, tmp_path):
+    model = make(tmp_path / "other")
+    arguments = {"target": model} if what == "target" else {}
+    assert_refused(train(base, tmp_path / "out", *(("--init", model) if what == "init" else ()), **arguments), fragment)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
+
+
+def assert_refused(done, fragment):
+    assert done.exit_code == 2, done.output
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("vllm-bailing train-mtp: ") and fragment in lines[-1], done.stderr
+    assert "Traceback" not in done.output and len([line for line in lines if "train-mtp:" in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "text", "fragment"),
+    [
+        ("--data", "p.txt", None, "p.txt cannot be read (No such file or directory)"),
+        ("--data", "p.txt", b"\n  \n", "p.txt is empty"),
+        ("--data", "p.txt", b"\xff\xfe", "p.txt is not UTF-8"),
+        ("--data", "p.txt", b"one\n", "has one prompt only; give two at least"),
+        ("--data", "p.jsonl", b'{"prompt": "a"}\n{"text"\n', 'p.jsonl, line 2 is no JSON: {"text"'),
+        ("--data", "p.jsonl", b'{"prompt": "a"}\n[1]\n', "p.jsonl, line 2 is [1]"),
+        ("--data", "p.jsonl", b'{"text": "a"}\n', "p.jsonl, line 1 has neither a prompt nor messages"),
+        ("--data", "p.jsonl", b'{"prompt": "a", "tools": 3}\n', "tools or chat_template_kwargs of the wrong type"),
+        ("--answers", "a.jsonl", None, "a.jsonl cannot be read"),
+        ("--answers", "a.jsonl", b'{"token_ids": [1, 2]}\n', "a.jsonl, line 1 has no lists of token ids"),
+        (
+            "--answers",
+            "a.jsonl",
+            b'{"prompt_token_ids": [1], "token_ids": [1, 5000]}\n',
+            "line 1 has token 5000, but the target has 1024",
+        ),
+        ("--answers", "a.jsonl", b'{"prompt_token_ids": [1], "token_ids": [1, 2]}\n', "has 1 answers of two tokens"),
+        (
+            "--answers",
+            "a.jsonl",
+            2 * b'{"prompt_token_ids": [1], "token_ids": [1, 2], "held_out": true}\n',
+            "marks every answer as held out",
+        ),
+    ],
+)
+def test_data_that_will_not_do_is_refused(option, name, text, fragment, tmp_path):
+    if text is not None:
+        (tmp_path / name).write_bytes(text)
+    done = invoke("train-mtp", DEMO, option, tmp_path / name, "--out", tmp_path / "out")
+    assert_refused(done, fragment)
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_what_is_missing_or_in_the_way_is_refused(base, tmp_path, monkeypatch):
+    assert_refused(invoke("train-mtp", DEMO), "--out is missing")
+    assert_refused(train(base, tmp_path / "out", answers=False), "give either --data, prompts that the target answers")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    assert_refused(train(base, tmp_path / "full"), "full is not an empty folder; choose another one")
+    assert_refused(train(base, tmp_path / "a" / "b"), f"there is no folder {tmp_path / 'a'}")
+    assert_refused(train(base, tmp_path / "out", "--merge", tmp_path / "full"), "--merge")
+    assert_refused(train(base, tmp_path / "out", "--merge", tmp_path / "out"), "is --out as well")
+    assert_refused(train(base, tmp_path / "out", "--resume"), "there is no run to go on with")
+    assert not list(tmp_path.glob("*.work"))
+
+
+def test_packages_that_are_not_installed_are_named(base, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "accelerate", None)
+        assert_refused(
+            train(base, tmp_path / "out"), "accelerate is not installed; `pip install 'vllm-bailing[train]'`"
+        )
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert_refused(train(base, tmp_path / "out", "--train", "lora"), "--train lora needs PEFT")
+
+
+def test_a_machine_that_is_too_small_is_told_before_any_work(base, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(checks.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        assert_refused(train(base, tmp_path / "out"), "checkpoints of the training need up to")
+    with monkeypatch.context() as patched:
+        patched.setattr(checks, "saved_bytes", lambda _: 0)
+        patched.setattr(checks.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        assert_refused(train(base, tmp_path / "out"), "recorded states need up to")
+    import psutil
+
+    free = psutil.virtual_memory()._replace(available=1_000_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert_refused(
+        train(base, tmp_path / "out"), "GiB to record its states, and 0.0 are free in memory, and there is no"
+    )
+    assert not list(tmp_path.glob("*.work"))
+
+
+# ---- the target that a layer was made for ------------------------------------------------------------------------
+
+
+def changed(folder, change=None, shards=1, **keys):
+    make_checkpoint(folder, num_nextn_predict_layers=1)
+    tensors = read_tensors(folder)
+    if change:
+        change(tensors)
+    write_tensors(folder, tensors, shards=shards)
+    change_config(folder, **keys)
+    return folder
+
+
+def moved(name):
+    def change(tensors):
+        tensors[name] = tensors[name] + 0.25
+
+    return change
+
+
+def no_mtp(tensors):
+    for name in [name for name in tensors if ".layers.3." in name]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "keys", "is_same"),
+    [
+        (None, {}, True),
+        (None, {"shards": 3}, True),
+        (no_mtp, {"num_nextn_predict_layers": 0}, True),
+        (moved("model.layers.3.eh_proj.weight"), {}, True),
+        (None, {"torch_dtype": "float32", "transformers_version": "5.0"}, True),
+        (None, {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}, True),
+        (moved("model.layers.1.attention.dense.weight"), {}, False),
+        (moved("model.layers.2.mlp.shared_experts.up_proj.weight"), {}, False),
+        (moved("lm_head.weight"), {}, False),
+        (None, {"routed_scaling_factor": 2.0}, False),
+    ],
+)
+def test_a_target_is_known_by_its_main_layers(change, keys, is_same, trained, tmp_path):
+    folder = changed(tmp_path / "fine-tune", change, **keys)
+    said = other_target(read_config(trained[0] / "layer"), folder)
+    assert (said is None) == is_same
+    if said:
+        what = "weights" if change else "config.json"
+        assert f"trained for target, and the {what} of fine-tune differ from that" in said and "\n" not in said
+
+
+def test_a_draft_that_says_nothing_is_no_reason_for_a_word(base, trained, tmp_path):
+    assert other_target(read_config(base / "target"), base / "target") is None
+    assert other_target(read_config(trained[0] / "merged"), trained[0] / "merged") is None
+    assert "unknown" in other_target(read_config(trained[0] / "layer"), tmp_path)
+    for value in ("x", {}, {"config": 1, "weights": "y"}):
+        folder = changed(tmp_path / f"draft-{len(str(value))}", **{KEY: value})
+        assert DraftTarget.named_in(read_config(folder)) is None
+
+
+# ---- the plan ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Ling-mini-2.0", "Ling-flash-2.0", "Ling-1T"])
+def test_the_plan_needs_only_a_configuration(name):
+    done = invoke("train-mtp", DATA / "configs" / f"{name}.json", "--plan", "--gpu", "H200", "--gpus", 8)
+    assert done.exit_code == 0, done.output
+    assert "16,000 answers of 1024 tokens" in done.stdout and "8 x H200: answers" in done.stdout
+    assert ("does not fit" in done.stdout) == (name == "Ling-1T")
+    assert invoke("train-mtp", DATA / "configs" / f"{name}.json", "--plan", "--gpu", "H9").exit_code == 2
+
+
+def test_sizes_of_the_plan_are_those_of_the_files(base):
+    config = read_config(base / "target")
+    tensors = read_tensors(base / "target")
+    layer = {name: tensor.numel() for name, tensor in tensors.items() if name.startswith("model.layers.3.")}
+    main = sum(tensor.numel() for name, tensor in tensors.items() if name not in layer)
+    assert layer_elements(config) == trained_elements(config, "whole") == sum(layer.values())
+    experts = sum(size for name, size in layer.items() if ".experts." in name or ".gate." in name)
+    assert trained_elements(config, "attention") == sum(layer.values()) - experts
+    assert memory_needed(config, has_gpu=True).record == 2 * main
+    vocabulary = 2 * config.vocab_size * config.hidden_size
+    wanted = 16 * sum(layer.values()) + 4 * vocabulary + 1024 * config.vocab_size * 6 * 4
+    assert memory_needed(config, has_gpu=False).train == wanted

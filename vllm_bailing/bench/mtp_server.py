@@ -1,0 +1,88 @@
+"""Acceptance of a running server, from the counters that it shows at /metrics."""
+
+from __future__ import annotations
+
+import urllib.request
+from typing import Any
+
+from vllm_bailing.bench.mtp import acceptance_of, difference
+from vllm_bailing.errors import BenchError, shown
+from vllm_bailing.tools.prompts import Prompt
+
+_DRAFTS, _ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens_per_pos"
+_SECONDS = 30
+
+
+def counters(text: str) -> tuple[int, list[int]]:
+    """Drafts, and accepted tokens by position, of all engines behind a server.
+
+    Args:
+        text: What /metrics answers.
+    """
+    from prometheus_client.parser import text_string_to_metric_families
+
+    drafts, accepted = 0.0, dict[int, float]()
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == f"{_DRAFTS}_total":
+                drafts += sample.value
+            elif sample.name == f"{_ACCEPTED}_total":
+                position = int(sample.labels["position"])
+                accepted[position] = accepted.get(position, 0) + sample.value
+    return round(drafts), [round(accepted[position]) for position in sorted(accepted)]
+
+
+def read(url: str) -> tuple[int, list[int]]:
+    """`counters` of the server at `url`.
+
+    Raises:
+        BenchError: If it does not answer, or does not speculate.
+    """
+    address = f"{url.rstrip('/').removesuffix('/v1')}/metrics"
+    try:
+        with urllib.request.urlopen(address, timeout=_SECONDS) as answer:
+            text = answer.read().decode()
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{address} does not answer ({shown(error)}); name a running vLLM server by --url") from None
+    if f"{_DRAFTS}_total" not in text:
+        raise BenchError(f"{address} counts no drafts; start the server with --speculative-config")
+    return counters(text)
+
+
+def ask(url: str, model: str, prompts: list[Prompt], max_tokens: int) -> dict[str, dict[str, Any]]:
+    """Acceptance by kind of prompt, of all together under "all"; without prompts, since the server started.
+
+    Others who use the server at the same time are counted too.
+
+    Args:
+        model: The server's name of it.
+    Raises:
+        BenchError: If a request fails.
+    """
+    if not prompts:
+        return {"all": acceptance_of(*read(url))}
+    import openai
+
+    client = openai.OpenAI(base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1", api_key="none")
+    result: dict[str, dict[str, Any]] = {}
+    start = read(url)
+    for kind in dict.fromkeys(prompt.kind for prompt in prompts):
+        before = read(url)
+        for prompt in prompts:
+            if prompt.kind != kind:
+                continue
+            options: dict[str, Any] = {"tools": prompt.tools} if prompt.tools else {}
+            try:
+                client.chat.completions.create(
+                    model=model,
+                    messages=prompt.messages,
+                    max_tokens=max_tokens,
+                    temperature=0,
+                    extra_body={"chat_template_kwargs": prompt.template} if prompt.template else {},
+                    **options,
+                )
+            except openai.OpenAIError as error:
+                raise BenchError(f"{url} did not answer a prompt: {shown(error)}") from None
+        if kind:
+            result[kind] = acceptance_of(*difference(read(url), before))
+    return {"all": acceptance_of(*difference(read(url), start))} | result

@@ -1,0 +1,305 @@
+"""The whole of `vllm-bailing train-mtp`: check, answer, record, train, write; an interrupted run goes on."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from vllm_bailing.draft_target import DraftTarget
+from vllm_bailing.errors import TrainError
+from vllm_bailing.planning.training import STATE_BYTES
+from vllm_bailing.tools.prompts import read_prompts
+from vllm_bailing.training import answers as answering
+from vllm_bailing.training import checks, files, states
+from vllm_bailing.training.draft import MtpDraft
+from vllm_bailing.training.trainer import (
+    Acceptance,
+    Part,
+    Settings,
+    choose,
+    layer_state,
+    make_trainer,
+    measure,
+    require_peft,
+)
+from vllm_bailing.units import GIB
+
+HELD_OUT, MOST_HELD_OUT = 0.1, 200  # of the prompts
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for; see the options of the command.
+
+    Attributes:
+        data: Prompts, or None where `answers` has what the target said.
+        engine: Further arguments of `vllm.LLM`.
+        generator: "vllm" or "plain".
+    """
+
+    target: str
+    init: str | None
+    data: Path | None
+    answers: Path | None
+    out: Path
+    settings: Settings
+    draft_tokens: int = 3
+    max_tokens: int = 512
+    max_length: int = 4096
+    samples: int = 1
+    temperature: float = 1.0
+    generator: str = "vllm"
+    engine: dict[str, Any] = field(default_factory=dict)
+    merge: Path | None = None
+
+    @property
+    def work(self) -> Path:
+        """Where a run keeps what it needs to go on."""
+        return self.out.with_name(f"{self.out.name}.work")
+
+    @property
+    def layer(self) -> Path:
+        """Where the layer is written; it becomes `out` when it is complete."""
+        return self.work / "layer"
+
+
+class Show(Protocol):
+    """What a run tells its user."""
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+
+    def stage(self, what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
+        """A part of the run with a bar; what it gives is called with what was done since the last time."""
+
+    def step(self, step: int, steps: int, logs: dict[str, float]) -> None:
+        """A step of the training: its `loss`, or the acceptance at each `eval_position_N`."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run.
+
+    Attributes:
+        before, after: Acceptance on the held-out answers by kind, of the layer that it began with and of the result.
+        history: What was logged, by step.
+    """
+
+    request: Request
+    made_for: DraftTarget
+    before: dict[str, Acceptance]
+    after: dict[str, Acceptance]
+    history: list[dict[str, float]]
+    answers: int
+
+
+def train(request: Request, show: Show, resume: bool = False) -> Result:
+    """Train a layer and write it to `request.layer`, and merged into a copy of the target where that is asked for.
+
+    Raises:
+        TrainError: If something is missing, does not fit or has no room; before any long work where it can be known.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    target = checks.target_at(request.target)
+    init = checks.init_at(request.init, target)
+    _check(request, target, resume)
+    questions, ready = _questions(request, target, show), _ready(request, target, show)
+    torch.manual_seed(request.settings.seed)
+    _keep_settings(request, resume)
+    made_for = DraftTarget.at(target.folder)
+    examples = _recorded(request, target, questions, ready, show)
+    draft = _draft(request, target, init)
+    result = _trained(request, draft, examples, made_for, show, resume)
+    layer = files.published_layer(layer_state(draft), target.config)
+    shutil.rmtree(request.layer, ignore_errors=True)
+    files.write_draft(request.layer, layer, target.folder, made_for)
+    if request.merge is not None:
+        part = request.merge.with_name(f"{request.merge.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        files.write_merged(part, layer, target.folder, made_for)
+        part.replace(request.merge)
+    return result
+
+
+def _check(request: Request, target: checks.Source, resume: bool) -> None:
+    if (request.data is None) == (request.answers is None):
+        raise TrainError("give either --data, prompts that the target answers, or --answers that are ready")
+    checks.check_packages()
+    if request.settings.part is Part.lora:
+        require_peft()
+    checks.check_folder(request.out, "--out")
+    if request.merge is not None:
+        checks.check_folder(request.merge, "--merge")
+        if request.merge.absolute() == request.out.absolute():
+            raise TrainError(f"--merge {request.merge} is --out as well; give each a folder of its own")
+        checks.check_disk(request.merge, target.checkpoint.size, "a copy of the target")
+    if request.work.exists() and not resume:
+        raise TrainError(f"a run that did not end is in {request.work}; go on with --resume, or remove it")
+    if resume and not request.work.is_dir():
+        raise TrainError(f"--resume: there is no run to go on with in {request.work}; leave --resume out")
+    checks.check_memory(target.config, request.target, request.settings.part.value)
+    checks.check_disk(request.out, checks.saved_bytes(target.config), "checkpoints of the training")
+
+
+def _keep_settings(request: Request, resume: bool) -> None:
+    """Note what the run was started with, or compare it with that of the run that goes on."""
+    file = request.work / "run.json"
+    now = json.loads(json.dumps(asdict(request), default=str))
+    if not resume:
+        request.work.mkdir()
+        file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise TrainError(f"--resume: {file} cannot be read; remove {request.work} and begin again") from None
+    was, wanted = ({**run, **run["settings"], "settings": None} for run in (before, now))
+    for name, value in wanted.items():
+        if name not in ("merge", "out") and was.get(name) != value:
+            raise TrainError(
+                f"--resume: the run in {request.work} has {name}={was.get(name)}, not {value}; give the same options, "
+                "or remove it and begin again"
+            )
+
+
+def _recorded(
+    request: Request,
+    target: checks.Source,
+    questions: list[answering.Question],
+    ready: list[answering.Answer] | None,
+    show: Show,
+) -> list[states.Example]:
+    """The examples with their states, from an earlier run as far as that came."""
+    folder, settings = request.work / "states", request.settings
+    if (done := states.recorded(folder)) is not None:
+        return done
+    model, file = None, request.work / "answers.jsonl"
+    if ready is None and not file.is_file():
+        show.say(f"{len(questions)} answers of up to {request.max_tokens} tokens, by {request.generator}")
+        if request.generator == "plain":
+            model = load_target(target)
+            with show.stage("answers", len(questions)) as progress:
+                said = answering.ask_plain(model, questions, request.max_tokens, settings.seed, progress)
+        else:
+            with show.stage("answers", 1) as progress:
+                said = answering.ask_vllm(
+                    str(target.folder), questions, request.max_tokens, settings.seed, request.engine
+                )
+                progress(1)
+        answering.write_answers(file, answering.answered(questions, said))
+    answers = ready or answering.read_answers(file, target.config.vocab_size, HELD_OUT, MOST_HELD_OUT)
+    model = model or load_target(target)
+    with show.stage("hidden states", len(answers)) as progress:
+        examples = states.record(model, answers, request.max_length, folder, progress)
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return examples
+
+
+def _ready(request: Request, target: checks.Source, show: Show) -> list[answering.Answer] | None:
+    """The answers of `--answers`, for whose states there is room."""
+    if request.answers is None:
+        return None
+    answers = answering.read_answers(request.answers, target.config.vocab_size, HELD_OUT, MOST_HELD_OUT)
+    lengths = [len(one.prompt_token_ids) + len(one.token_ids) for one in answers]
+    _check_room(request, target, lengths, show)
+    return answers
+
+
+def _check_room(request: Request, target: checks.Source, lengths: list[int], show: Show) -> None:
+    tokens = sum(min(request.max_length, length) for length in lengths)
+    needed = tokens * target.config.hidden_size * STATE_BYTES
+    checks.check_disk(request.work, needed, "recorded states")
+    size = f"{needed / GIB:.2f} GiB" if needed >= GIB // 10 else f"{needed / 2**20:.1f} MiB"
+    show.say(f"disk: up to {size} in {request.work} for hidden states of {tokens:,} tokens, until the end")
+
+
+def _questions(request: Request, target: checks.Source, show: Show) -> list[answering.Question]:
+    """The prompts of `--data` in tokens, for whose answers there is room; none without it."""
+    from transformers import AutoTokenizer
+
+    if request.data is None:
+        return []
+    try:
+        prompts = read_prompts(request.data)
+    except ValueError as error:
+        raise TrainError(f"--data {error}") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(target.folder), trust_remote_code=False)
+    except Exception as error:  # of any type, depending on the file that is wrong
+        reason = " ".join(str(error).split())[:160]
+        raise TrainError(f"{request.target} has no tokenizer that can be read ({reason}); give --answers") from None
+    try:
+        drawn = [(prompt.token_ids(tokenizer)[-request.max_length :], prompt.kind) for prompt in prompts]
+    except ValueError as error:
+        raise TrainError(f"--data {request.data}: {error}") from None
+    settings = request.settings
+    questions = answering.questions_of(
+        drawn, request.samples, request.temperature, HELD_OUT, MOST_HELD_OUT, settings.seed
+    )
+    _check_room(request, target, [len(one.token_ids) + request.max_tokens for one in questions], show)
+    return questions
+
+
+def load_target(target: checks.Source) -> Any:
+    """The target as the plain model: in fp32 on a processor, in bf16 over all GPUs."""
+    from vllm_bailing.reference import BailingMoeV2ForCausalLM
+
+    has_gpu = torch.cuda.is_available()
+    options: dict[str, Any] = {"device_map": "auto"} if has_gpu else {}
+    dtype = torch.bfloat16 if has_gpu else torch.float32
+    return BailingMoeV2ForCausalLM.from_pretrained(target.folder, dtype=dtype, **options).eval()
+
+
+def _draft(request: Request, target: checks.Source, init: Any) -> MtpDraft:
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    embedding, head = files.embedding_and_head(target.checkpoint, target.config, dtype)
+    layer = files.layer_from(init, target.config, request.settings.seed)
+    draft = MtpDraft(target.config, layer, embedding, head, request.draft_tokens)
+    choose(draft, request.settings.part)
+    return draft
+
+
+def _trained(
+    request: Request,
+    draft: MtpDraft,
+    examples: list[states.Example],
+    made_for: DraftTarget,
+    show: Show,
+    resume: bool,
+) -> Result:
+    folder, steps = request.work / "states", request.settings.steps
+    learn = states.States(folder, [example for example in examples if not example.held_out])
+    held_out = states.States(folder, [example for example in examples if example.held_out])
+    checkpoints = request.work / "trainer"
+    trainer = make_trainer(
+        draft, learn, held_out, request.settings, checkpoints, lambda step, logs: show.step(step, steps, logs)
+    )
+    file = request.work / "before.json"
+    if not file.is_file():
+        before = measure(trainer, held_out)
+        file.write_text(json.dumps({kind: asdict(one) for kind, one in before.items()}), encoding="utf-8")
+    before = {kind: Acceptance(**one) for kind, one in json.loads(file.read_text(encoding="utf-8")).items()}
+    last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    after = measure(trainer, held_out)
+    return Result(request, made_for, before, after, trainer.state.log_history, len(examples))
+
+
+def finish(request: Request) -> None:
+    """Put the layer where it was asked for, and remove what an interrupted run would need."""
+    request.layer.replace(request.out)
+    shutil.rmtree(request.work)

@@ -1,0 +1,197 @@
+"""The training itself, by transformers' `Trainer`: which parts of the layer learn, its balance, and what is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from vllm_bailing.errors import TrainError
+from vllm_bailing.planning.training import ATTENTION, LORA, LORA_RANK
+from vllm_bailing.training.draft import MtpDraft, engine_steps
+from vllm_bailing.training.states import States, collate
+
+BIAS_RATE = 2e-3  # per step, falling to nothing over the run; as the demo was trained
+
+
+class Part(str, Enum):
+    """What of the layer is trained."""
+
+    whole = "whole"
+    attention = "attention"  # attention, shared expert, norms and the projection that joins state and token
+    lora = "lora"  # the same matrices, by low-rank factors that are merged at the end
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a layer is trained; each is an option of the command."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    part: Part
+    seed: int
+
+
+def choose(draft: MtpDraft, part: Part) -> None:
+    """Freeze what is not to be trained.
+
+    Raises:
+        TrainError: If LoRA is wanted and PEFT is not installed.
+    """
+    if part is Part.attention:
+        for name, parameter in draft.layer.named_parameters():
+            parameter.requires_grad_(ATTENTION.search(name) is not None)
+    if part is Part.lora:
+        peft = require_peft()
+        modules = [name for name, _ in draft.layer.named_modules() if LORA.search(f"{name}.weight")]
+        config = peft.LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=modules)
+        peft.inject_adapter_in_model(config, draft.layer)
+
+
+def require_peft() -> Any:
+    """The module.
+
+    Raises:
+        TrainError: If it is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise TrainError(
+            "--train lora needs PEFT; `pip install 'vllm-bailing[train]'`, or choose --train attention"
+        ) from None
+    return peft
+
+
+def layer_state(draft: MtpDraft) -> dict[str, Tensor]:
+    """The layer's tensors under its own names; low-rank factors are merged into their matrices."""
+    for module in list(draft.layer.modules()):
+        if hasattr(module, "lora_A") and hasattr(module, "merge"):
+            module.merge()
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in draft.layer.state_dict().items()
+        if ".lora_" not in name
+    }
+
+
+class _Balance(TrainerCallback):
+    """Moves the expert bias after every step, if the experts are trained."""
+
+    def __init__(self, draft: MtpDraft, rate: float) -> None:
+        self.draft, self.rate = draft, rate
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.draft.balance(self.rate * (1 - (state.global_step - 1) / state.max_steps))
+
+
+class _Progress(TrainerCallback):
+    """Passes on the loss and the acceptance of the run so far."""
+
+    def __init__(self, show: Callable[[int, dict[str, float]], object]) -> None:
+        self.show = show
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and ("loss" in logs or "eval_loss" in logs):
+            self.show(state.global_step, logs)
+
+
+def make_trainer(
+    draft: MtpDraft,
+    learn: States,
+    held_out: States,
+    settings: Settings,
+    folder: Path,
+    show: Callable[[int, dict[str, float]], object],
+) -> Trainer:
+    """The trainer, which keeps its checkpoints in `folder`.
+
+    Args:
+        show: Called with the step and its `loss`, or with the acceptance as `Acceptance.metrics` names it.
+    """
+    import torch
+
+    # Its name before was `group_by_length`.
+    is_new = "train_sampling_strategy" in TrainingArguments.__dataclass_fields__
+    grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"} if is_new else {"group_by_length": True}
+    often = max(1, settings.steps // 10)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, settings.steps // 50),
+        weight_decay=0.0,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        seed=settings.seed,
+        data_seed=settings.seed,
+        logging_steps=max(1, settings.steps // 50),
+        eval_strategy="steps",
+        eval_steps=often,
+        save_steps=often,
+        save_total_limit=1,
+        **grouped,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trains_experts = settings.part is Part.whole and draft.config.moe_router_enable_expert_bias
+    trainer = Trainer(
+        draft,
+        arguments,
+        data_collator=collate,
+        train_dataset=learn,
+        eval_dataset=held_out,
+        compute_metrics=lambda predicted: acceptance(predicted.predictions).metrics(),
+        callbacks=[_Balance(draft, BIAS_RATE if trains_experts else 0.0), _Progress(show)],
+    )
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Drafts that a greedy engine makes, and how many of them it accepts, at each position."""
+
+    drafts: list[int]
+    accepted: list[int]
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of the drafts of each position that were accepted, and all before them."""
+        return [good / max(1, all_) for good, all_ in zip(self.accepted, self.drafts, strict=True)]
+
+    def metrics(self) -> dict[str, float]:
+        return {f"position_{number}": share for number, share in enumerate(self.shares, 1)}
+
+
+def acceptance(matches: np.ndarray) -> Acceptance:
+    """Of the rows of `MtpDraft.forward`'s `matches` [B, A, steps]."""
+    steps = np.concatenate([engine_steps(row) for row in matches])
+    return Acceptance((steps >= 0).sum(0).tolist(), (steps == 1).sum(0).tolist())
+
+
+def measure(trainer: Trainer, held_out: States) -> dict[str, Acceptance]:
+    """Acceptance on the held-out answers, by kind; that of all is under ""."""
+    # Kind by kind: the trainer sorts what it evaluates by length.
+    kinds = sorted({example.kind for example in held_out.examples})
+    found = {kind: acceptance(trainer.predict(held_out.of_kind(kind)).predictions) for kind in kinds}
+    drafts = [sum(counts) for counts in zip(*(one.drafts for one in found.values()), strict=True)]
+    accepted = [sum(counts) for counts in zip(*(one.accepted for one in found.values()), strict=True)]
+    return {"": Acceptance(drafts, accepted), **{kind: one for kind, one in found.items() if kind}}
