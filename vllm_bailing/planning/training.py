@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 
 from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.planning.choice import tp_obstacle
 from vllm_bailing.planning.gpus import Gpu
 from vllm_bailing.planning.memory import Layout
-from vllm_bailing.planning.plan import tp_obstacle
 from vllm_bailing.planning.roofline import bound
 from vllm_bailing.tensor_names import layer_tensors, main_tensors
 
