@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from vllm_bailing.planning.plan import Plan
 
-NEVER_RUN = "on paper: sizes of TP and PP were compared on CPUs, nothing was run on GPUs yet"
+NEVER_RUN = "on paper: sizes were compared with CPU ranks, nothing was run on GPUs yet"
 
 
 def _list_gpus(is_given: bool) -> None:
