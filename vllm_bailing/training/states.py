@@ -125,13 +125,32 @@ class States(Dataset[dict[str, Any]]):
         return {"input_ids": example.ids, "hidden_states": states, "first": example.first}
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch, padded on the right, which causal attention never sees.
+class Batches(Dataset[list[dict[str, Any]]]):
+    """Recorded examples in batches of like length, which waste little on padding.
+
+    Which belong together is fixed, so that the order of a run that goes on is that of one that was not interrupted.
+    """
+
+    def __init__(self, states: States, size: int) -> None:
+        self.states = states
+        order = sorted(range(len(states)), key=lambda number: len(states.examples[number].ids))
+        self.batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        return [self.states[number] for number in self.batches[index]]
+
+
+def collate(rows: list[Any]) -> dict[str, Tensor]:
+    """A batch: rows of `States`, or one of `Batches`, padded on the right, which causal attention never sees.
 
     Returns:
         `input_ids` [B, T] int64, `hidden_states` [B, T, H] bfloat16, `labels` [B, T] bool: the answer's tokens, and
         `lengths` [B] int64: tokens without padding.
     """
+    rows = rows[0] if isinstance(rows[0], list) else rows
     width = max(len(row["input_ids"]) for row in rows)
     size = rows[0]["hidden_states"].shape[1]
     ids = torch.zeros(len(rows), width, dtype=torch.long)

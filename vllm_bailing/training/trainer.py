@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from vllm_bailing.errors import TrainError
 from vllm_bailing.planning.training import ATTENTION, LORA, LORA_RANK
 from vllm_bailing.training.draft import MtpDraft, engine_steps
-from vllm_bailing.training.states import States, collate
+from vllm_bailing.training.states import Batches, States, collate
 
 BIAS_RATE = 2e-3  # per step, falling to nothing over the run; as the demo was trained
 
@@ -118,14 +118,11 @@ def make_trainer(
     """
     import torch
 
-    # Its name before was `group_by_length`.
-    is_new = "train_sampling_strategy" in TrainingArguments.__dataclass_fields__
-    grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"} if is_new else {"group_by_length": True}
     often = max(1, settings.steps // 10)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=1,  # an item of `Batches` is a whole one
         per_device_eval_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
@@ -142,7 +139,6 @@ def make_trainer(
         eval_steps=often,
         save_steps=often,
         save_total_limit=1,
-        **grouped,
         label_names=["labels"],
         remove_unused_columns=False,
         disable_tqdm=True,
@@ -154,7 +150,7 @@ def make_trainer(
         draft,
         arguments,
         data_collator=collate,
-        train_dataset=learn,
+        train_dataset=Batches(learn, settings.batch_size),
         eval_dataset=held_out,
         compute_metrics=lambda predicted: acceptance(predicted.predictions).metrics(),
         callbacks=[_Balance(draft, BIAS_RATE if trains_experts else 0.0), _Progress(show)],
