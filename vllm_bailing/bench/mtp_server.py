@@ -71,11 +71,12 @@ def ask(url: str, model: str, prompts: list[Prompt], max_tokens: int) -> dict[st
         for prompt in prompts:
             if prompt.kind != kind:
                 continue
+            messages: Any = prompt.messages
             options: dict[str, Any] = {"tools": prompt.tools} if prompt.tools else {}
             try:
                 client.chat.completions.create(
                     model=model,
-                    messages=prompt.messages,
+                    messages=messages,
                     max_tokens=max_tokens,
                     temperature=0,
                     extra_body={"chat_template_kwargs": prompt.template} if prompt.template else {},

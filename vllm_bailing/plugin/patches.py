@@ -416,12 +416,12 @@ def _all_gatherv(self: Any, input_: Any, dim: int = 0, sizes: list[int] | None =
     if isinstance(input_, list):
         return [_all_gatherv(self, part, dim, sizes) for part in input_]
     assert dim == 0
-    sizes = sizes or [len(input_)] * self.world_size
-    padded = input_.new_zeros(max(sizes), *input_.shape[1:])
+    rows: list[int] = sizes or [len(input_)] * self.world_size
+    padded = input_.new_zeros(max(rows), *input_.shape[1:])
     padded[: len(input_)] = input_
-    parts = [torch.empty_like(padded) for _ in sizes]
+    parts = [torch.empty_like(padded) for _ in rows]
     torch.distributed.all_gather(parts, padded, group=self.device_group)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return torch.cat([part[:size] for part, size in zip(parts, rows, strict=True)])
 
 
 def _reduce_scatterv(self: Any, input_: Any, dim: int = -1, sizes: list[int] | None = None) -> Any:

@@ -62,7 +62,7 @@ def require_peft() -> Any:
         TrainError: If it is not installed.
     """
     try:
-        import peft
+        import peft  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise TrainError(
             "--train lora needs PEFT; `pip install 'vllm-bailing[train]'`, or choose --train attention"
@@ -72,7 +72,8 @@ def require_peft() -> Any:
 
 def layer_state(draft: MtpDraft) -> dict[str, Tensor]:
     """The layer's tensors under its own names; low-rank factors are merged into their matrices."""
-    for module in list(draft.layer.modules()):
+    modules: list[Any] = list(draft.layer.modules())
+    for module in modules:
         if hasattr(module, "lora_A") and hasattr(module, "merge"):
             module.merge()
     return {
