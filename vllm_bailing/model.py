@@ -438,8 +438,8 @@ class BailingMoeV2ForCausalLM(
         config: BailingMoeV2Config = vllm_config.model_config.hf_config
         self.config, self.vllm_config = config, vllm_config
         self.quant_config = vllm_config.quant_config
-        check_ranks_agree(vllm_config)
         patch_for_model(vllm_config)
+        check_ranks_agree(vllm_config)
         with adding_the_remedy(vllm_config):
             self.model = BailingMoeV2Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:

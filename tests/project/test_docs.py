@@ -46,7 +46,7 @@ GUIDES = sorted((ROOT / "docs").glob("*.md"))
 
 
 # Pages that start the same server stand beside each other, so that it is started once.
-FIRST = ("README.md", "docs/serve.md", "docs/tools-and-thinking.md", "docs/verify.md")
+FIRST = ("README.md", "docs/serve.md", "docs/tools-and-thinking.md", "docs/verify.md", "docs/scale-out.md")
 PAGES = sorted([README, *GUIDES], key=lambda page: str(page.relative_to(ROOT)) not in FIRST)
 TROUBLESHOOT = ROOT / "docs" / "troubleshoot.md"
 NEEDS = {"gpu", "download", "minutes"}

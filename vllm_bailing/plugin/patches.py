@@ -194,9 +194,6 @@ def hold_content_to_grammars(openings: Callable[[Any, Any], list[list[int]]]) ->
 def patch_for_model(vllm_config: Any) -> None:
     """Apply what an engine of this architecture needs. Safe to call again."""
     use_shipped_tables()
-    parallel_config = vllm_config.parallel_config
-    if parallel_config.data_parallel_size > 1 or parallel_config.use_sequence_parallel_moe:
-        add_uneven_collectives_on_cpu()
     if vllm_config.speculative_config is not None:
         fix_draft_sampling_on_cpu()
     if vllm_config.lora_config is not None:
@@ -204,6 +201,9 @@ def patch_for_model(vllm_config: Any) -> None:
 
         fix_lora_base_rows_on_cpu()
         check_adapters_while_loading(refuse_misfit)
+    parallel_config = vllm_config.parallel_config
+    if parallel_config.data_parallel_size > 1 or parallel_config.use_sequence_parallel_moe:
+        add_uneven_collectives_on_cpu()
 
 
 def use_shipped_tables() -> None:
