@@ -88,11 +88,23 @@ def _read_back(experts, folder, device):
     return loaded, taken
 
 
+def _all_read_back(folder):
+    return [_read_back(experts, folder, device) for experts, device, _ in NAMES]
+
+
+@pytest.fixture(scope="module")
+def read_back(tmp_path_factory):
+    """For each table, by its name: what vLLM loads and takes."""
+    folder = tmp_path_factory.mktemp("tables")
+    for experts, _, name in NAMES:
+        table.write_table(folder / name, table.table(rows_of(experts), "3.6.0"), {})
+    return dict(zip([name for *_, name in NAMES], run(_all_read_back, str(folder)), strict=True))
+
+
 @pytest.mark.parametrize(("experts", "device", "name"), NAMES)
-def test_vllm_reads_the_same_integers_back(experts, device, name, tmp_path):
+def test_vllm_reads_the_same_integers_back(experts, device, name, read_back):
     rows = rows_of(experts)
-    table.write_table(tmp_path / name, table.table(rows, "3.6.0"), {})
-    loaded, taken = run(_read_back, experts, str(tmp_path), device)
+    loaded, taken = read_back[name]
     assert loaded == {row.tokens: row.config for row in rows}
     assert taken == loaded | {3000: loaded[3072], 100000: loaded[4096]}
 
