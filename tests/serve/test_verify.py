@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -26,3 +27,42 @@ def test_a_server_is_verified(dtype, request, tmp_path):
     done = run_command("verify", other, "--url", f"{server.url}/v1", "--dtype", dtype, cache=tmp_path / "cache")
     assert done.returncode == 1 and f"does not compute {other}" in done.stdout, done.stdout + done.stderr
     assert "\033" not in done.stdout
+
+
+def with_another_template(model):
+    file = model / "chat_template.jinja"
+    file.write_text(file.read_text().replace("HUMAN", "USER"))
+
+
+def with_another_tokenizer(model):
+    file = model / "tokenizer.json"
+    contents = json.loads(file.read_text())
+    vocabulary = contents["model"]["vocab"]
+    one, other = (token for token in vocabulary if vocabulary[token] in (500, 501))
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    contents["model"]["merges"] = contents["model"]["merges"][:-200]
+    file.write_text(json.dumps(contents))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_another_template, "its chat template is another one"),
+        (with_another_tokenizer, "its tokenizer is another one"),
+    ],
+    ids=["chat template", "tokenizer"],
+)
+def test_another_tokenizer_or_template_is_a_fault(change, said, plain_server, tmp_path):
+    from vllm_bailing.tools.verify_server import tokenizer_difference
+
+    assert tokenizer_difference(plain_server.url, None, DEMO) == ""
+    model = shutil.copytree(DEMO, tmp_path / "model")
+    change(model)
+    assert tokenizer_difference(plain_server.url, "demo", model).startswith(said)
+    if change is with_another_template:
+        template = (DEMO / "chat_template.jinja").read_text()
+        assert tokenizer_difference(plain_server.url, None, model, template) == ""
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    options = ("--dtype", "float32", "--max-tokens", "1", "--json")
+    done = invoke("verify", model, "--url", plain_server.url, *options, **cache)
+    assert done.exit_code == 1 and said in json.loads(done.stdout)["reason"]

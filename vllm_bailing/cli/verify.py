@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +25,9 @@ def verify(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start again instead of continuing an interrupted run.")
     ] = False,
+    chat_template: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="The server's, if it is not the checkpoint's.")
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Does this deployment compute this checkpoint?
@@ -64,6 +68,7 @@ def verify(
                 overrides=overrides,
                 engine=arguments,
                 fresh=fresh,
+                chat_template=chat_template and chat_template.read_text(encoding="utf-8"),
                 progress=advance,
                 say=lambda text: typer.echo(f"vllm-bailing verify: {text}", err=True),
             )

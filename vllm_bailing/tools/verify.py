@@ -28,6 +28,7 @@ from vllm_bailing.errors import CheckpointError
 from vllm_bailing.folders import local_folder
 from vllm_bailing.tensor_names import EMBEDDING, HEAD
 from vllm_bailing.tools.verify_deployment import Served, ask_again, ask_offline, ask_server, prompt_ids
+from vllm_bailing.tools.verify_server import tokenizer_difference
 from vllm_bailing.units import dtype_name
 
 if TYPE_CHECKING:
@@ -424,6 +425,7 @@ def run(
     overrides: dict[str, Any] | None = None,
     engine: dict[str, Any] | None = None,
     fresh: bool = False,
+    chat_template: str | None = None,
     progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
     say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
@@ -441,6 +443,7 @@ def run(
         overrides: As given to the deployment by `--hf-overrides`.
         engine: Without `url`, further arguments of `vllm.LLM`.
         fresh: Start again.
+        chat_template: That of the server, if it is not the checkpoint's.
         progress: Called with "deployment" or "reference", the number of steps that are done, and of all if known.
         say: Called with a sentence if an interrupted run is continued.
     Returns:
@@ -483,7 +486,10 @@ def run(
     delete_work(work)
     comparisons = [compare(*sequence) for sequence in zip(served, logprobs, likeliest, strict=True)]
     total, judged_as = overall(comparisons), dtype or computed
-    reason = verdict(total, TOLERANCES[judged_as])
+    tokens = tokenizer_difference(url, served_model_name, folder, chat_template) if url else ""
+    reason = " and ".join(filter(None, (verdict(total, TOLERANCES[judged_as]), tokens)))
+    not_checked = [_SHARED_READER] if config.stored_quantization_config else []
+    not_checked += ["tokenizer and chat template: the server does not answer /tokenize"] if tokens is None else []
     return {
         "checkpoint": str(folder),
         "deployment": url or "vllm.LLM",
@@ -493,5 +499,5 @@ def run(
         "overall": asdict(total),
         "computes": not reason,
         "reason": reason,
-        "not_checked": _SHARED_READER if config.stored_quantization_config else "",
+        "not_checked": "; ".join(not_checked),
     }
