@@ -367,7 +367,7 @@ def test_a_note_says_how_to_get_the_checkpoint(dtype, stored, note):
 def test_a_note_says_that_replicas_need_a_router():
     config = zoo_config("Ling-mini-2.0")
     (note,) = plan(config, "H200", 8, 4096, 1).notes
-    assert note.startswith("A router has to share the requests out") and "docs/deploy.md" in note
+    assert note.startswith("A router has to share the requests out") and "docs/scale-out.md" in note
     assert not plan(config, "H200", 8, 4096, 1, tp=8).notes
 
 
