@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ _CHATS: tuple[list[dict[str, str]], ...] = (
     ],
 )
 _SHOWN = 4  # ids in a message
+_WORDS = 200  # of the vocabulary in a request
 
 
 def tokenizer_difference(url: str, model: str | None, folder: Path, chat_template: str | None = None) -> str | None:
@@ -49,7 +51,7 @@ def tokenizer_difference(url: str, model: str | None, folder: Path, chat_templat
                 answer.raise_for_status()
                 return answer.json()["tokens"]
 
-            for text in _TEXTS:
+            for text in (*_TEXTS, *_vocabulary(tokenizer)):
                 here = tokenizer.encode(text, add_special_tokens=False)
                 if said := _difference(asked(prompt=text, add_special_tokens=False), here):
                     return f"its tokenizer is another one: {shown(text, 20)} {said}"
@@ -63,6 +65,15 @@ def tokenizer_difference(url: str, model: str | None, folder: Path, chat_templat
     except (httpx.HTTPError, LookupError, TypeError, ValueError):
         return None
     return ""
+
+
+def _vocabulary(tokenizer: Any) -> Iterator[str]:
+    """Texts that together have every word of the vocabulary which is text by itself, the special ones left out."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    ids = [[number] for number in range(len(tokenizer)) if number not in special]
+    words = [word for word in tokenizer.batch_decode(ids) if word and "\ufffd" not in word]
+    for start in range(0, len(words), _WORDS):
+        yield "\n".join(words[start : start + _WORDS])
 
 
 def _difference(came: list[int], here: list[int]) -> str:
