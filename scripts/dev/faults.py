@@ -3,7 +3,7 @@
     .venv/bin/python scripts/dev/faults.py               all of them, about ten minutes on two cores
     .venv/bin/python scripts/dev/faults.py engine-killed small-shm
 
-Those that change mounts need root on Linux. docs/faults.md has the result.
+Those that change mounts need root on Linux. docs/reliability.md has results.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ from vllm_bailing import DEMO
 BIN = Path(sys.executable).parent
 FLAGS = ["--served-model-name", "demo", "--enforce-eager", "--kv-cache-memory-bytes", str(2**28)]
 TWO_RANKS = ["--tensor-parallel-size", "2"]
-ENV = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+ENV = {
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+}
 START_SECONDS, SECONDS = 400, 120
 
 
