@@ -31,19 +31,16 @@ from vllm_bailing import DEMO
 BIN = Path(sys.executable).parent
 FLAGS = ["--served-model-name", "demo", "--enforce-eager", "--kv-cache-memory-bytes", str(2**28)]
 TWO_RANKS = ["--tensor-parallel-size", "2"]
-ENV = {
-    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_LOGGING_LEVEL": "INFO",
-}
+TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}  # one for each rank
+ENV = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 START_SECONDS, SECONDS = 400, 120
 
 
 class Server:
     """`vllm serve` of the demo, its log and what it does next."""
 
-    def __init__(self, folder: Path, *flags: str, before: str = "", env: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, *flags: str, before: str = "") -> None:
+        env = TWO_CORES if TWO_RANKS[0] in flags else {}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -53,7 +50,7 @@ class Server:
             command = ["unshare", "--mount", "bash", "-c", f"{before}; exec {shlex.join(command)}"]
         stream = self.log.open("w")
         self.process = subprocess.Popen(
-            command, stdout=stream, stderr=stream, env={**os.environ, **ENV, **(env or {})}, start_new_session=True
+            command, stdout=stream, stderr=stream, env={**os.environ, **ENV, **env}, start_new_session=True
         )
 
     def started(self) -> bool:
@@ -117,9 +114,9 @@ def _session(process: psutil.Process) -> int:
 
 
 @contextmanager
-def server(*flags: str, before: str = "", env: dict[str, str] | None = None) -> Iterator[Server]:
+def server(*flags: str, before: str = "") -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as folder:
-        running = Server(Path(folder), *flags, before=before, env=env)
+        running = Server(Path(folder), *flags, before=before)
         try:
             yield running
         finally:
