@@ -13,6 +13,7 @@ from tests.support.balancing import balanced
 from tests.support.cases import CASES, load_case
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer
 from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, generate, run, run_in_turn
+from tests.support.server import free_port
 from tests.support.speculation import mtp
 
 EXPERTS = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
@@ -100,9 +101,7 @@ class Rank:
 
 def data_parallel(ranks, cores="0|1", **options):
     """The answer of each of `ranks`, or the EngineError that it ended with."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def ask_rank(number):
         names = {"RANK": number, "RANK_LOCAL": number, "SIZE": len(ranks)}

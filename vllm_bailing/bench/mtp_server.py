@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import urllib.request
 from typing import Any
 
 from vllm_bailing.bench.mtp import acceptance_of, difference
 from vllm_bailing.errors import BenchError, shown
+from vllm_bailing.tools.chat import base_of, connect, http_client
 from vllm_bailing.tools.prompts import Prompt
 
 _DRAFTS, _ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens_per_pos"
@@ -38,11 +38,13 @@ def read(url: str) -> tuple[int, list[int]]:
     Raises:
         BenchError: If it does not answer, or does not speculate.
     """
-    address = f"{url.rstrip('/').removesuffix('/v1')}/metrics"
+    import httpx
+
+    address = f"{base_of(url)}/metrics"
     try:
-        with urllib.request.urlopen(address, timeout=_SECONDS) as answer:
-            text = answer.read().decode()
-    except (OSError, ValueError) as error:
+        with http_client(url, _SECONDS) as client:
+            text = client.get("/metrics").raise_for_status().text
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise BenchError(f"{address} does not answer ({shown(error)}); name a running vLLM server by --url") from None
     if f"{_DRAFTS}_total" not in text:
         raise BenchError(f"{address} counts no drafts; start the server with --speculative-config")
@@ -63,7 +65,7 @@ def ask(url: str, model: str, prompts: list[Prompt], max_tokens: int) -> dict[st
         return {"all": acceptance_of(*read(url))}
     import openai
 
-    client = openai.OpenAI(base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1", api_key="none")
+    client = connect(url)
     result: dict[str, dict[str, Any]] = {}
     start = read(url)
     for kind in dict.fromkeys(prompt.kind for prompt in prompts):

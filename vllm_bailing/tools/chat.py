@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 from openai import OpenAI
 
 from vllm_bailing.errors import ChatError, shown
@@ -21,10 +22,25 @@ def with_scheme(url: str) -> str:
     return url if "://" in url else f"http://{url}"
 
 
+def base_of(url: str) -> str:
+    """Where the server's own endpoints begin, such as /health, from `url` with or without its scheme and /v1."""
+    return with_scheme(url).rstrip("/").removesuffix("/v1")
+
+
+def http_client(url: str, seconds: float) -> httpx.Client:
+    """A client of those endpoints, which may take `seconds` to answer; VLLM_API_KEY is sent if it is set.
+
+    Raises:
+        httpx.InvalidURL: If `url` is none.
+    """
+    key = os.environ.get("VLLM_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(base_url=base_of(url), timeout=seconds, headers=headers)
+
+
 def connect(url: str, **options: Any) -> OpenAI:
     """A client of the server at `url`, with or without its /v1; VLLM_API_KEY is sent if it is set."""
-    base = with_scheme(url).rstrip("/").removesuffix("/v1")
-    return OpenAI(base_url=f"{base}/v1", api_key=os.environ.get("VLLM_API_KEY", "none"), **options)
+    return OpenAI(base_url=f"{base_of(url)}/v1", api_key=os.environ.get("VLLM_API_KEY", "none"), **options)
 
 
 def first_model(client: OpenAI) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from vllm_bailing.errors import shown
-from vllm_bailing.tools.chat import with_scheme
+from vllm_bailing.tools.chat import base_of, http_client
 from vllm_bailing.tools.doctor import Check
 
 SECONDS = 30.0  # for an answer; an engine whose peer died takes requests and never answers
@@ -25,11 +24,9 @@ def server(url: str, model: str | None = None, seconds: float = SECONDS) -> Iter
     """
     import httpx
 
-    base = with_scheme(url).rstrip("/").removesuffix("/v1")
-    key = os.environ.get("VLLM_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    base = base_of(url)
     try:
-        with httpx.Client(base_url=base, timeout=seconds, headers=headers) as client:
+        with http_client(url, seconds) as client:
             yield from _checks(client, base, model)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         what = "no answer within" if isinstance(error, httpx.TimeoutException) else shown(error) or type(error).__name__

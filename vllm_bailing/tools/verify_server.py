@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vllm_bailing.errors import shown
-from vllm_bailing.tools.chat import with_scheme
+from vllm_bailing.tools.chat import http_client
 
 _TEXTS = (
     "The early bird catches the worm; 3.14159 and 1,000,000.",
@@ -40,11 +39,9 @@ def tokenizer_difference(url: str, model: str | None, folder: Path, chat_templat
 
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     template = chat_template or tokenizer.chat_template
-    base, key = with_scheme(url).rstrip("/").removesuffix("/v1"), os.environ.get("VLLM_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     named = {"model": model} if model else {}
     try:
-        with httpx.Client(base_url=base, timeout=60, headers=headers) as client:
+        with http_client(url, 60) as client:
 
             def asked(**question: Any) -> list[int]:
                 answer = client.post("/tokenize", json={**named, **question})
