@@ -23,5 +23,6 @@ for argument in "$@"; do
 done
 
 [[ -n ${SKIP_SETUP:-} ]] || bash "$root/scripts/setup.sh"
+unset PYTHONDONTWRITEBYTECODE # where it is set, each of the server's three processes would compile vLLM anew
 export DEMO_COMMAND=scripts/demo.sh # for the hint how to call it again
 exec "${VENV:-$root/.venv}/bin/vllm-bailing" demo "$@"
