@@ -130,8 +130,7 @@ class BailingMoeV2Config(PretrainedConfig):
     `stored_quantization_config`, so that nobody takes the model for a quantized one; see `dequantize.py`.
 
     Raises:
-        ValueError: If a value has the wrong type or range, or two keys contradict each other. The message is one
-            line that names the keys and their values.
+        ValueError: If a value has the wrong type or range, or keys contradict each other; one line with their values.
 
     Source: inclusionAI/Ling-V2, `configuration_bailing_moe_v2.py` and `modeling_bailing_moe_v2.py`; model card of
     Ling-flash-2.0 for YaRN.
@@ -141,6 +140,7 @@ class BailingMoeV2Config(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     # transformers would warn that a plain rope does not know this key, which the partial rotary needs.
     ignore_keys_at_rope_validation = {"partial_rotary_factor"}
+    __eq__ = PretrainedConfig.__eq__  # or transformers has dataclass fields compared: none here, so all are equal
 
     def __init__(
         self,
@@ -534,7 +534,7 @@ def _warn(message: str) -> None:
 
 
 def register_with_transformers() -> None:
-    """Let `AutoConfig` (and vLLM, which uses it) read this family's config.json files. Safe to call again."""
+    """Let `AutoConfig`, and so vLLM, read this family's config.json files. Safe to call again."""
     adopt_config_files()
     name_the_configuration()
 

@@ -160,6 +160,13 @@ def test_round_trips_give_the_same_config(name, tmp_path):
         assert same == {**wanted, "_name_or_path": wanted.get("_name_or_path")}
 
 
+def test_configurations_are_equal_if_their_keys_are():
+    config = built(published("Ling-mini-2.0"))
+    assert config == built(published("Ling-mini-2.0")) == copy.deepcopy(config)
+    assert config != built(published("Ling-mini-2.0", num_hidden_layers=4))
+    assert config != built(published("Ling-flash-2.0"))
+
+
 @pytest.mark.parametrize("head_dim", [48, 64, 88, 96, 98, 104, 128, 176, 192, 256])
 def test_any_even_width_survives_a_round_trip(head_dim):
     # 88, 98, 104 and 176 have widths whose share of the head, as a float, falls just below them.

@@ -9,11 +9,12 @@ import sys
 import pytest
 import torch
 
+from tests.support.adapters import merged
 from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, without_its_end, write_tensors
 from tests.support.commands import invoke
 from tests.support.configs import change_config
 from tests.support.paths import DATA
-from vllm_bailing import DEMO
+from vllm_bailing import DEMO, DEMO_ADAPTER
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.cli.train_mtp import Terminal
@@ -140,6 +141,36 @@ def test_a_random_layer_to_begin_with(base, tmp_path):
     target = make_checkpoint(tmp_path / "chat")  # has none
     assert train(base, tmp_path / "out", "--init", "random", target=target).exit_code == 0
     Audit.of_draft(read_config(tmp_path / "out")).check(Checkpoint.at(str(tmp_path / "out")))
+
+
+# ---- for a target with an adapter -------------------------------------------------------------------------------
+
+
+def test_a_layer_for_a_target_with_an_adapter_is_that_for_the_merged_target(base, tmp_path):
+    pytest.importorskip("peft")
+    target = merged(DEMO, DEMO_ADAPTER, tmp_path / "target")
+    with_adapter = train(base, tmp_path / "out", "--adapter", DEMO_ADAPTER, target=DEMO)
+    assert with_adapter.exit_code == 0, with_adapter.stderr
+    served = f"--enable-lora --lora-modules {DEMO_ADAPTER.name}={DEMO_ADAPTER} --speculative-config"
+    assert served in with_adapter.stdout
+    assert train(base, tmp_path / "wanted", "--init", DEMO, target=target).exit_code == 0
+    assert train(base, tmp_path / "other", target=DEMO).exit_code == 0
+    out, wanted, other = (read_tensors(tmp_path / name) for name in ("out", "wanted", "other"))
+    # Recorded states are rounded to bf16, and one in a hundred differs there by the order of a sum in fp32.
+    differs = [sum((one[name].float() - wanted[name].float()).abs().sum() for name in wanted) for one in (out, other)]
+    assert differs[0] < 0.1 * differs[1], differs
+    assert getattr(read_config(tmp_path / "out"), KEY) == DraftTarget.at(DEMO).to_json()
+    assert f"with the adapter {DEMO_ADAPTER.name}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_adapter_that_will_not_do_is_refused(base, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    wrong = ((tmp_path / "nowhere", "adapter_config.json"), (DEMO_ADAPTER, "factor(s) are of the wrong shape"))
+    for adapter, fragment in wrong:
+        assert_refused(train(base, tmp_path / "out", "--adapter", adapter), fragment)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert_refused(train(base, tmp_path / "out", "--adapter", DEMO_ADAPTER, target=DEMO), "--adapter needs PEFT")
+    assert not list(tmp_path.glob("*.work"))
 
 
 # ---- going on ---------------------------------------------------------------------------------------------------

@@ -64,6 +64,9 @@ def train_mtp(
     merge: Annotated[
         Path | None, typer.Option(help="Also write a copy of the target with the layer into this folder.")
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of the LoRA adapter that TARGET is served with, if it is.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     seed: int = 0,
     plan: Annotated[
@@ -92,7 +95,9 @@ def train_mtp(
         checks.check_packages()
         settings = trainer.Settings(steps, batch_size, learning_rate, trainer.Part(part.value), seed)
         sizes = (draft_tokens, max_tokens, max_length, samples, temperature)
-        request = run.Request(target, init, data, answers, out, settings, *sizes, generator.value, arguments, merge)
+        request = run.Request(
+            target, init, data, answers, out, settings, *sizes, generator.value, arguments, merge, adapter
+        )
         with output.output_aside():
             result = run.train(request, Terminal(), resume)
             card.write_card(result, request.layer)
@@ -175,7 +180,5 @@ def _show(result: Result) -> None:
     console = output.console()
     console.print(table)
     console.print("accepted up to a position, greedy, on held-out prompts; in brackets the 95 % interval")
-    out = result.request.out
-    output.show_files([out, *([result.request.merge] if result.request.merge else [])])
-    speculation = f'{{"method": "mtp", "model": "{out}", "num_speculative_tokens": {count}}}'
-    typer.echo(f"vllm serve {result.request.target} --speculative-config '{speculation}'")
+    output.show_files([result.request.out, *([result.request.merge] if result.request.merge else [])])
+    typer.echo(result.request.serve_command)

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_bailing.adapter_audit import CONFIG, read_settings
 from vllm_bailing.bench.runner import Task, run_task
 from vllm_bailing.errors import BenchError, TrainError
+from vllm_bailing.planning.request import LORA_RANKS
 from vllm_bailing.tools.prompts import json_row, read_lines
 
 _AT_ONCE = 16  # questions that the plain model answers together
@@ -82,11 +84,13 @@ class AnswerTask(Task):
 
     Attributes:
         questions: `Question`s as dictionaries.
+        adapter: Folder of the adapter that answers; None for the model alone.
     """
 
     questions: list[dict[str, Any]]
     max_tokens: int
     seed: int
+    adapter: str | None = None
 
     def work(self) -> list[list[int]]:
         from vllm import LLM, SamplingParams
@@ -98,18 +102,35 @@ class AnswerTask(Task):
             SamplingParams(temperature=question["temperature"], max_tokens=self.max_tokens)
             for question in self.questions
         ]
-        return [list(output.outputs[0].token_ids) for output in llm.generate(requests, params, use_tqdm=True)]
+        request = None
+        if self.adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            request = LoRARequest("adapter", 1, self.adapter)
+        said = llm.generate(requests, params, lora_request=request, use_tqdm=True)
+        return [list(output.outputs[0].token_ids) for output in said]
 
 
 def ask_vllm(
-    model: str, questions: list[Question], max_tokens: int, seed: int, engine: dict[str, Any]
+    model: str,
+    questions: list[Question],
+    max_tokens: int,
+    seed: int,
+    engine: dict[str, Any],
+    adapter: Path | None = None,
 ) -> list[list[int]]:
-    """Token ids of the answers, with the stop token.
+    """Token ids of the answers, with the stop token; of the model with `adapter` if there is one.
 
     Raises:
         TrainError: If the engine did not start or did not answer.
     """
-    task = AnswerTask(model, engine, [asdict(question) for question in questions], max_tokens, seed)
+    folder = None
+    if adapter is not None:
+        folder = str(adapter.absolute())
+        rank = read_settings(adapter / CONFIG).highest_rank
+        rank = next(allowed for allowed in LORA_RANKS if allowed >= rank)
+        engine = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank, **engine}
+    task = AnswerTask(model, engine, [asdict(question) for question in questions], max_tokens, seed, folder)
     try:
         return run_task(task)
     except BenchError as error:

@@ -21,10 +21,10 @@ tags: [mtp, speculative-decoding, vllm, vllm-bailing]
 # MTP layer for {name}
 
 A draft layer for speculative decoding with vLLM and [vllm-bailing](https://github.com/vllm-bailing/vllm-bailing),
-distilled from the answers of {name}. Embedding and head are the target's and not in here.
+distilled from the answers of {answering}. Embedding and head are the target's and not in here.
 
 ```bash
-vllm serve {target} --speculative-config '{{"method": "mtp", "model": "{out}", "num_speculative_tokens": {tokens}}}'
+{command}
 ```
 
 Answers are those of the target whatever it drafts: it only changes their speed. It was made for the target with
@@ -82,12 +82,13 @@ def write_card(result: Result, folder: Path) -> None:
     with contextlib.suppress(ImportError):
         plot(result, picture)
     count = request.draft_tokens
+    adapter = f" with the adapter {request.adapter.resolve().name}" if request.adapter else ""
     rows = "\n".join(f"| {kind} | {layer} | {' | '.join(texts)} |" for kind, layer, texts in rows_of(result))
     (folder / "README.md").write_text(
         _CARD.format(
             name=result.made_for.name,
-            target=request.target,
-            out=request.out,
+            answering=result.made_for.name + adapter,
+            command=request.serve_command,
             config=result.made_for.config,
             weights=result.made_for.weights,
             tokens=count,

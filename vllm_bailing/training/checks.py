@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_bailing import adapter_audit
+from vllm_bailing.adapters import EXPERTS, LINEAR
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.config import BailingMoeV2Config, read_config
-from vllm_bailing.errors import CheckpointError, TrainError
+from vllm_bailing.errors import AdapterError, CheckpointError, TrainError
 from vllm_bailing.folders import local_folder
+from vllm_bailing.planning.request import LORA_RANKS
 from vllm_bailing.planning.training import SAVED_BYTES, layer_elements, memory_needed
 from vllm_bailing.tensor_names import layer_tensors
 from vllm_bailing.units import GIB
@@ -73,6 +76,19 @@ def init_at(init: str | None, target: Source) -> Checkpoint | None:
             actual = "missing" if stored is None else f"{list(stored.shape)}, {stored.kind}"
             raise TrainError(f"{where}: {name} is {actual}, the target needs {list(shape)}, plain; {remedy}")
     return source.checkpoint
+
+
+def check_adapter(folder: Path, target: Source) -> None:
+    """Whether the target can be served with the adapter in `folder`.
+
+    Raises:
+        TrainError: If its files do not fit the target.
+    """
+    limits = adapter_audit.Limits(target.config, (*LINEAR, EXPERTS), LORA_RANKS[-1])
+    try:
+        adapter_audit.check_adapter(folder, limits)
+    except AdapterError as error:
+        raise TrainError(f"--adapter: {error}") from None
 
 
 def _source(model: str, what: str) -> Source:

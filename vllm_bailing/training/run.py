@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -43,6 +44,7 @@ class Request:
 
     Attributes:
         data: Prompts, or None where `answers` has what the target said.
+        adapter: Folder of the adapter that the target is served with; None for the target alone.
         engine: Further arguments of `vllm.LLM`.
         generator: "vllm" or "plain".
     """
@@ -61,6 +63,7 @@ class Request:
     generator: str = "vllm"
     engine: dict[str, Any] = field(default_factory=dict)
     merge: Path | None = None
+    adapter: Path | None = None
 
     @property
     def work(self) -> Path:
@@ -71,6 +74,13 @@ class Request:
     def layer(self) -> Path:
         """Where the layer is written; it becomes `out` when it is complete."""
         return self.work / "layer"
+
+    @property
+    def serve_command(self) -> str:
+        """How the target is served with the layer."""
+        speculation = {"method": "mtp", "model": str(self.out), "num_speculative_tokens": self.draft_tokens}
+        adapter = f" --enable-lora --lora-modules {self.adapter.resolve().name}={self.adapter}" if self.adapter else ""
+        return f"vllm serve {self.target}{adapter} --speculative-config '{json.dumps(speculation)}'"
 
 
 class Show(Protocol):
@@ -137,7 +147,10 @@ def _check(request: Request, target: checks.Source, resume: bool) -> None:
         raise TrainError("give either --data, prompts that the target answers, or --answers that are ready")
     checks.check_packages()
     if request.settings.part is Part.lora:
-        require_peft()
+        require_peft("--train lora", "choose --train attention")
+    if request.adapter is not None:
+        require_peft("--adapter", "merge the adapter into the checkpoint")
+        checks.check_adapter(request.adapter, target)
     checks.check_folder(request.out, "--out")
     if request.merge is not None:
         checks.check_folder(request.merge, "--merge")
@@ -188,18 +201,18 @@ def _recorded(
     if ready is None and not file.is_file():
         show.say(f"{len(questions)} answers of up to {request.max_tokens} tokens, by {request.generator}")
         if request.generator == "plain":
-            model = load_target(target)
+            model = load_target(target, request.adapter)
             with show.stage("answers", len(questions)) as progress:
                 said = answering.ask_plain(model, questions, request.max_tokens, settings.seed, progress)
         else:
             with show.stage("answers", 1) as progress:
                 said = answering.ask_vllm(
-                    str(target.folder), questions, request.max_tokens, settings.seed, request.engine
+                    str(target.folder), questions, request.max_tokens, settings.seed, request.engine, request.adapter
                 )
                 progress(1)
         answering.write_answers(file, answering.answered(questions, said))
     answers = ready or answering.read_answers(file, target.config.vocab_size, HELD_OUT, MOST_HELD_OUT)
-    model = model or load_target(target)
+    model = model or load_target(target, request.adapter)
     with show.stage("hidden states", len(answers)) as progress:
         examples = states.record(model, answers, request.max_length, folder, progress)
     del model
@@ -254,14 +267,21 @@ def _questions(request: Request, target: checks.Source, show: Show) -> list[answ
     return questions
 
 
-def load_target(target: checks.Source) -> Any:
-    """The target as the plain model: in fp32 on a processor, in bf16 over all GPUs."""
+def load_target(target: checks.Source, adapter: Path | None) -> Any:
+    """The target with its adapter as the plain model: in fp32 on a processor, in bf16 over all GPUs."""
     from vllm_bailing.reference import BailingMoeV2ForCausalLM
 
     has_gpu = torch.cuda.is_available()
     options: dict[str, Any] = {"device_map": "auto"} if has_gpu else {}
     dtype = torch.bfloat16 if has_gpu else torch.float32
-    return BailingMoeV2ForCausalLM.from_pretrained(target.folder, dtype=dtype, **options).eval()
+    model = BailingMoeV2ForCausalLM.from_pretrained(target.folder, dtype=dtype, **options).eval()
+    if adapter is None:
+        return model
+    from peft import PeftModel  # pyright: ignore[reportMissingImports]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names every module of the target that the adapter leaves as it is
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
 
 
 def _draft(request: Request, target: checks.Source, init: Any) -> MtpDraft:

@@ -49,14 +49,14 @@ def choose(draft: MtpDraft, part: Part) -> None:
         for name, parameter in draft.layer.named_parameters():
             parameter.requires_grad_(ATTENTION.search(name) is not None)
     if part is Part.lora:
-        peft = require_peft()
+        peft = require_peft("--train lora", "choose --train attention")
         modules = [name for name, _ in draft.layer.named_modules() if LORA.search(f"{name}.weight")]
         config = peft.LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=modules)
         peft.inject_adapter_in_model(config, draft.layer)
 
 
-def require_peft() -> Any:
-    """The module.
+def require_peft(what: str, remedy: str) -> Any:
+    """The module, which `what` needs.
 
     Raises:
         TrainError: If it is not installed.
@@ -64,9 +64,7 @@ def require_peft() -> Any:
     try:
         import peft  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise TrainError(
-            "--train lora needs PEFT; `pip install 'vllm-bailing[train]'`, or choose --train attention"
-        ) from None
+        raise TrainError(f"{what} needs PEFT; `pip install 'vllm-bailing[train]'`, or {remedy}") from None
     return peft
 
 
