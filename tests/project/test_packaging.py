@@ -16,6 +16,7 @@ from pathlib import Path
 import check_versions
 import pytest
 from filelock import FileLock
+from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 
 import vllm_bailing
@@ -102,6 +103,18 @@ def test_wheel_metadata(wheel):
     assert "vllm>=0.27" in metadata.get_all("Requires-Dist", []), "an upper bound would only keep users from upgrading"
     assert "[vllm.general_plugins]\nbailing = vllm_bailing:register" in entry_points
     assert "[console_scripts]\nvllm-bailing = vllm_bailing.cli:main" in entry_points
+
+
+def test_links_of_the_readme_lead_to_the_files_of_this_version(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = BytesParser().parsebytes(archive.read(f"vllm_bailing-{VERSION}.dist-info/METADATA"))
+    address = dict(one.split(", ") for one in metadata.get_all("Project-URL", []))["Source"] + f"/blob/v{VERSION}/"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    tokens = MarkdownIt().parse(metadata.get_payload())
+    links = [child.attrs["href"] for token in tokens for child in token.children or [] if child.type == "link_open"]
+    inside = [link.removeprefix(address).partition("#")[0] for link in links if link.startswith(address)]
+    assert len(inside) > 20 and {link for link in links if not link.startswith("https://")} == set()
+    assert [path for path in inside if not (ROOT / path).is_file()] == []
 
 
 def test_declared_dependencies_are_what_is_imported(wheel):
