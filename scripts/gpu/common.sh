@@ -6,12 +6,15 @@
 #   plan N           how many steps will follow
 #   step NAME CMD..  runs a command with its output in $OUT/NAME.log; a failure ends the script with the end of that
 #   DRY_RUN=1        prints the commands of the steps and runs none
+#   REHEARSAL=1      on a machine whose GPUs are stand-ins (tests/cuda_build/machine): a step may end where it needs one
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 script=gpu-$(basename "$0" .sh)
 venv=${VENV:-$root/.venv}
 [[ $venv == /* ]] || venv=$PWD/$venv
 steps=0 done_steps=0
+# What the first call that needs a GPU says where there is none.
+readonly needs_gpu='ProcessGroupNCCL is only supported with GPUs|CUDA error|CUDA driver|CUDA-capable device|NVIDIA driver'
 
 say() { printf '%s: %s\n' "$script" "$*"; }
 
@@ -25,11 +28,11 @@ require_gpu() {
         say "skipped: no NVIDIA GPU"
         exit 0
     fi
-    gpu_name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
+    gpu_name=$(nvidia-smi --query-gpu=name --format=csv,noheader | sed -n 1p)
     gpu_name=${gpu_name#NVIDIA }
     gpu_name=${gpu_name// /-}
     # Of the smallest one, in GB.
-    gpu_gb=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | sort -n | head -n 1)
+    gpu_gb=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | sort -n | sed -n 1p)
     gpu_gb=$((gpu_gb * 1048576 / 1000000000))
     say "$gpus x $gpu_name, $gpu_gb GB"
 }
@@ -56,6 +59,10 @@ step() {
     printf '[%d/%d] %s ...\n' "$done_steps" "$steps" "$name"
     if "$@" >"$log" 2>&1 </dev/null; then
         printf '[%d/%d] %s: ok in %d s\n' "$done_steps" "$steps" "$name" $((SECONDS - start))
+        return
+    fi
+    if [[ ${REHEARSAL:-0} == 1 ]] && grep -qE "$needs_gpu" "$log"; then
+        printf '[%d/%d] %s: as far as a GPU is needed, in %d s\n' "$done_steps" "$steps" "$name" $((SECONDS - start))
         return
     fi
     tail -n 40 "$log" >&2

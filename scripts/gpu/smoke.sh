@@ -5,6 +5,7 @@
 #
 #   REQUIRE_GPU=1    no GPU is an error; otherwise everything is skipped then, with exit code 0
 #   DRY_RUN=1        print the commands instead of running them
+#   REHEARSAL=1      for tests/cuda_build: a step may end where it needs a GPU
 #   SKIP_SETUP=1, VENV=dir, VLLM_VERSION=0.32.0 as for scripts/setup.sh
 set -euo pipefail
 
@@ -17,7 +18,10 @@ use_environment
 cd "$root"
 
 # Of tests/engine/test_gpu.py the tests whose names have this in them.
-tests() { step "$1" "$venv/bin/python" -m pytest -m gpu tests/engine/test_gpu.py -k "$2" -n 0 -v --durations 5; }
+tests() {
+    step "$1" "$venv/bin/python" -m pytest -m gpu tests/engine/test_gpu.py -k "$2" -n 0 -v --durations 5 \
+        ${REHEARSAL:+--exitfirst}
+}
 
 step versions "$venv/bin/vllm-bailing" info
 tests reference-fp32 "test_reference and float32"

@@ -157,6 +157,12 @@ def test_the_tables_of_kernels_are_those_of_the_rehearsal():
     assert table.with_tables(page) == page, "run `python scripts/dev/kernel_table.py --write`"
 
 
+def test_the_expectations_of_gpus_are_those_that_were_counted():
+    table = importlib.import_module("gpu_expectations")
+    page = table.PAGE.read_text(encoding="utf-8")
+    assert table.with_tables(page) == page, "run `python scripts/dev/gpu_expectations.py --write`"
+
+
 def test_every_block_is_one_that_the_tests_know():
     for block in BLOCKS:
         assert block.language in ("bash", "python", "json"), f"{block}: {block.language!r}"

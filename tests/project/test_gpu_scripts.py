@@ -34,8 +34,9 @@ def run_script(tmp_path):
             listed = "\\n".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i})" for i in range(gpus))
             lines += [
                 f"-L) printf '{listed}\\n' ;;",
-                "--query-gpu=name) echo 'NVIDIA H100 80GB HBM3' ;;",
-                f"--query-gpu=memory.total) echo {memory_mib} ;;",
+                # A line for each, and not at once: who takes the first one alone must not end the tool.
+                f"--query-gpu=name) for _ in $(seq {gpus}); do echo 'NVIDIA H100 80GB HBM3'; sleep 0.05; done ;;",
+                f"--query-gpu=memory.total) for _ in $(seq {gpus}); do echo {memory_mib}; done ;;",
                 "esac",
             ]
         else:
@@ -101,13 +102,42 @@ def test_smoke_selects_every_gpu_test_once(run_script):
 
 def test_bench_measures_what_fits(run_script):
     found = steps(run_script("bench", 1, DRY_RUN="1"))
-    assert list(found) == "setup environment compare-mini compare-flash-4L compare-flash-8L mtp-model mtp".split()
+    shapes = "compare-mini compare-flash-4L compare-flash-8L"
+    assert list(found) == f"setup environment {shapes} mtp-model mtp expectations".split()
     assert re.search(r"out/H100-80GB-HBM3-\d{4}-\d\d-\d\d-mini$", found["compare-mini"])
     assert "--acceptance 0.8" in found["mtp"] and "load_format" in found["mtp"]
     done = run_script("bench", 1, memory_mib=40960, DRY_RUN="1", SKIP_SETUP="1", ROUNDS="2")
-    assert list(steps(done)) == "environment compare-mini compare-flash-4L mtp-model mtp".split()
+    assert list(steps(done)) == "environment compare-mini compare-flash-4L mtp-model mtp expectations".split()
     assert "flash-8L left out: it needs 57 GB" in done.stdout
     assert "--rounds 2" in steps(done)["compare-mini"]
+
+
+def test_bench_measures_the_whole_model_on_four_gpus(run_script):
+    found = steps(run_script("bench", 4, DRY_RUN="1", SKIP_SETUP="1", SHAPES="mini"))
+    assert list(found) == "environment compare-mini compare-flash-tp4 mtp-model mtp expectations".split()
+    assert "bench compare flash --" in found["compare-flash-tp4"]
+    assert found["compare-flash-tp4"].rstrip().endswith("--tensor-parallel-size 4")
+    # What is expected of both is looked up for the files that they leave.
+    for name in ("mini", "flash-tp4"):
+        (out,) = re.findall(rf"--out (\S+-{name}) ", found[f"compare-{name}"] + " ")
+        assert f"{out}.json" in found["expectations"].replace("\\", "")
+    assert "compare-flash-tp4" not in steps(run_script("bench", 4, memory_mib=40960, DRY_RUN="1"))
+
+
+def test_a_rehearsal_goes_on_where_a_step_needs_a_gpu_and_ends_at_any_other_failure(run_script, tmp_path):
+    program = tmp_path / "venv" / "bin" / "vllm-bailing"
+    program.parent.mkdir(parents=True)
+    python = program.with_name("python")
+    for text, code in (("RuntimeError: CUDA error: no CUDA-capable device is detected", 0), ("a slip", 1)):
+        for tool, says in ((program, "here"), (python, text)):
+            tool.write_text(f"#!/bin/sh\necho '{says}'\nexit {int(tool is python)}\n")
+            tool.chmod(0o755)
+        done = run_script("smoke", 1, SKIP_SETUP="1", REHEARSAL="1", VENV=str(program.parent.parent), PORT="none")
+        assert "versions: ok" in done.stdout
+        assert ("reference-fp32: as far as a GPU is needed" in done.stdout) == (code == 0)
+        assert ("reference-fp32 failed" in done.stderr) == (code == 1)
+    plain = run_script("smoke", 1, SKIP_SETUP="1", VENV=str(program.parent.parent))
+    assert plain.returncode == 1 and "reference-fp32 failed" in plain.stderr
 
 
 def test_bench_refuses_a_shape_that_is_not_there(run_script):

@@ -51,6 +51,7 @@ _FLASH = {
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "mini": _MINI,
+    "flash": _FLASH,
     "flash-4L": {**_FLASH, "num_hidden_layers": 4},
     "flash-8L": {**_FLASH, "num_hidden_layers": 8},
     "mid": {  # 454 million parameters, for CPUs

@@ -105,7 +105,7 @@ def show_acceptance(kinds: dict[str, dict[str, Any]]) -> None:
 
 def bench_compare(
     model: Annotated[
-        str, typer.Argument(help="As for `vllm serve`, or demo; with dummy weights: mid, mini, flash-4L, flash-8L.")
+        str, typer.Argument(help="As for `vllm serve`, or demo; as dummies mid, mini, flash, flash-4L, flash-8L.")
     ],
     option: Annotated[
         list[str] | None,
