@@ -5,6 +5,7 @@ Elsewhere they are not collected: vLLM decides while it is imported on which pla
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pickle
@@ -27,7 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def forked() -> Callable[..., Any]:
     """`forked(job, *args)` is what `job(*args)` returns in a process of its own, a fork with vLLM imported.
 
-    A failure has the end of what the process printed.
+    A failure has the end of what the process printed. What a job imports, later ones find imported: that takes longer
+    than most jobs.
     """
     from tests.cuda_build import fakes
     from tests.support.engine import outcome
@@ -38,6 +40,8 @@ def forked() -> Callable[..., Any]:
     load_general_plugins()
     for name in ("vllm.engine.arg_utils", "vllm.model_executor.model_loader", "vllm_bailing.model", "vllm_bailing.mtp"):
         importlib.import_module(name)  # once, and not in every fork
+    registry: Any = importlib.import_module("vllm.model_executor.models.registry")
+    registry._run_in_subprocess = lambda job: job()  # which would import vLLM once more, to look at a model class
 
     def run(job: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile("w+", errors="replace") as log:
@@ -46,13 +50,17 @@ def forked() -> Callable[..., Any]:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
                 sys.stdout = sys.stderr = log
+                before = set(sys.modules)
                 found = outcome(job, args, kwargs)
                 log.flush()
-                os.write(answer.fileno(), pickle.dumps(found))
+                os.write(answer.fileno(), pickle.dumps((*found, [name for name in sys.modules if name not in before])))
                 os._exit(0)
             os.waitpid(process, 0)
             answer.seek(0)
-            kind, value = pickle.loads(answer.read() or pickle.dumps(("error", "the process died")))
+            kind, value, imported = pickle.loads(answer.read() or pickle.dumps(("error", "the process died", [])))
+            for name in imported:
+                with contextlib.suppress(Exception):  # what could not be imported by itself
+                    importlib.import_module(name)
             log.seek(0)
             assert kind == "ok", f"{value}\n--- end of the output ---\n{log.read()[-4000:]}"
             return value
@@ -65,6 +73,7 @@ ONCE = (
     "test_operations.py",
     "test_experts.py",
     "test_commands.py",
+    "test_scripts.py",
     "test_configuration.py::test_a_deployment_is_configured",
 )
 
@@ -84,3 +93,11 @@ def gpu() -> str:
 
     (found,) = [one.name for one in GPUS.values() if os.environ["FAKE_GPU_NAME"] in one.driver_names]
     return found
+
+
+@pytest.fixture(scope="session")
+def vllm_version() -> str:
+    """Without the name of a build."""
+    from vllm.version import __version__
+
+    return __version__.partition("+")[0]

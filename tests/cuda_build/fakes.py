@@ -141,14 +141,21 @@ class _Communicator:
         return self.all_gather(x, dim)
 
 
+def _agree(everyone: list[Any], mine: Any, group: Any = None) -> None:
+    everyone[:] = [mine] * len(everyone)
+
+
 def start_ranks(tensor_parallel: int, pipeline_parallel: int, data_parallel: int) -> None:
-    """Process groups in which this is the first rank, and the others do not exist."""
+    """Process groups in which this is the first rank, and the others do not exist; once in a process."""
+    if dist.is_initialized():
+        return
     import vllm.distributed.parallel_state as state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     world, new_group = tensor_parallel * pipeline_parallel, dist.new_group
     dist.init_process_group(backend="fake", store=FakeStore(), rank=0, world_size=world * data_parallel)
     dist.new_group = lambda ranks=None, *args, **kwargs: new_group(ranks, backend="fake")
+    dist.monitored_barrier, dist.all_gather_object = lambda *_, **__: None, _agree
     state.in_the_same_node_as = lambda group, source_rank=0: [True] * dist.get_world_size(group)
     devices = "vllm.distributed.device_communicators"
     mock.patch(f"{devices}.cuda_communicator.CudaCommunicator", _Communicator).start()
@@ -192,6 +199,8 @@ def on_gpus(vllm_config: Any, is_processed: bool = True) -> Iterator[SimpleNames
     mock.patch.object(qk_norm_rope, "_difference", lambda *args: "").start()  # it compares values
     experts = "vllm.model_executor.layers.fused_moe.expert_map_manager.ExpertMapManager"
     mock.patch(f"{experts}.get_compressed_map_string", lambda self: "").start()  # for the log, by values
+    scales = "vllm.model_executor.layers.quantization.utils.fp8_utils.transform_sf_into_required_layout"
+    mock.patch(scales, lambda sf=None, *_, **__: sf).start()  # DeepGEMM's kernel, which has no stand-in
     parallel = vllm_config.parallel_config
     dtype = vllm_config.model_config.dtype
     mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)

@@ -78,14 +78,10 @@ def _built(runs: bool, name: str, changes: dict[str, Any], options: dict[str, An
         }
 
 
-def _version() -> str:
-    from vllm.version import __version__
-
-    return __version__.partition("+")[0]
-
-
 @pytest.mark.parametrize("title", BUILT)
-def test_every_layer_gets_the_kernel_of_the_table(title, gpu: str, forked: Callable[..., Any], pytestconfig):
+def test_every_layer_gets_the_kernel_of_the_table(
+    title, gpu: str, vllm_version: str, forked: Callable[..., Any], pytestconfig
+):
     if gpu not in ("H100", "B200") and title not in FEW:
         pytest.skip("shown for H100 and B200")
     name, changes, options = BUILT[title]
@@ -95,7 +91,7 @@ def test_every_layer_gets_the_kernel_of_the_table(title, gpu: str, forked: Calla
         wanted = (fakes.TOKENS, json.loads((fakes.CONFIGS / f"{name}.json").read_text())["hidden_size"])
         assert shape == (dict.fromkeys(("hidden_states", "residual"), wanted) if "PP" in title else wanted)
     table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
-    rows = table.setdefault(_version(), {}).setdefault(gpu, {})
+    rows = table.setdefault(vllm_version, {}).setdefault(gpu, {})
     if pytestconfig.getoption("--write-kernels"):
         rows[title] = found
         TABLE.write_text(json.dumps(table, indent=1) + "\n")

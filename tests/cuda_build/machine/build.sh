@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds into the folder $1 what a machine with an NVIDIA driver has: libcuda.so.1, of which every call fails with "no
-# device", libnvidia-ml.so.1 (nvml.c), and a library to preload (cudart.c).
+# device", libnvidia-ml.so.1 (nvml.c), a library to preload (cudart.c), and bin/nvidia-smi.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=$1
@@ -19,3 +19,15 @@ for name in $driver; do echo "int $name(void) { return 100; }"; done |
 gcc -shared -fPIC -w -Wl,-soname,libnvidia-ml.so.1 -o "$out/libnvidia-ml.so.1" "$here/nvml.c"
 gcc -shared -fPIC -w -o "$out/cudart.so" "$here/cudart.c"
 ln -sf libcuda.so.1 "$out/libcuda.so"
+mkdir -p "$out/bin"
+cat >"$out/bin/nvidia-smi" <<'TOOL'
+#!/usr/bin/env bash
+for ((gpu = 0; gpu < FAKE_GPU_COUNT; gpu++)); do
+    case $1 in
+    -L) echo "GPU $gpu: $FAKE_GPU_NAME (UUID: GPU-$gpu)" ;;
+    --query-gpu=name) echo "$FAKE_GPU_NAME" ;;
+    --query-gpu=memory.total) echo $((FAKE_GPU_GIB * 1024)) ;;
+    esac
+done
+TOOL
+chmod +x "$out/bin/nvidia-smi"

@@ -49,6 +49,7 @@ def _pretend(torch):
         "is_bf16_supported": True,
         "mem_get_info": (memory, memory),
         "get_arch_list": [f"sm_{capability}"],
+        **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), 0),
         **dict.fromkeys(("set_device", "_lazy_init", "synchronize", "empty_cache")),
     }
     for function, answer in answers.items():
