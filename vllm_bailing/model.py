@@ -11,14 +11,14 @@ Source: inclusionAI/Ling-V2, `modeling_bailing_moe_v2.py`; the interfaces are th
 
 # No postponed annotations in this file: vLLM's compile decorator reads them as types.
 from collections.abc import Iterable
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
-from vllm.distributed.communication_op import tensor_model_parallel_all_gather
+from vllm.distributed.communication_op import tensor_model_parallel_all_gather, tensor_model_parallel_reduce_scatter
 from vllm.distributed.parallel_state import get_ep_group, get_pp_group, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
@@ -58,6 +58,7 @@ from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
 from vllm_bailing.plugin.kernels.cpu_experts import heed_expert_map
 from vllm_bailing.plugin.kernels.qk_norm_rope import fused_qk_norm_rope_for
 from vllm_bailing.plugin.lora import experts_take_adapters
+from vllm_bailing.plugin.options import keeps_sequence_parallel
 from vllm_bailing.plugin.patches import (
     experts_without_lora,
     hide_exchange_from_compiler,
@@ -69,6 +70,7 @@ from vllm_bailing.plugin.shims import (
     local_logits,
     pack_aux_hidden_states,
     rope_parameters,
+    skipping_padding,
     spec_decode_needs_target_embed,
 )
 from vllm_bailing.plugin.weight_loading import WeightLoading
@@ -85,6 +87,7 @@ class BailingMoeV2Attention(nn.Module):
         cache_config: CacheConfig | None,
         quant_config: QuantizationConfig | None,
         prefix: str,
+        reduce_results: bool = True,
     ) -> None:
         super().__init__()
         tp_size = get_tensor_model_parallel_world_size()
@@ -116,6 +119,7 @@ class BailingMoeV2Attention(nn.Module):
             config.hidden_size,
             bias=config.use_bias,
             quant_config=quant_config,
+            reduce_results=reduce_results,
             prefix=f"{prefix}.dense",
         )
         self.rotary_emb = get_rope(
@@ -137,7 +141,7 @@ class BailingMoeV2Attention(nn.Module):
         self.norm_and_rotate = self._in_one_kernel if self.fused_qk_norm_rope else self._layer_by_layer
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Output [T, H] for positions [T] and hidden states [T, H]."""
+        """Output [T, H] for positions [T] and hidden states [T, H]; this rank's summand without `reduce_results`."""
         qkv, _ = self.query_key_value(hidden_states)  # [T, (Q + 2 KV) D]
         q, k, v = self.norm_and_rotate(positions, qkv)  # [T, Q D], [T, KV D], [T, KV D]
         output, _ = self.dense(self.attn(q, k, v))  # [T, H]
@@ -250,6 +254,7 @@ class BailingMoeV2MoE(nn.Module):
                 enable_eplb=parallel_config.enable_eplb,
                 num_redundant_experts=self.num_redundant_experts,
                 is_sequence_parallel=self.is_sequence_parallel,
+                **skipping_padding(),
                 router_logits_dtype=torch.float32,
                 # The runner evaluates the gate: next to the shared experts, and past what torch.compile would freeze.
                 gate=self.gate,
@@ -258,33 +263,55 @@ class BailingMoeV2MoE(nn.Module):
         repack_experts_on_reload(self.experts.routed_experts)
         hide_exchange_from_compiler(self.experts, parallel_config)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        num_tokens = hidden_states.shape[0]  # [T, H]
-        if self.is_sequence_parallel:
-            hidden_states = sequence_parallel_chunk(hidden_states)  # [T / ranks, H]
+    def forward(self, hidden_states: torch.Tensor, is_part: bool = False) -> torch.Tensor:
+        """Output for hidden states [T, H], or for this rank's part of them, see `_own_part`."""
+        divides = self.is_sequence_parallel and not is_part
+        own = sequence_parallel_chunk(hidden_states) if divides else hidden_states
         # The runner holds the gate and replaces what is given as logits.
-        output = self.experts(hidden_states=hidden_states, router_logits=hidden_states)
-        if self.is_sequence_parallel:
-            output = tensor_model_parallel_all_gather(output, 0)[:num_tokens]
-        return output
+        output = self.experts(hidden_states=own, router_logits=own)
+        return _whole(output, hidden_states.shape[0]) if divides else output
+
+
+def _own_part(summand: torch.Tensor) -> torch.Tensor:
+    """This rank's tokens [ceil(T / ranks), H], as `sequence_parallel_chunk` cuts them, of the sum of all `summand`."""
+    missing = -summand.shape[0] % get_tensor_model_parallel_world_size()
+    return tensor_model_parallel_reduce_scatter(F.pad(summand, (0, 0, 0, missing)), 0)
+
+
+def _whole(part: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The parts of all ranks, [T, H]."""
+    return tensor_model_parallel_all_gather(part, 0)[:num_tokens]
 
 
 class BailingMoeV2DecoderLayer(nn.Module):
-    """Attention and feed-forward block, each after a norm that also adds to the residual stream."""
+    """Attention and feed-forward block, each after a norm that also adds to the residual stream.
 
-    def __init__(self, vllm_config: VllmConfig, config: BailingMoeV2Config, prefix: str) -> None:
+    Attributes:
+        gets_part: Whether both streams come as this rank's part of the tokens.
+        leaves_part: Whether they go so.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, config: BailingMoeV2Config, prefix: str, may_leave_part: bool = False
+    ) -> None:
         super().__init__()
         quant_config = vllm_config.quant_config
+        has_experts = extract_layer_index(prefix) >= config.first_k_dense_replace
+        self.gets_part, self.leaves_part = False, may_leave_part and has_experts
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = BailingMoeV2Attention(
-            config, vllm_config.cache_config, quant_config, prefix=f"{prefix}.attention"
+            config,
+            vllm_config.cache_config,
+            quant_config,
+            prefix=f"{prefix}.attention",
+            reduce_results=not self.leaves_part,
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: nn.Module
-        if extract_layer_index(prefix) < config.first_k_dense_replace:
-            self.mlp = BailingMoeV2MLP(config, config.intermediate_size, quant_config, prefix=f"{prefix}.mlp")
-        else:
+        if has_experts:
             self.mlp = BailingMoeV2MoE(vllm_config, config, prefix=f"{prefix}.mlp")
+        else:
+            self.mlp = BailingMoeV2MLP(config, config.intermediate_size, quant_config, prefix=f"{prefix}.mlp")
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
@@ -294,9 +321,15 @@ class BailingMoeV2DecoderLayer(nn.Module):
             hidden_states = self.input_layernorm(hidden_states)
         else:
             hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        if self.gets_part:
+            hidden_states = _whole(hidden_states, positions.shape[0])
         hidden_states = self.attention(positions, hidden_states)
+        if self.leaves_part:
+            hidden_states = _own_part(hidden_states)
+            residual = residual if self.gets_part else sequence_parallel_chunk(residual)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+        output = self.mlp(hidden_states, is_part=True) if self.leaves_part else self.mlp(hidden_states)
+        return output, residual
 
 
 @support_torch_compile
@@ -333,9 +366,15 @@ class BailingMoeV2Model(nn.Module, EagleModelMixin):
         )
         self.start_layer, self.end_layer, self.layers = make_layers(
             config.num_hidden_layers,
-            lambda prefix: BailingMoeV2DecoderLayer(vllm_config, config, prefix),
+            lambda prefix: BailingMoeV2DecoderLayer(
+                vllm_config, config, prefix, may_leave_part=keeps_sequence_parallel(vllm_config)
+            ),
             prefix=maybe_prefix(prefix, "layers"),
         )
+        own = [layer for layer in self.layers if isinstance(layer, BailingMoeV2DecoderLayer)]  # of this stage
+        for before, layer in pairwise(own):
+            layer.gets_part = before.leaves_part
+        self.leaves_part = bool(own) and own[-1].leaves_part
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if pp_group.is_last_rank else PPMissingLayer()
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
@@ -365,11 +404,18 @@ class BailingMoeV2Model(nn.Module, EagleModelMixin):
         for index, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), self.start_layer + 1):
             hidden_states, residual = layer(positions, hidden_states, residual)
             self._maybe_add_hidden_state(aux_hidden_states, index, hidden_states, residual)
+            if layer.leaves_part and index in self.aux_hidden_state_layers:
+                aux_hidden_states[-1] = _whole(aux_hidden_states[-1], positions.shape[0])
 
         if not get_pp_group().is_last_rank:
+            if self.leaves_part:
+                hidden_states = _whole(hidden_states, positions.shape[0])
+                residual = _whole(residual, positions.shape[0])
             passed_on = pack_aux_hidden_states(self, aux_hidden_states)
             return IntermediateTensors({"hidden_states": hidden_states, "residual": residual, **passed_on})
         hidden_states, _ = self.norm(hidden_states, residual)
+        if self.leaves_part:
+            hidden_states = _whole(hidden_states, positions.shape[0])
         aux_hidden_states = [*collect_aux_hidden_states(self, intermediate_tensors), *aux_hidden_states]
         return (hidden_states, aux_hidden_states) if aux_hidden_states else hidden_states
 

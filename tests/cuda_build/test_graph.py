@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from tests.cuda_build import fakes
-from tests.cuda_build.deployments import FLASH, MINI_BASE, TP2, mtp
+from tests.cuda_build.deployments import DP2, FLASH, MINI_BASE, TP2, mtp
 
 GEMM = ("aten.mm.default", "aten.addmm.default")
 
@@ -97,6 +97,21 @@ def test_each_model_is_one_graph_without_copies(name, options, layers, gpu, fork
         for one in reduced[1:]:
             users = {operation for _, operation, sources in graph["nodes"] if one in sources}
             assert any("fused_add_rms_norm" in user for user in users), f"{one} goes to {users}"
+
+
+@pytest.mark.parametrize(
+    ("stays_divided", "exchanges"),
+    [
+        # The embedding, three attentions and the dense layer are summed; the tokens of two MoE layers are gathered.
+        (False, {"all_reduce": 5, "reduce_scatter": 0, "all_gather": 2}),
+        (True, {"all_reduce": 3, "reduce_scatter": 2, "all_gather": 2}),
+    ],
+    ids=["as usual", "bailing_sequence_parallel"],
+)
+def test_tokens_that_stay_divided_are_exchanged_less(stays_divided, exchanges, forked):
+    options = {**DP2, "additional_config": {"bailing_sequence_parallel": stays_divided}}
+    (graph,) = forked(traced, FLASH, options, 3)
+    assert {name: len(operations(graph, f"vllm.{name}.")) for name in exchanges} == exchanges
 
 
 def passed_on(options: dict[str, Any]) -> tuple[list[str], bool]:

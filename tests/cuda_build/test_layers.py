@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.cuda_build import fakes
-from tests.cuda_build.deployments import BUILT
+from tests.cuda_build.deployments import BUILT, DP2, FLASH
 from tests.support.paths import DATA
 
 TABLE = DATA / "cuda_build.json"
@@ -76,6 +76,20 @@ def _built(runs: bool, name: str, changes: dict[str, Any], options: dict[str, An
         return found, tuple(getattr(hidden, "shape", ())) or {
             name: tuple(one.shape) for name, one in hidden.tensors.items()
         }
+
+
+def _skips_padding() -> bool:
+    config = fakes.engine_config(
+        FLASH, enforce_eager=True, distributed_executor_backend="mp", all2all_backend="deepep_v2", **DP2
+    )
+    with fakes.on_gpus(config, is_processed=False) as built:
+        return built.model.model.layers[-1].mlp.experts.router.skip_padding
+
+
+def test_rows_that_fill_a_cuda_graph_stay_on_their_rank(vllm_version, gpu, forked):
+    if gpu not in ("H100", "B200") or vllm_version < "0.33":
+        pytest.skip("vLLM has it from 0.33 on, for GPUs with DeepEP")
+    assert forked(_skips_padding)
 
 
 @pytest.mark.parametrize("title", BUILT)

@@ -17,6 +17,7 @@ from tests.support.server import free_port
 from tests.support.speculation import mtp
 
 EXPERTS = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+DIVIDED = {"additional_config": {"bailing_sequence_parallel": True}}
 
 
 def check(answer, expected, length=None):
@@ -129,6 +130,8 @@ def data_parallel(ranks, cores="0|1", **options):
         ("plain", "0|1", {"enable_expert_parallel": True, "enforce_eager": False}),
         ("plain", "0|1|0|1", EXPERTS),
         ("two_shared", "0|1|0|1", EXPERTS),
+        ("mtp", "0|1|0|1", {**EXPERTS, **DIVIDED}),
+        ("plain", "0|1|0|1", {**EXPERTS, **DIVIDED, "enforce_eager": False}),
     ],
     ids=[
         "data",
@@ -139,6 +142,8 @@ def data_parallel(ranks, cores="0|1", **options):
         "experts, compiled",
         "sequences",
         "sequences, two shared",
+        "sequences stay divided",
+        "sequences stay divided, compiled",
     ],
 )
 def test_ranks_have_requests_of_their_own(case, cores, options):

@@ -5,9 +5,16 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_bailing.errors import SettingsError
+from vllm_bailing.plugin.checks import check_sequence_parallel
 from vllm_bailing.plugin.options import check_switches
 
-KEYS = ("bailing_draft_vocab", "bailing_fp32_router", "bailing_fused_qk_norm_rope", "bailing_cpu_kernels")
+KEYS = (
+    "bailing_draft_vocab",
+    "bailing_fp32_router",
+    "bailing_fused_qk_norm_rope",
+    "bailing_cpu_kernels",
+    "bailing_sequence_parallel",
+)
 
 
 def check(**given):
@@ -37,3 +44,30 @@ def test_keys_of_others_are_left_to_them():
 def test_a_switch_is_true_or_false(key, value):
     with pytest.raises(SettingsError, match="must be true or false"):
         check(**{key: value})
+
+
+def divided(is_divided=True, use_bias=False, **given):
+    return SimpleNamespace(
+        additional_config=given,
+        parallel_config=SimpleNamespace(use_sequence_parallel_moe=is_divided),
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(use_bias=use_bias)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (divided(False, bailing_sequence_parallel=True), "--data-parallel-size above 1"),
+        (divided(True, True, bailing_sequence_parallel=True), "use_bias in config.json"),
+    ],
+    ids=["tokens are not divided", "biases"],
+)
+def test_sequence_parallelism_that_is_not_there_cannot_be_kept(config, reason):
+    with pytest.raises(SettingsError, match=f"^bailing_sequence_parallel=true in .*{reason}.*; leave it out$"):
+        check_sequence_parallel(config)
+
+
+def test_sequence_parallelism_is_kept_where_it_is_and_left_alone_where_nobody_asks():
+    check_sequence_parallel(divided(bailing_sequence_parallel=True))
+    check_sequence_parallel(divided(False))
+    check_sequence_parallel(divided(False, bailing_sequence_parallel=False))

@@ -14,7 +14,13 @@ from vllm_bailing.dequantize import Dequantizer
 from vllm_bailing.draft_target import other_target
 from vllm_bailing.errors import DEQUANTIZE, SettingsError
 from vllm_bailing.plugin.lora import refuse_misfit, settle_lora_targets
-from vllm_bailing.plugin.options import DRAFT_VOCABULARY, check_switches, draft_vocabulary
+from vllm_bailing.plugin.options import (
+    DRAFT_VOCABULARY,
+    SEQUENCE_PARALLEL,
+    check_switches,
+    draft_vocabulary,
+    keeps_sequence_parallel,
+)
 from vllm_bailing.plugin.patches import check_adapters_up_front
 from vllm_bailing.plugin.shims import portable_cpu_experts
 from vllm_bailing.plugin.speculation import has_mtp_draft
@@ -43,6 +49,7 @@ def settle_engine_config(vllm_config: Any) -> None:
     if on_cpu:
         _check_ranks_on_cpu(vllm_config)
     check_switches(vllm_config)
+    check_sequence_parallel(vllm_config)
     publish_version()
     check_quantization(vllm_config)
     settle_experts(vllm_config)
@@ -85,6 +92,26 @@ def _check_ranks_on_cpu(vllm_config: Any) -> None:
             "--enable-expert-parallel: experts of this vLLM's CPU build do not know which of them a rank holds; leave "
             "it out, and --tensor-parallel-size divides every expert; or use vLLM 0.32"
         )
+
+
+def check_sequence_parallel(vllm_config: Any) -> None:
+    """Refuse to keep hidden states divided by tokens where nothing divides them.
+
+    Raises:
+        SettingsError: Naming what is missing.
+    """
+    if not keeps_sequence_parallel(vllm_config):
+        return
+    obstacle = ""
+    if not vllm_config.parallel_config.use_sequence_parallel_moe:
+        obstacle = (
+            "tokens are divided between ranks only by --enable-expert-parallel with both --tensor-parallel-size and "
+            "--data-parallel-size above 1, and an --all2all-backend that takes them so"
+        )
+    elif vllm_config.model_config.hf_config.use_bias:
+        obstacle = "with use_bias in config.json every rank would add the bias of the attention's output"
+    if obstacle:
+        raise SettingsError(f"{SEQUENCE_PARALLEL}=true in --additional-config: {obstacle}; leave it out")
 
 
 def check_quantization(vllm_config: Any) -> None:

@@ -14,7 +14,9 @@ DRAFT_VOCABULARY = "bailing_draft_vocab"
 FP32_ROUTER = "bailing_fp32_router"
 FUSED_QK_NORM_ROPE = "bailing_fused_qk_norm_rope"
 CPU_KERNELS = "bailing_cpu_kernels"
-_KEYS = (DRAFT_VOCABULARY, FP32_ROUTER, FUSED_QK_NORM_ROPE, CPU_KERNELS)
+SEQUENCE_PARALLEL = "bailing_sequence_parallel"
+_SWITCHES = (FP32_ROUTER, FUSED_QK_NORM_ROPE, CPU_KERNELS, SEQUENCE_PARALLEL)
+_KEYS = (DRAFT_VOCABULARY, *_SWITCHES)
 
 
 def _additional(vllm_config: Any, key: str) -> Any:
@@ -56,6 +58,15 @@ def wants_cpu_kernels(vllm_config: Any) -> bool | None:
     return _switch(vllm_config, CPU_KERNELS)
 
 
+def keeps_sequence_parallel(vllm_config: Any) -> bool:
+    """Whether `--additional-config` asks to keep hidden states divided by tokens from attention through the experts.
+
+    Raises:
+        SettingsError: If it is neither true nor false.
+    """
+    return bool(_switch(vllm_config, SEQUENCE_PARALLEL))
+
+
 def check_switches(vllm_config: Any) -> None:
     """Check the keys that are true or false, and that none of this package's is misspelt.
 
@@ -68,7 +79,7 @@ def check_switches(vllm_config: Any) -> None:
             near = difflib.get_close_matches(str(key).lower().replace("-", "_"), _KEYS, 1)
             meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(_KEYS)}"
             raise SettingsError(f"{key!r} in --additional-config is not a key of vllm-bailing; {meant}")
-    for key in (FP32_ROUTER, FUSED_QK_NORM_ROPE, CPU_KERNELS):
+    for key in _SWITCHES:
         _switch(vllm_config, key)
 
 

@@ -116,6 +116,18 @@ def local_logits(logits_processor: Any, head: Any, hidden_states: Any) -> Any:
     return logits_processor(head, hidden_states, skip_gather=True)
 
 
+def skipping_padding() -> dict[str, bool]:
+    """Argument of `FusedMoEFactory` for rows that only fill a CUDA graph: they are not sent to other ranks.
+
+    Differs:  they were routed, sent and computed as all others; they are left out with DeepEP's second version alone.
+    Upstream: `skip_padding` of `FusedMoEFactory`, in 0.33, not in 0.32.
+    Remove:   when the oldest supported version has it.
+    """
+    from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+
+    return {"skip_padding": True} if "skip_padding" in inspect.signature(FusedMoEFactory).parameters else {}
+
+
 def spec_decode_needs_target_embed(vllm_config: Any) -> bool:
     """Whether a draft model on the last pipeline stage shares the target's embedding, which must be there then.
 
