@@ -56,6 +56,7 @@ from vllm_bailing.plugin.agreement import check_ranks_agree
 from vllm_bailing.plugin.checks import adding_the_remedy
 from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
 from vllm_bailing.plugin.kernels.cpu_experts import heed_expert_map
+from vllm_bailing.plugin.kernels.cpu_quantized import offer_quantized_layers
 from vllm_bailing.plugin.kernels.qk_norm_rope import fused_qk_norm_rope_for
 from vllm_bailing.plugin.lora import experts_take_adapters
 from vllm_bailing.plugin.options import keeps_sequence_parallel
@@ -486,6 +487,7 @@ class BailingMoeV2ForCausalLM(
         self.quant_config = vllm_config.quant_config
         patch_for_model(vllm_config)
         check_ranks_agree(vllm_config)
+        offer_quantized_layers(vllm_config)
         with adding_the_remedy(vllm_config):
             self.model = BailingMoeV2Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:

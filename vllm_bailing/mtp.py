@@ -47,6 +47,7 @@ from vllm_bailing.model import (
 from vllm_bailing.plugin.checks import adding_the_remedy
 from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
 from vllm_bailing.plugin.kernels.cpu_experts import heed_expert_map
+from vllm_bailing.plugin.kernels.cpu_quantized import offer_quantized_layers
 from vllm_bailing.plugin.options import draft_vocabulary
 from vllm_bailing.plugin.weight_loading import WeightLoading
 from vllm_bailing.tensor_names import EMBEDDING, HEAD, layer_of
@@ -204,6 +205,7 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
         config: BailingMoeV2Config = vllm_config.model_config.hf_config
         self.config, self.vllm_config = config, vllm_config
         self.quant_config = vllm_config.quant_config
+        offer_quantized_layers(vllm_config)
         with adding_the_remedy(vllm_config):
             self.model = BailingMoeV2MTPStack(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: nn.Module = PPMissingLayer()  # vLLM puts the target's here

@@ -28,6 +28,7 @@ from vllm_bailing.tensor_names import HEAD, SCORE, main_tensors
 from vllm_bailing.units import GIB, dtype_name
 from vllm_bailing.validation import require_token_ids
 
+_ONLINE_ON_CPU = ("int8_per_channel_weight_only", "fp8_per_block", "online")
 _SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 
 
@@ -145,21 +146,35 @@ def check_quantization(vllm_config: Any) -> None:
             checkpoint.size / GIB,
         )
     elif model_config.quantization is not None and current_platform.is_cpu() and not _has_amx():
-        if getattr(config, "quantization_config", None) is None:
+        _check_quantization_on_cpu(model_config, checkpoint)
+
+
+def _check_quantization_on_cpu(model_config: Any, checkpoint: Any) -> None:
+    """Refuse what no processor without AMX has a kernel for, or this one not."""
+    from vllm_bailing.plugin.kernels.cpu_quantized import obstacle
+
+    scheme, missing = model_config.quantization, obstacle()
+    if getattr(model_config.hf_config, "quantization_config", None) is None:
+        if missing:
             raise SettingsError(
-                f"--quantization {model_config.quantization}: vLLM's CPU build cannot quantize experts on a processor "
-                "without AMX; leave it out"
+                f"--quantization {scheme}: vLLM's CPU build cannot quantize experts on this processor ({missing}); "
+                "leave it out"
             )
-        if checkpoint.has_quantized_experts or model_config.quantization == "fp8":
+        if scheme not in _ONLINE_ON_CPU:
             raise SettingsError(
-                f"vLLM's CPU build has no kernel for {model_config.quantization} experts on a processor without AMX; "
-                f"{DEQUANTIZE}"
+                f"--quantization {scheme}: vLLM's CPU build quantizes experts while they load with "
+                f"{' or '.join(_ONLINE_ON_CPU)} alone; ask for one of them, or leave it out"
             )
-        if checkpoint.has_integers and _lacks_avx512():
-            raise SettingsError(
-                f"vLLM's CPU build has no kernel for {model_config.quantization} layers of integers on a processor "
-                f"without AVX-512; {DEQUANTIZE}"
-            )
+        return
+    if missing and (checkpoint.has_quantized_experts or scheme == "fp8"):
+        raise SettingsError(
+            f"vLLM's CPU build has no kernel for {scheme} experts on this processor ({missing}); {DEQUANTIZE}"
+        )
+    if checkpoint.has_integers and _lacks_avx512():
+        raise SettingsError(
+            f"vLLM's CPU build has no kernel for {scheme} layers of integers on a processor without AVX-512; "
+            f"{DEQUANTIZE}"
+        )
 
 
 def warn_of_another_target(vllm_config: Any) -> None:

@@ -16,6 +16,8 @@ In a process that builds the model, by `patch_for_model`:
 - `fix_lora_base_rows_on_cpu`: `bgmv_shrink` and its two siblings, in CPU engines with adapters;
 - `add_uneven_collectives_on_cpu`: `CpuCommunicator.all_gatherv` and `.reduce_scatterv`, in CPU engines with data
   parallelism or sequence-parallel experts;
+- `offer_quantized_layers_on_cpu`: the classes of quantized experts in `experts.cpu_moe`, and in
+  `_POSSIBLE_FP8_BLOCK_KERNELS` that of linear layers, in CPU engines with quantized layers;
 - `settle_partial_layers`: `reload.layerwise.finalize_layerwise_processing`, for models that ask for it;
 - `check_adapters_while_loading`: `WorkerLoRAManager._load_adapter`, with adapters.
 
@@ -273,6 +275,29 @@ def _masking_base_rows(operation: Any) -> Any:
 
     masked.masks_base_rows = True  # pyright: ignore[reportFunctionMemberAccess]
     return masked
+
+
+def offer_quantized_layers_on_cpu(experts: dict[str, type], linear: type) -> None:
+    """Put classes of quantized layers where vLLM looks for its own on CPUs; safe to call again.
+
+    Args:
+        experts: By the name of the class in vLLM that each is made of.
+        linear: Of linear layers in fp8 with a scale per block, made of vLLM's.
+
+    Differs:  vLLM's own ask for AMX, which their kernels do without, and for ways of choosing experts that they never
+              see.
+    Upstream: `_supports_current_device` and `_supports_routing_method` of the classes in `experts/cpu_moe.py`,
+              `CPUFp8BlockScaledMMKernel.is_supported`, in 0.32 and 0.33.
+    Remove:   when these ask for AVX-512 with bf16 and VNNI, and for no way of choosing.
+    """
+    from vllm.model_executor.kernels import linear as kernels
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+    from vllm.platforms import PlatformEnum
+
+    for name, one in experts.items():
+        setattr(cpu_moe, name, one)
+    offered = kernels._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU]
+    offered[:] = [linear if issubclass(linear, one) else one for one in offered]  # type: ignore[list-item]
 
 
 def settle_partial_layers() -> None:

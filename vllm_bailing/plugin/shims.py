@@ -79,6 +79,24 @@ def portable_cpu_experts() -> Any:
     return experts if issubclass(experts, modular_kernel.FusedMoEExpertsModular) else None
 
 
+def quantized_cpu_layers() -> tuple[dict[str, Any], Any] | None:
+    """vLLM's classes of quantized experts for x86 CPUs by scheme, and that of linear layers in fp8 blocks.
+
+    Differs:  there were none, or of another kind.
+    Upstream: `CPUExpertsInt8`, `CPUExpertsFp8` and `CPUExpertsInt4` are of `FusedMoEExpertsModular` in 0.32.
+    Remove:   when the oldest supported version has them, or when vLLM takes their kernels without AMX.
+    """
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExpertsModular
+
+    try:
+        module = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
+        linear = importlib.import_module("vllm.model_executor.kernels.linear.scaled_mm.cpu").CPUFp8BlockScaledMMKernel
+        experts = {scheme: getattr(module, f"CPUExperts{scheme.capitalize()}") for scheme in ("int8", "fp8", "int4")}
+    except (ImportError, AttributeError):
+        return None
+    return (experts, linear) if all(issubclass(one, FusedMoEExpertsModular) for one in experts.values()) else None
+
+
 def takes_expert_map(experts: Any) -> bool:
     """Whether a class of experts, or None, is handed the map of expert parallelism together with the router's picks.
 

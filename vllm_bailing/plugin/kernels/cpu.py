@@ -27,7 +27,7 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from vllm_bailing.errors import SettingsError
-from vllm_bailing.plugin.kernels.proof import proof
+from vllm_bailing.plugin.kernels.proof import TOKENS, difference, experts_problem, proof, random, sample
 from vllm_bailing.plugin.options import CPU_KERNELS, wants_cpu_kernels
 from vllm_bailing.plugin.shims import portable_cpu_experts
 
@@ -36,10 +36,8 @@ logger = init_logger("vllm.plugins.bailing.cpu")
 ops: Any = _custom_ops  # of older vLLM some of `_NEEDED` are missing
 _NEEDED = ("weight_packed_linear_cpu", "fused_experts_cpu", "CPUQuantMethod")  # of vllm._custom_ops; new in 0.32
 _BLOCKS = (16, 32)  # the kernels take weights [N, K] with N and K divisible by these
-_TOKENS = (3, 37)  # below and above the number of tokens where the kernels change their way of working
 _BLOCK_TOKENS, _FEW_TOKENS = 32, 4  # tokens of a block; up to 4 tokens a kernel without oneDNN runs
 _TOLERANCE = 0.01  # of the norm of the result; bf16 rounding alone stays below 0.004
-_SAMPLE = 512  # sizes above twice this are proved on a smaller matrix with the same remainder
 
 
 def use_cpu_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> None:
@@ -142,32 +140,21 @@ def _switch_norm(layer: RMSNorm) -> None:
 # --- proofs --------------------------------------------------------------------------------------------------------
 
 
-def _random(generator: torch.Generator, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=generator, dtype=torch.float32).mul_(shape[-1] ** -0.5).bfloat16()
-
-
-def _difference(result: torch.Tensor, expected: torch.Tensor) -> str:
-    error = float((result.float() - expected).norm() / expected.norm())
-    return "" if error <= _TOLERANCE else f"the kernel's result is off by {error:.1%}"
-
-
-def _sample(size: int) -> int:
-    return size if size <= 2 * _SAMPLE else _SAMPLE + size % _SAMPLE
-
-
 @proof
 def _norm_problem(size: int, dtype: torch.dtype) -> str:
     """Why the kernels cannot norm rows of `size` numbers; empty if they can."""
     generator = torch.Generator().manual_seed(0)
     layer = RMSNorm(size, eps=1e-6, dtype=dtype)
-    layer.weight.data = _random(generator, size).to(dtype)
-    x, residual = (_random(generator, _TOKENS[1], size).to(dtype) for _ in range(2))
+    layer.weight.data = random(generator, size).to(dtype)
+    x, residual = (random(generator, TOKENS[1], size).to(dtype) for _ in range(2))
     plain: Any = layer.forward_native(x.clone())
     expected, added = layer.forward_native(x.clone(), residual.clone())
     result = _rms_norm(layer, x)
     normed, total = _rms_norm(layer, x, residual)
     return (
-        _difference(result, plain.float()) or _difference(normed, expected.float()) or _difference(total, added.float())
+        difference(result, plain.float(), _TOLERANCE)
+        or difference(normed, expected.float(), _TOLERANCE)
+        or difference(total, added.float(), _TOLERANCE)
     )
 
 
@@ -177,12 +164,14 @@ def _linear_problem(n: int, k: int) -> str:
     if n % _BLOCKS[0] or k % _BLOCKS[1]:
         return f"they are not multiples of {_BLOCKS[0]} and {_BLOCKS[1]}"
     generator = torch.Generator().manual_seed(0)
-    n, k = _sample(n), _sample(k)
-    weight = _random(generator, n, k)
+    n, k = sample(n), sample(k)
+    weight = random(generator, n, k)
     packed = torch.ops._C.convert_weight_packed(weight)
-    for tokens in _TOKENS:
-        x = _random(generator, tokens, k)
-        problem = _difference(ops.weight_packed_linear_cpu(x, packed, n, None), x.float() @ weight.float().t())
+    for tokens in TOKENS:
+        x = random(generator, tokens, k)
+        problem = difference(
+            ops.weight_packed_linear_cpu(x, packed, n, None), x.float() @ weight.float().t(), _TOLERANCE
+        )
         if problem:
             return problem
     return ""
@@ -194,21 +183,14 @@ def _experts_problem(hidden_size: int, width: int) -> str:
     if hidden_size % _BLOCKS[1] or width % _BLOCKS[1]:
         return f"they are not multiples of {_BLOCKS[1]}"
     generator = torch.Generator().manual_seed(0)
-    experts, top_k, h, i = 3, 2, _sample(hidden_size), _sample(width)
-    w13, w2 = _random(generator, experts, 2 * i, h), _random(generator, experts, h, i)
+    experts, h, i = 3, sample(hidden_size), sample(width)
+    w13, w2 = random(generator, experts, 2 * i, h), random(generator, experts, h, i)
     packed13, packed2 = torch.ops._C.convert_weight_packed(w13), torch.ops._C.convert_weight_packed(w2)
-    for tokens in _TOKENS:
-        x = _random(generator, tokens, h)
-        weights, ids = torch.rand(tokens, experts, generator=generator, dtype=torch.float32).topk(top_k)
-        output = torch.empty_like(x)
-        _run_experts(output, x, packed13, packed2, weights, ids.int())
-        gate, up = torch.einsum("th,eih->tei", x.float(), w13.float()).chunk(2, dim=-1)
-        every = torch.einsum("tei,ehi->teh", nn.functional.silu(gate) * up, w2.float())
-        expected = (every.gather(1, ids.unsqueeze(-1).expand(-1, -1, h)) * weights.unsqueeze(-1)).sum(1)
-        problem = _difference(output, expected)
-        if problem:
-            return problem
-    return ""
+
+    def run(output: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
+        _run_experts(output, x, packed13, packed2, weights, ids)
+
+    return experts_problem(run, w13, w2, _TOLERANCE)
 
 
 # --- matrices ------------------------------------------------------------------------------------------------------

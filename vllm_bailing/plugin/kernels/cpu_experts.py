@@ -39,12 +39,18 @@ def heed_expert_map(model: nn.Module, vllm_config: Any) -> None:
                 f"--enable-expert-parallel: {type(method).__name__} of vLLM's CPU build does not know which experts a "
                 "rank holds; leave it out, and --tensor-parallel-size divides every expert"
             )
-        method.experts_cls = _heeding(experts)  # pyright: ignore[reportOptionalMemberAccess]
+        method.experts_cls = heeding(experts)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 @functools.cache
-def _heeding(experts: Any) -> Any:
+def heeding(experts: Any) -> Any:
+    """A class of experts that gives `experts`, one of vLLM's, the picks that this rank holds, by its own numbers."""
+    if getattr(experts, "heeds_expert_map", False):
+        return experts
+
     class ExpertsOfThisRank(experts):
+        heeds_expert_map = True
+
         def apply(
             self, *, topk_weights: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None, **rest: Any
         ) -> Any:
