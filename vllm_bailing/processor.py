@@ -6,6 +6,7 @@ torch is imported where it is asked, so that commands can name this file at once
 from __future__ import annotations
 
 import platform
+import time
 
 # Names of torch's record of the processor, and what people call them.
 _NAMES = {
@@ -58,3 +59,21 @@ def kernels() -> dict[str, str]:
         "linear layers in int8 or int4": "oneDNN and vLLM's kernels" if "AVX-512" in has else "none (no AVX-512)",
         "experts in int8, int4 or fp8 blocks": quantized,
     }
+
+
+def dtypes_with_kernels() -> tuple[str, ...]:
+    """Data types of experts that vLLM's CPU build multiplies with on this processor."""
+    return ("bf16",) if lacking_for_quantized_experts() else ("bf16", "fp8", "int8", "int4")
+
+
+def memory_bandwidth(seconds: float = 1.0) -> float:
+    """Bytes that all threads together read from memory in a second, the best of what `seconds` allow."""
+    import torch
+
+    numbers = torch.ones(2**26, dtype=torch.float32)  # 256 MiB, far more than caches hold
+    end, best = time.perf_counter() + seconds, 0.0
+    while not best or time.perf_counter() < end:
+        start = time.perf_counter()
+        numbers.sum()
+        best = max(best, numbers.nbytes / (time.perf_counter() - start))
+    return best

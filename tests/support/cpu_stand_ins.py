@@ -116,8 +116,12 @@ def fp8_scaled_mm_cpu(mat1, mat2, scales2, block_size, bias, out_dtype, is_vnni)
 _registered: list[torch.library.Library] = []  # they end with the object
 
 
-def register() -> None:
-    """Register them in this process, and let this package take the processor for one that has the kernels."""
+def register(damaged: str | None = None) -> None:
+    """Register them in this process, and let this package take the processor for one that has the kernels.
+
+    Args:
+        damaged: One of the operations, whose results are wrong then, whatever was there before.
+    """
     from vllm import _custom_ops  # noqa: F401  # brings the real operations of the build
 
     from vllm_bailing.plugin.kernels import cpu_quantized
@@ -127,5 +131,18 @@ def register() -> None:
     for name, schema in _SCHEMAS.items():
         if not hasattr(torch.ops._C, name):
             library.define(name + schema)
-            library.impl(name, globals()[name], "CPU")
+        elif name != damaged:
+            continue
+        library.impl(name, _wrong(globals()[name]) if name == damaged else globals()[name], "CPU", allow_override=True)
     cpu_quantized.lacking_for_quantized_experts = list
+
+
+def _wrong(right):
+    """As `right`, a function that returns a tensor or writes to its first argument, off by 1 in the first column."""
+
+    def wrong(*args):
+        result = right(*args)
+        (args[0] if result is None else result)[..., 0] += 1
+        return result
+
+    return wrong

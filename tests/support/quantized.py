@@ -29,6 +29,11 @@ def no_expert(name: str) -> bool:
     return is_linear(name) and ".mlp.experts." not in name
 
 
+def only_experts(name: str) -> bool:
+    """As `is_linear`, of routed experts alone."""
+    return is_linear(name) and ".mlp.experts." in name
+
+
 def quantize(folder: Path, scheme: str, chosen: Callable[[str], bool] = is_linear, group: int = 32) -> dict:
     """Rewrite a checkpoint with the tensors that are `chosen` in the layout of `scheme`.
 
@@ -80,7 +85,7 @@ def _quantization_config(scheme: str, group: int, kept: list[str]) -> dict[str, 
         return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", **blocks}
     four_bits = {"bits": 4, "group_size": group}
     if scheme == "awq":
-        skipped = ["mlp.experts"] if any(".experts." in name for name in kept) else []
+        skipped = ["mlp.experts"] if any(".experts." in name for name in kept) else kept
         return {
             "quant_method": "awq",
             **four_bits,
@@ -89,6 +94,8 @@ def _quantization_config(scheme: str, group: int, kept: list[str]) -> dict[str, 
             "modules_to_not_convert": skipped,
         }
     skip = {r"-:.*\.experts.*": {}} if any(".experts." in name for name in kept) else {}
+    if kept and not skip:
+        skip = {r"-:(?!.*\.experts).*": {}}
     version = {"checkpoint_format": "gptq_v2"} if scheme == "gptq-v2" else {}
     symmetric, act = scheme == "gptq", scheme == "gptq-act"
     return {"quant_method": "gptq", **four_bits, "sym": symmetric, "desc_act": act, "dynamic": skip, **version}

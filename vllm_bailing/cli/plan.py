@@ -38,7 +38,7 @@ def _size(*spellings: str, help: str) -> Any:
 
 def plan(
     model: Annotated[str, typer.Argument(help="A hub name, a folder or a config.json.")],
-    gpu: Annotated[str, typer.Option(help="Such as H100, or auto; any other with --memory-gib and --bandwidth.")],
+    gpu: Annotated[str, typer.Option(help="Such as H100, auto or cpu; any other with --memory-gib and --bandwidth.")],
     gpus: Annotated[int | None, typer.Option(help="How many in each node; 1, or with auto all, if left out.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Nodes; 1, or for more than 8 --gpus nodes of 8.")] = None,
     goal: Annotated[str, typer.Option(help="throughput or latency; what sizes are chosen for.")] = "throughput",
@@ -91,6 +91,11 @@ def plan(
 
     try:
         config = read_config(model)
+        if gpu.casefold() == "cpu":
+            from vllm_bailing.cli import plan_cpu
+
+            fits = plan_cpu.report(model, config, context, memory_gib, bandwidth, as_json)
+            raise typer.Exit(0 if fits else 1)
         request = Request(
             *find_gpus(gpu, gpus, memory_gib, bandwidth),
             config.max_position_embeddings if context is None else context,

@@ -1,0 +1,189 @@
+"""This package and llama.cpp on the same checkpoint and processor, taking turns.
+
+    python scripts/bench/bench_llamacpp.py --get                       # builds llama.cpp: 10 minutes on two cores
+    python scripts/bench/bench_llamacpp.py MODEL --bits bf16 q8_0 q4_0 --rounds 5
+    python scripts/bench/bench_llamacpp.py MODEL --engine '{"quantization": "int8_per_channel_weight_only"}'
+
+llama.cpp comes from the source package of llama-cpp-python on PyPI, with its own converter and `llama-batched-bench`;
+`--tools` names a folder with builds of your own instead. MODEL is a folder, or a shape of `vllm-bailing bench` such as
+mid, whose random weights are written first. Both sides get prompts of the same lengths, as many tokens to write and the
+same threads. The file for llama.cpp has no vocabulary: no text is read or written. Prints the table of docs/cpu.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from bench_files import ROOT, random_checkpoint
+from rich.console import Console
+from rich.table import Table
+
+from vllm_bailing.bench import shapes
+from vllm_bailing.bench.in_tree import CompareTask
+from vllm_bailing.bench.runner import Task, alternate
+
+PACKAGE = "llama-cpp-python==0.3.36"
+TOOLS = ROOT / "build" / "llama.cpp"
+PLUGIN = "vllm-bailing"
+FIGURES = ("prefill 512", "decode 1", "decode 16")
+# The converter knows the tokenizers of published models by their hashes, and no others; none is needed.
+CONVERT = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import convert_hf_to_gguf as converter
+for name in ("BailingMoeV2Model", "BailingMoeModel"):
+    if hasattr(converter, name):
+        getattr(converter, name).set_vocab = lambda self: self._set_vocab_none()
+converter.main()
+"""
+
+
+@dataclass
+class LlamaTask(Task):
+    """Figures of llama.cpp; `model` is a file of its format."""
+
+    tools: str
+    threads: int
+    prompt_tokens: int = 32
+    output_tokens: int = 64
+
+    def work(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        figures = {"prefill 512": self._run(512, 1, 1)["speed_pp"]}
+        for size in (1, 16):
+            figures[f"decode {size}"] = self._run(self.prompt_tokens, self.output_tokens, size)["speed_tg"]
+        return {"facts": {}, "figures": figures | {"seconds": time.perf_counter() - start}}
+
+    def _run(self, prompt: int, tokens: int, requests: int) -> dict[str, float]:
+        command = [str(Path(self.tools) / "llama-batched-bench"), "-m", self.model, "-t", str(self.threads)]
+        command += ["-tb", str(self.threads), "-c", str((prompt + tokens) * requests + 64), "-npp", str(prompt)]
+        command += ["-ntg", str(tokens), "-npl", str(requests), "-b", "2048", "-ub", "512", "--output-format", "jsonl"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        if done.returncode or not rows:
+            raise RuntimeError(f"llama-batched-bench ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+        return rows[-1]
+
+
+def get(tools: Path) -> None:
+    """Download the source package and build what is needed of it.
+
+    Raises:
+        SystemExit: If a step fails.
+    """
+    tools.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip"]
+    _call([*pip, "download", "--no-deps", "--no-binary", ":all:", "--dest", str(tools), PACKAGE])
+    _call([*pip, "install", "--target", str(tools / "python"), "cmake", "ninja", "gguf"])
+    [archive] = tools.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        files.extractall(tools, filter="data")
+    [source] = tools.glob("*/vendor/llama.cpp")
+    build = tools / "build"
+    cmake = [str(tools / "python" / "bin" / "cmake")]
+    env = {"PATH": f"{tools / 'python' / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(tools / "python")}
+    switches = ("-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DCMAKE_BUILD_TYPE=Release")
+    _call([*cmake, "-G", "Ninja", "-S", str(source), "-B", str(build), *switches], env)
+    targets = ("llama-batched-bench", "llama-quantize")
+    _call([*cmake, "--build", str(build), "-j", str(len(os.sched_getaffinity(0))), "-t", *targets], env)
+    for name in targets:
+        (tools / name).unlink(missing_ok=True)
+        (tools / name).symlink_to(build / "bin" / name)
+    (tools / "converter").unlink(missing_ok=True)
+    (tools / "converter").symlink_to(source)
+
+
+def _call(command: list[str], env: dict[str, str] | None = None) -> None:
+    done = subprocess.run(command, env={**os.environ, **(env or {})}, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command[:4])} ... ended with {done.returncode}; see above")
+
+
+def convert(model: Path, bits: str, tools: Path, work: Path) -> Path:
+    """The checkpoint in llama.cpp's format.
+
+    Raises:
+        SystemExit: If its tools fail.
+    """
+    plain = work / "bf16.gguf"
+    if not plain.exists():
+        paths = f"{tools / 'converter' / 'gguf-py'}:{tools / 'python'}"
+        arguments = [str(tools / "converter"), str(model), "--outtype", "bf16", "--outfile", str(plain)]
+        _call([sys.executable, "-c", CONVERT, *arguments], {"PYTHONPATH": paths})
+    if bits == "bf16":
+        return plain
+    file = work / f"{bits}.gguf"
+    _call([str(tools / "llama-quantize"), "--pure", str(plain), str(file), bits])
+    return file
+
+
+def show(results: dict[str, list[dict[str, Any]]]) -> None:
+    """Medians with the range, and this package over llama.cpp round by round."""
+    table = Table("", *(f"{name}, tokens/s" for name in FIGURES))
+    for arm, rounds in results.items():
+        cells = []
+        for name in FIGURES:
+            values = [one["figures"][name] for one in rounds]
+            cells.append(f"{statistics.median(values):.0f} [{min(values):.0f}-{max(values):.0f}]")
+        table.add_row(arm, *cells)
+    for arm, rounds in results.items():
+        if arm != PLUGIN:
+            ratios = [
+                [
+                    ours["figures"][name] / one["figures"][name]
+                    for ours, one in zip(results[PLUGIN], rounds, strict=True)
+                ]
+                for name in FIGURES
+            ]
+            cells = [f"{statistics.median(one):.2f} [{min(one):.2f}-{max(one):.2f}]" for one in ratios]
+            table.add_row(f"{PLUGIN} / {arm}", *cells)
+    Console(width=120).print(table)
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="A folder with a bf16 checkpoint, or a shape such as mid.")] = "",
+    bits: Annotated[list[str], typer.Option(help="Of llama.cpp: bf16, q8_0, q4_0 ...; may be given again.")] = ["bf16"],  # noqa: B006
+    rounds: Annotated[int, typer.Option(help="Of every arm.", min=1)] = 5,
+    threads: Annotated[int, typer.Option(help="Of both sides; all cores if left out.")] = 0,
+    engine: Annotated[str, typer.Option(help="JSON: arguments of vllm.LLM, such as quantization.")] = "{}",
+    tools: Annotated[Path, typer.Option(help="Folder with llama.cpp's tools.")] = TOOLS,
+    get_: Annotated[bool, typer.Option("--get", help="Build llama.cpp first.")] = False,
+) -> None:
+    """Measure and print the table."""
+    if get_:
+        get(tools)
+    if not model:
+        raise typer.Exit
+    missing = [name for name in ("llama-batched-bench", "llama-quantize", "converter") if not (tools / name).exists()]
+    if missing:
+        raise SystemExit(f"{tools} has no {', no '.join(missing)}; call with --get, or name another folder by --tools")
+    cores = sorted(os.sched_getaffinity(0))[: threads or None]
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(model)
+        if model in shapes.SHAPES:
+            folder = Path(work) / model
+            random_checkpoint(folder, shapes.SHAPES[model])
+        plain = shapes.without_mtp(str(folder), Path(work) / "plain")  # the other side does without
+        env = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
+        tasks: dict[str, Task] = {
+            PLUGIN: CompareTask(plain, {"dtype": "bfloat16", **json.loads(engine)}, [1, 16], [512], env=env)
+        }
+        for one in bits:
+            file = convert(Path(plain), one, tools, Path(work))
+            tasks[f"llama.cpp {one}"] = LlamaTask(str(file), {}, str(tools), len(cores))
+        show(alternate(tasks, rounds))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,121 @@
+"""Quantized experts in vLLM's kernels for AVX-512 with bf16 and VNNI.
+
+On a processor without these instructions stand-ins take the kernels' place (`support/cpu_stand_ins.py`): everything up
+to the kernels is tested then, and not what they compute.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer
+from tests.support.cpu_stand_ins import register
+from tests.support.engine import TWO_RANKS, EngineError, ask, generate, make_llm, run
+from tests.support.quantized import only_experts, plain_copy, quantize, quantize_by_command
+from tests.support.speculation import mtp
+from vllm_bailing.processor import lacking_for_quantized_experts
+
+KERNELS = pytest.mark.skipif(
+    bool(lacking_for_quantized_experts()), reason="needs a CPU with AVX-512 bf16 and VNNI; stand-ins tell nothing here"
+)
+SIZES = {"hidden_size": 128, "moe_intermediate_size": 128}
+# How far log-probabilities may be in the mean from those of the plain model in fp32. With stand-ins bf16 is all that
+# rounds; the kernels round what goes into experts to 8 bits too, except for fp8.
+NEAR = 0.1
+
+
+def _quantized(folder, scheme, **sizes):
+    """A checkpoint whose experts are quantized (in fp8, all linear layers), and its plain copy."""
+    model = make_checkpoint(folder / "model", **SIZES, **sizes)
+    if scheme.startswith("script-"):
+        keep = ("--keep", r"re:^(?!.*\.mlp\.experts\.).*")
+        meaning = quantize_by_command(
+            model, folder / "out", scheme.removeprefix("script-"), "--group-size", "32", *keep
+        )
+        model = folder / "out"
+    else:
+        meaning = quantize(model, scheme, *(() if scheme.startswith("fp8") else (only_experts,)))
+    return model, plain_copy(model, meaning, folder / "plain")
+
+
+def _served(model, damaged=None, reload=False, **options):
+    """(names of the experts' kernels, log-probabilities, tokens[, the same after a reload])"""
+    from vllm_bailing.bench.worker_extension import EXTENSION
+
+    register(damaged)
+    llm = make_llm(model, dtype="bfloat16", worker_extension_cls=EXTENSION, **options)
+    kernels = llm.collective_rpc("bailing_facts")[0]["experts"]
+    found = [ask(llm, [PROMPT])[0]]
+    if reload:
+        llm.collective_rpc("reload_weights")
+        llm.reset_prefix_cache()
+        found.append(ask(llm, [PROMPT])[0])
+    return kernels, found
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernel"),
+    [("w8a8", "Int8"), ("fp8", "Fp8"), ("gptq", "Int4"), ("awq", "Int4"), ("script-w4a16", "Int4")],
+)
+def test_experts_mean_what_the_checkpoint_says(scheme, kernel, tmp_path):
+    """Target and MTP layer; and once more after the weights were loaded again."""
+    model, plain = _quantized(tmp_path, scheme, num_nextn_predict_layers=1)
+    wanted, _ = plain_answer(plain, PROMPT)
+    kernels, found = run(_served, model, reload=True, speculative_config=mtp(1))
+    assert kernels == f"vllm_bailing.Proved{kernel}Experts"
+    for logprobs, _ in found:
+        assert (logprobs - wanted).abs().mean() <= NEAR
+
+
+@pytest.mark.parametrize("scheme", ["gptq", "w8a8"])
+def test_each_of_two_ranks_computes_its_experts(scheme, tmp_path):
+    model, plain = _quantized(tmp_path, scheme)
+    wanted, _ = plain_answer(plain, PROMPT)
+    kernels, found = run(_served, model, tensor_parallel_size=2, enable_expert_parallel=scheme == "gptq", env=TWO_RANKS)
+    assert "Experts" in kernels
+    assert (found[0][0] - wanted).abs().mean() <= NEAR
+
+
+@pytest.mark.parametrize("scheme", ["int8_per_channel_weight_only", "fp8_per_block"])
+def test_experts_are_quantized_while_they_load(scheme, tmp_path):
+    model = make_checkpoint(tmp_path / "model", **SIZES)
+    wanted, _ = plain_answer(model, PROMPT)
+    kernels, found = run(_served, model, quantization=scheme)
+    assert kernels == f"vllm_bailing.Proved{scheme[:4].strip('_').capitalize()}Experts"
+    assert (found[0][0] - wanted).abs().mean() <= 2 * NEAR
+
+
+@pytest.mark.parametrize(("scheme", "damaged"), [("w8a8", "fused_experts_cpu"), ("fp8", "fp8_scaled_mm_cpu")])
+def test_a_kernel_that_is_wrong_is_not_used(scheme, damaged, tmp_path):
+    model, _ = _quantized(tmp_path, scheme)
+    with pytest.raises(EngineError, match=r"the kernel's result is off by .*\"dequantize\": true"):
+        run(_served, model, damaged)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheme": "fp8-tensor"}, r"no fp8 kernel for these experts .*\"dequantize\": true"),
+        ({"scheme": "gptq", "group": 128, "width": 64}, r"a scale for every output"),
+        ({"online": "fp8"}, r"--quantization fp8: .*int8_per_channel_weight_only or fp8_per_block"),
+    ],
+    ids=["a scale per tensor", "a scale per output", "online"],
+)
+def test_what_no_kernel_takes_is_refused(options, message, tmp_path):
+    model = make_checkpoint(tmp_path / "model", hidden_size=128, moe_intermediate_size=options.get("width", 128))
+    if "online" not in options:
+        quantize(model, options["scheme"], only_experts, options.get("group", 32))
+    with pytest.raises(EngineError, match=message):
+        run(_served, model, **({"quantization": options["online"]} if "online" in options else {}))
+
+
+@KERNELS
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "gptq", "awq"])
+def test_kernels_agree_with_dequantized_weights(scheme, tmp_path):
+    """The same checkpoint through the kernels and as plain weights in bf16; every linear layer quantized."""
+    model = make_checkpoint(tmp_path / "model", **SIZES)
+    quantize(model, scheme)
+    quantized = run(_served, model)[1][0][0]
+    ((plain, _),) = run(generate, model, [PROMPT], dtype="bfloat16", hf_overrides={"dequantize": True})
+    limit = 0.01 if scheme == "fp8" else 0.05
+    assert (quantized - plain).abs().mean() <= limit * plain.abs().mean()
