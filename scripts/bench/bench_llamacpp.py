@@ -1,7 +1,7 @@
 """This package and llama.cpp on the same checkpoint and processor, taking turns.
 
     python scripts/bench/bench_llamacpp.py --get                       # builds llama.cpp: 10 minutes on two cores
-    python scripts/bench/bench_llamacpp.py MODEL --bits bf16 q8_0 q4_0 --rounds 5
+    python scripts/bench/bench_llamacpp.py MODEL --bits bf16 --bits q8_0 --bits q4_0
     python scripts/bench/bench_llamacpp.py MODEL --engine '{"quantization": "int8_per_channel_weight_only"}'
 
 llama.cpp comes from the source package of llama-cpp-python on PyPI, with its own converter and `llama-batched-bench`;
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,11 +26,12 @@ from typing import Annotated, Any
 import typer
 from bench_files import ROOT, random_checkpoint
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from vllm_bailing.bench import shapes
 from vllm_bailing.bench.in_tree import CompareTask
-from vllm_bailing.bench.runner import Task, alternate
+from vllm_bailing.bench.runner import run_task, turns
 
 PACKAGE = "llama-cpp-python==0.3.36"
 TOOLS = ROOT / "build" / "llama.cpp"
@@ -50,23 +50,24 @@ converter.main()
 
 
 @dataclass
-class LlamaTask(Task):
-    """Figures of llama.cpp; `model` is a file of its format."""
+class LlamaCpp:
+    """llama.cpp with one file of its format."""
 
-    tools: str
+    file: Path
+    tools: Path
     threads: int
     prompt_tokens: int = 32
     output_tokens: int = 64
 
-    def work(self) -> dict[str, Any]:
-        start = time.perf_counter()
+    def measure(self) -> dict[str, Any]:
+        """Figures in tokens/s, under the names of `CompareTask`'s."""
         figures = {"prefill 512": self._run(512, 1, 1)["speed_pp"]}
         for size in (1, 16):
             figures[f"decode {size}"] = self._run(self.prompt_tokens, self.output_tokens, size)["speed_tg"]
-        return {"facts": {}, "figures": figures | {"seconds": time.perf_counter() - start}}
+        return {"figures": figures}
 
     def _run(self, prompt: int, tokens: int, requests: int) -> dict[str, float]:
-        command = [str(Path(self.tools) / "llama-batched-bench"), "-m", self.model, "-t", str(self.threads)]
+        command = [str(self.tools / "llama-batched-bench"), "-m", str(self.file), "-t", str(self.threads)]
         command += ["-tb", str(self.threads), "-c", str((prompt + tokens) * requests + 64), "-npp", str(prompt)]
         command += ["-ntg", str(tokens), "-npl", str(requests), "-b", "2048", "-ub", "512", "--output-format", "jsonl"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -176,13 +177,13 @@ def main(
             random_checkpoint(folder, shapes.SHAPES[model])
         plain = shapes.without_mtp(str(folder), Path(work) / "plain")  # the other side does without
         env = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
-        tasks: dict[str, Task] = {
-            PLUGIN: CompareTask(plain, {"dtype": "bfloat16", **json.loads(engine)}, [1, 16], [512], env=env)
-        }
-        for one in bits:
-            file = convert(Path(plain), one, tools, Path(work))
-            tasks[f"llama.cpp {one}"] = LlamaTask(str(file), {}, str(tools), len(cores))
-        show(alternate(tasks, rounds))
+        ours = CompareTask(plain, {"dtype": "bfloat16", **json.loads(engine)}, [1, 16], [512], env=env)
+        files = {f"llama.cpp {one}": convert(Path(plain), one, tools, Path(work)) for one in bits}
+        results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in (PLUGIN, *files)}
+        for arm in track(turns(results, rounds), description="rounds", console=Console(stderr=True)):
+            found = run_task(ours) if arm == PLUGIN else LlamaCpp(files[arm], tools, len(cores)).measure()
+            results[arm].append(found)
+        show(results)
 
 
 if __name__ == "__main__":

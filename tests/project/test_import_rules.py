@@ -32,6 +32,7 @@ WITHOUT = {
     "vllm_bailing.adapters": ["vllm"],
     "vllm_bailing.adapter_audit": ["vllm"],
     "vllm_bailing.dequantize": ["vllm"],
+    "vllm_bailing.processor": ["vllm", "torch", "transformers"],
     "vllm_bailing.draft_target": ["vllm"],
     "vllm_bailing.reference": ["vllm"],
     "vllm_bailing.reference_layers": ["vllm"],
@@ -45,10 +46,11 @@ WITHOUT = {
 # Modules that registration imports, or that must answer at once: torch comes when it computes. (transformers imports
 # it by itself, so this looks at our own imports.)
 WITHOUT_TORCH = "config rope folders tensor_names layouts checkpoint checkpoint_audit likely_causes"
-WITHOUT_TORCH += " adapters adapter_audit dequantize draft_target"
+WITHOUT_TORCH += " adapters adapter_audit dequantize draft_target processor"
 WITHOUT_TORCH += " plugin/patches plugin/checks plugin/speculation plugin/lora plugin/agreement"
 WITHOUT_TORCH += " planning/gpus planning/memory planning/plan planning/request planning/choice planning/traffic"
 WITHOUT_TORCH += " planning/serve planning/roofline planning/training tools/doctor tools/verify tools/chat tools/demo"
+WITHOUT_TORCH += " planning/cpu tools/doctor_processor cli/plan_cpu"
 WITHOUT_TORCH += " tools/quantize tools/draft_vocab tools/info tools/prompts cli/__init__"
 
 

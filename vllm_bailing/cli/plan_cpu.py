@@ -57,7 +57,7 @@ def _machine(memory_gib: float | None, bandwidth: float | None) -> CpuMachine:
 
     for flag, value in (("--memory-gib", memory_gib), ("--bandwidth", bandwidth)):
         if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{flag} {value:g} must be positive")
+            raise ValueError(f"{flag} {value:g} must be a positive number")
     memory = psutil.virtual_memory().available if memory_gib is None else round(memory_gib * GIB)
     return CpuMachine(memory, memory_bandwidth() if bandwidth is None else bandwidth * 1e12, dtypes_with_kernels())
 

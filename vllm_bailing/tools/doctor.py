@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_bailing.errors import shown
+from vllm_bailing.tools.doctor_processor import kernels_for, processor, serves_on_cpu
 from vllm_bailing.units import GIB
 
 TRIED_SCHEMES = ("compressed-tensors", "fp8", "gptq", "awq")
@@ -52,6 +53,8 @@ def environment() -> Iterator[Check]:
     yield _disk()
     answer, problem = _ask_worker()
     yield _accelerator(answer)
+    if serves_on_cpu():
+        yield Check("processor", None, processor())
     yield _worker(answer, problem)
 
 
@@ -214,6 +217,9 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
 
     stored = config.stored_quantization_config or getattr(config, "quantization_config", None)
     yield Check("quantization", None, _scheme(stored))
+    if serves_on_cpu() and stored:
+        has_kernels, detail, fix = kernels_for(stored_files, _scheme(stored))
+        yield Check("kernels", has_kernels or None, detail, fix)  # dequantized it is served, so nothing is wrong
     if made_for := _draft_alone(config, stored_files):
         yield made_for
         yield from _audited(

@@ -1,0 +1,126 @@
+"""Instructions of processors, the kernels that follow, and plans for machines without a GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from tests.support.commands import invoke
+from tests.support.paths import DATA
+from vllm_bailing import DEMO, processor
+from vllm_bailing.config import read_config
+from vllm_bailing.planning.cpu import CpuMachine, cpu_plans
+from vllm_bailing.tensor_names import main_tensors
+from vllm_bailing.tools import doctor_processor
+from vllm_bailing.units import GIB
+
+MINI = DATA / "configs" / "Ling-mini-2.0.json"
+ZEN_3 = {"avx2": True}
+ZEN_4 = {**ZEN_3, "avx512_f": True, "avx512_bf16": True, "avx512_vnni": True}
+SAPPHIRE_RAPIDS = {**ZEN_4, "amx_tile": True}
+ICE_LAKE = {**ZEN_3, "avx512_f": True, "avx512_vnni": True}
+
+
+@pytest.fixture(params=[False, True], ids=["record", "questions"])
+def pretend(request, monkeypatch):
+    """Let torch report these capabilities, by its record of the processor or by the questions of older releases."""
+
+    def become(capabilities):
+        if not request.param:
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+            return
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+        questions = {"avx2": "avx2", "avx512_f": "avx512", "avx512_bf16": "avx512_bf16", "avx512_vnni": "vnni"}
+        for key, name in {**questions, "amx_tile": "amx_tile"}.items():
+            monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda key=key: capabilities.get(key, False))
+
+    return become
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "words", "lacking", "dtypes"),
+    [
+        ({}, "none of x86's wide ones", 3, ("bf16",)),
+        (ZEN_3, "AVX2", 3, ("bf16",)),
+        (ICE_LAKE, "AVX2, AVX-512, AVX-512 VNNI", 1, ("bf16",)),
+        (ZEN_4, "AVX2, AVX-512, AVX-512 bf16, AVX-512 VNNI", 0, ("bf16", "fp8", "int8", "int4")),
+        (SAPPHIRE_RAPIDS, "AVX2, AVX-512, AVX-512 bf16, AVX-512 VNNI, AMX", 0, ("bf16", "fp8", "int8", "int4")),
+    ],
+    ids=["Arm", "Zen 3", "Ice Lake", "Zen 4", "Sapphire Rapids"],
+)
+def test_instructions_and_the_kernels_that_follow(pretend, capabilities, words, lacking, dtypes):
+    pretend(capabilities)
+    assert processor.found().startswith(words)
+    assert len(processor.lacking_for_quantized_experts()) == lacking
+    assert processor.dtypes_with_kernels() == dtypes
+    assert ("none" in processor.kernels()["experts in int8, int4 or fp8 blocks"]) == bool(lacking)
+
+
+class Stored:
+    has_quantized_experts, has_integers = True, False
+
+
+@pytest.mark.parametrize(("capabilities", "ok"), [(ZEN_3, False), (ZEN_4, True), (SAPPHIRE_RAPIDS, True)])
+def test_doctor_names_what_a_quantized_checkpoint_lacks(pretend, capabilities, ok):
+    pretend(capabilities)
+    found, detail, fix = doctor_processor.kernels_for(Stored, "fp8")
+    assert found is ok
+    assert ("AVX-512 bf16" in detail and '"dequantize": true' in fix) != ok
+    assert processor.found() in doctor_processor.processor()
+
+
+def test_memory_bandwidth_is_one_that_a_machine_can_have():
+    assert 1e8 < processor.memory_bandwidth(0.01) < 1e13
+
+
+def machine(gib, kernels=("bf16", "fp8", "int8", "int4")):
+    return CpuMachine(int(gib * GIB), 40e9, kernels)
+
+
+def test_sizes_are_those_of_the_tensors():
+    config = read_config(MINI)
+    shapes = main_tensors(config)
+    plans = {plan.dtype: plan for plan in cpu_plans(config, machine(64), 4096)}
+    elements = sum(math.prod(shape) for shape in shapes.values())
+    experts = sum(math.prod(shape) for name, shape in shapes.items() if ".mlp.experts." in name)
+    assert plans["bf16"].weights_bytes == pytest.approx(2 * elements, rel=1e-3)
+    # Experts in four bits, a scale in two bytes for each group of 128.
+    assert plans["int4"].weights_bytes == pytest.approx(2 * (elements - experts) + experts * (0.5 + 2 / 128), rel=1e-2)
+    layers, heads = config.num_hidden_layers, 2 * config.num_key_value_heads * config.head_dim
+    assert plans["int8"].kv_bytes_per_token == 2 * layers * heads
+    for plan in plans.values():
+        assert plan.tokens_per_s == pytest.approx(40e9 / plan.step_bytes)
+    assert plans["bf16"].tokens_per_s < plans["int8"].tokens_per_s
+
+
+@pytest.mark.parametrize(
+    ("gib", "kernels", "wanted"),
+    [
+        (64, ("bf16", "fp8", "int8", "int4"), {"bf16": "fits", "fp8": "fits", "int8": "fits", "int4": "fits"}),
+        (24, ("bf16", "fp8", "int8", "int4"), {"bf16": "no", "fp8": "fits", "int8": "fits", "int4": "fits"}),
+        (12, ("bf16", "fp8", "int8", "int4"), {"bf16": "no", "fp8": "no", "int8": "no", "int4": "fits"}),
+        (24, ("bf16",), {"bf16": "no", "fp8": "no kernel", "int8": "no kernel", "int4": "no kernel"}),
+    ],
+)
+def test_ling_mini_on_machines_of_several_sizes(gib, kernels, wanted):
+    plans = cpu_plans(read_config(MINI), machine(gib, kernels), 4096)
+    assert {plan.dtype: plan.verdict(4096) for plan in plans} == wanted
+
+
+def test_the_command_says_what_fits_and_how_to_serve_it():
+    asked = ("plan", str(MINI), "--gpu", "cpu", "--memory-gib", "64", "--bandwidth", "0.04")
+    done = invoke(*asked)
+    assert done.exit_code == 0 and "vllm serve" in done.output and "--max-model-len 4096" in done.output
+    report = json.loads(invoke(*asked, "--json").output)
+    assert [plan["dtype"] for plan in report["plans"]] == ["bf16", "fp8", "int8", "int4"]
+    assert report["machine"]["bandwidth"] == 40e9
+    assert invoke(*asked[:-4], "--memory-gib", "4", "--bandwidth", "0.04").exit_code == 1
+
+
+@pytest.mark.parametrize("wrong", [("--memory-gib", "-1"), ("--bandwidth", "inf"), ("--context", "0")])
+def test_impossible_machines_are_refused_in_one_line(wrong):
+    done = invoke("plan", str(DEMO), "--gpu", "cpu", "--memory-gib", "8", "--bandwidth", "0.04", *wrong)
+    assert done.exit_code == 2 and "must be" in done.output and len(done.output.strip().splitlines()) == 1
