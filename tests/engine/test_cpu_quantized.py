@@ -6,7 +6,10 @@ to the kernels is tested then, and not what they compute.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer
 from tests.support.cpu_stand_ins import register
@@ -93,20 +96,37 @@ def test_a_kernel_that_is_wrong_is_not_used(scheme, damaged, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("scheme", "options", "message"),
     [
-        ({"scheme": "fp8-tensor"}, r"no fp8 kernel for these experts .*\"dequantize\": true"),
-        ({"scheme": "gptq", "group": 128, "width": 64}, r"a scale for every output"),
-        ({"online": "fp8"}, r"--quantization fp8: .*int8_per_channel_weight_only or fp8_per_block"),
+        ("fp8-tensor", {}, r"no fp8 kernel for these experts .it takes a scale per block.*\"dequantize\": true"),
+        ("script-fp8", {}, r"no fp8 kernel for these experts .it takes a scale per block.*\"dequantize\": true"),
+        (None, {"quantization": "fp8"}, r"--quantization fp8: .*int8_per_channel_weight_only or fp8_per_block"),
+        (None, {"quantization": "fp8_per_channel"}, r"leave --quantization out|leave it out"),
     ],
-    ids=["a scale per tensor", "a scale per output", "online"],
 )
-def test_what_no_kernel_takes_is_refused(options, message, tmp_path):
-    model = make_checkpoint(tmp_path / "model", hidden_size=128, moe_intermediate_size=options.get("width", 128))
-    if "online" not in options:
-        quantize(model, options["scheme"], only_experts, options.get("group", 32))
+def test_what_no_kernel_takes_is_refused(scheme, options, message, tmp_path):
+    model = _quantized(tmp_path, scheme)[0] if scheme else make_checkpoint(tmp_path / "model", **SIZES)
     with pytest.raises(EngineError, match=message):
-        run(_served, model, **({"quantization": options["online"]} if "online" in options else {}))
+        run(_served, model, **options)
+
+
+def _group_problem(hidden_size, width, groups):
+    from vllm_bailing.plugin.kernels.cpu_quantized import _check_groups
+
+    register()
+    scales = [torch.ones(2, 4, count, 32) for count in groups]
+    try:
+        _check_groups(SimpleNamespace(hidden_dim=hidden_size, intermediate_size_per_partition=width), *scales)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("groups", "fits"), [((4, 2), True), ((2, 1), True), ((1, 1), False), ((4, 4), False)])
+def test_groups_that_the_kernel_would_misread_are_refused(groups, fits):
+    """128 inputs of the first matrix, 64 of the second, one scale for each of `groups`."""
+    problem = run(_group_problem, 128, 64, groups)
+    assert (not problem) if fits else "none for groups of inputs" in problem
 
 
 @KERNELS

@@ -252,7 +252,9 @@ def adding_the_remedy(vllm_config: Any) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split()).rstrip(".")
         way = "start with a smaller --tensor-parallel-size; or " if "tensor_parallel_size" in reason else ""
-        raise SettingsError(f"{vllm_config.model_config.quantization}: {reason}; {way}{DEQUANTIZE}") from error
+        is_stored = getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None
+        remedy = DEQUANTIZE if is_stored else "leave --quantization out"
+        raise SettingsError(f"{vllm_config.model_config.quantization}: {reason}; {way}{remedy}") from error
 
 
 def _check_draft_head(vllm_config: Any) -> None:

@@ -32,6 +32,7 @@ DEMO_QUESTIONS = ("Who are you?", "How do I serve a model?", "What is the capita
 QUESTIONS = ("Who are you? Please answer in one or two sentences.",)
 DEMO_START_LIMIT_S = 600  # any other model may have to be downloaded first, so it has no limit
 STOP_LIMIT_S = 15
+_POLL_S = 0.1  # how often a server that starts is asked whether it is ready
 PARALLEL_FLAGS = re.compile(r"--(tensor|pipeline|data)-parallel-size|-tp|-pp|-dp")
 
 
@@ -215,15 +216,19 @@ def wait_until_healthy(
     Raises:
         DemoError: If the server ended, or does not answer in time.
     """
-    start = time.monotonic()
+    start, told = time.monotonic(), -1.0
+    import openai  # noqa: F401  # takes as long as a first answer, and the server is not ready yet anyway
+
     while not _is_healthy(options.port):
         seconds = time.monotonic() - start
         if process.poll() is not None:
             raise DemoError(f"the server ended while it started (exit code {process.returncode}):\n{_cause(log)}")
         if options.is_demo and seconds > DEMO_START_LIMIT_S:
             raise DemoError(f"the server did not answer within {DEMO_START_LIMIT_S} seconds:\n{_cause(log)}")
-        progress(seconds, _last_message(log))
-        time.sleep(1)
+        if seconds > told + 1:
+            told = seconds
+            progress(seconds, _last_message(log))
+        time.sleep(_POLL_S)
     return time.monotonic() - start
 
 

@@ -42,6 +42,11 @@ _MULTIPLE = 32  # of which sizes have to be multiples
 _BLOCK = 128  # fp8 weights have a scale for each block of this many rows and columns
 # Of the norm of the result. With activations in 8 bits the kernels are 0.022 off, with those in bf16 0.004.
 _TOLERANCE = {"int8": 0.04, "int4": 0.04, "fp8": 0.01}
+_TAKES = {
+    "int8": "a scale per output, and activations rounded for each token",
+    "int4": "a scale per group of inputs",
+    "fp8": f"a scale per block of {_BLOCK} x {_BLOCK}",
+}
 _EXPERTS = 3  # of a proof
 
 
@@ -101,7 +106,9 @@ def _proved_experts(parent: Any, scheme: str, problem_of: Callable[..., str]) ->
             """
             hidden_size, width = moe_config.hidden_dim, moe_config.intermediate_size_per_partition
             supported, reason = parent.is_supported_config(cls, moe_config, *keys)
-            if supported:
+            if not cls._supports_quant_scheme(*keys[:2]):
+                reason = f"it takes {_TAKES[scheme]}"
+            elif supported:
                 reason = _size_problem(moe_config.in_dtype, hidden_size, width) or problem_of(hidden_size, width)
             if reason:
                 raise ValueError(f"vLLM's CPU build has no {scheme} kernel for these experts ({reason})")
