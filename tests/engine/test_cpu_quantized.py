@@ -22,6 +22,8 @@ KERNELS = pytest.mark.skipif(
     bool(lacking_for_quantized_experts()), reason="needs a CPU with AVX-512 bf16 and VNNI; stand-ins tell nothing here"
 )
 SIZES = {"hidden_size": 128, "moe_intermediate_size": 128}
+# Parts of a fused layer have to be whole blocks.
+BLOCKS = {"intermediate_size": 256, "head_dim": 128, "moe_shared_expert_intermediate_size": 128}
 # How far log-probabilities may be in the mean from those of the plain model in fp32. With stand-ins bf16 is all that
 # rounds; the kernels round what goes into experts to 8 bits too, except for fp8.
 NEAR = 0.1
@@ -29,7 +31,7 @@ NEAR = 0.1
 
 def _quantized(folder, scheme, **sizes):
     """A checkpoint whose experts are quantized (in fp8, all linear layers), and its plain copy."""
-    model = make_checkpoint(folder / "model", **SIZES, **sizes)
+    model = make_checkpoint(folder / "model", **SIZES, **(BLOCKS if scheme == "fp8" else {}), **sizes)
     if scheme.startswith("script-"):
         keep = ("--keep", r"re:^(?!.*\.mlp\.experts\.).*")
         meaning = quantize_by_command(
@@ -81,7 +83,7 @@ def test_each_of_two_ranks_computes_its_experts(scheme, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["int8_per_channel_weight_only", "fp8_per_block"])
 def test_experts_are_quantized_while_they_load(scheme, tmp_path):
-    model = make_checkpoint(tmp_path / "model", **SIZES)
+    model = make_checkpoint(tmp_path / "model", **SIZES, **BLOCKS)
     wanted, _ = plain_answer(model, PROMPT)
     kernels, found = run(_served, model, quantization=scheme)
     assert kernels == f"vllm_bailing.Proved{scheme[:4].strip('_').capitalize()}Experts"
@@ -133,7 +135,7 @@ def test_groups_that_the_kernel_would_misread_are_refused(groups, fits):
 @pytest.mark.parametrize("scheme", ["w8a8", "fp8", "gptq", "awq"])
 def test_kernels_agree_with_dequantized_weights(scheme, tmp_path):
     """The same checkpoint through the kernels and as plain weights in bf16; every linear layer quantized."""
-    model = make_checkpoint(tmp_path / "model", **SIZES)
+    model = make_checkpoint(tmp_path / "model", **SIZES, **BLOCKS)
     quantize(model, scheme)
     quantized = run(_served, model)[1][0][0]
     ((plain, _),) = run(generate, model, [PROMPT], dtype="bfloat16", hf_overrides={"dequantize": True})

@@ -25,7 +25,7 @@ def is_linear(name: str) -> bool:
 
 
 def no_expert(name: str) -> bool:
-    """As `is_linear`, without the experts, for which vLLM's CPU build has no quantized kernel."""
+    """As `is_linear`, without the experts, for which few processors have a kernel."""
     return is_linear(name) and ".mlp.experts." not in name
 
 

@@ -146,14 +146,15 @@ def check_quantization(vllm_config: Any) -> None:
             checkpoint.size / GIB,
         )
     elif model_config.quantization is not None and current_platform.is_cpu() and not _has_amx():
-        _check_quantization_on_cpu(model_config, checkpoint)
+        _check_quantization_on_cpu(vllm_config, checkpoint)
 
 
-def _check_quantization_on_cpu(model_config: Any, checkpoint: Any) -> None:
+def _check_quantization_on_cpu(vllm_config: Any, checkpoint: Any) -> None:
     """Refuse what no processor without AMX has a kernel for, or this one not."""
     from vllm_bailing.plugin.kernels.cpu_quantized import obstacle
 
-    scheme, missing = model_config.quantization, obstacle()
+    model_config, missing = vllm_config.model_config, obstacle(vllm_config)
+    scheme = model_config.quantization
     if getattr(model_config.hf_config, "quantization_config", None) is None:
         if missing:
             raise SettingsError(

@@ -25,6 +25,7 @@ from vllm.platforms import CpuArchEnum, current_platform
 
 from vllm_bailing.plugin.kernels.cpu_experts import heeding
 from vllm_bailing.plugin.kernels.proof import TOKENS, difference, experts_problem, proof, random, sample
+from vllm_bailing.plugin.options import CPU_KERNELS, wants_cpu_kernels
 from vllm_bailing.plugin.patches import offer_quantized_layers_on_cpu
 from vllm_bailing.plugin.shims import quantized_cpu_layers
 from vllm_bailing.processor import found, lacking_for_quantized_experts
@@ -50,8 +51,10 @@ _TAKES = {
 _EXPERTS = 3  # of a proof
 
 
-def obstacle() -> str:
-    """Why this machine cannot run quantized experts; empty if it can."""
+def obstacle(vllm_config: Any = None) -> str:
+    """Why this engine, or any on this machine, cannot run quantized experts; empty if it can."""
+    if vllm_config is not None and wants_cpu_kernels(vllm_config) is False:
+        return f"{CPU_KERNELS}=false in --additional-config keeps vLLM's choice"
     lacking = lacking_for_quantized_experts()
     if lacking:
         return f"it has {found()}, and they need {', '.join(lacking)}"
@@ -63,7 +66,7 @@ def obstacle() -> str:
 def offer_quantized_layers(vllm_config: Any) -> None:
     """Let vLLM find the classes of this file when it builds quantized layers; call it before that."""
     is_x86 = current_platform.is_cpu() and current_platform.get_cpu_architecture() == CpuArchEnum.X86
-    if vllm_config.quant_config is None or not is_x86 or obstacle():
+    if vllm_config.quant_config is None or not is_x86 or obstacle(vllm_config):
         return
     experts, linear = _classes(vllm_config.parallel_config.enable_expert_parallel)
     offer_quantized_layers_on_cpu(experts, linear)
