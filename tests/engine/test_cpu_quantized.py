@@ -102,6 +102,7 @@ def test_a_kernel_that_is_wrong_is_not_used(scheme, damaged, tmp_path):
     [
         ("fp8-tensor", {}, r"no fp8 kernel for these experts .it takes a scale per block.*\"dequantize\": true"),
         ("script-fp8", {}, r"no fp8 kernel for these experts .it takes a scale per block.*\"dequantize\": true"),
+        ("gptq-act", {}, r"no int4 kernel for these experts .it takes columns in their order.*\"dequantize\": true"),
         (None, {"quantization": "fp8"}, r"--quantization fp8: .*int8_per_channel_weight_only or fp8_per_block"),
         (None, {"quantization": "fp8_per_channel"}, r"leave --quantization out|leave it out"),
     ],
@@ -113,13 +114,14 @@ def test_what_no_kernel_takes_is_refused(scheme, options, message, tmp_path):
 
 
 def _group_problem(hidden_size, width, groups):
+    from vllm_bailing.errors import SettingsError
     from vllm_bailing.plugin.kernels.cpu_quantized import _check_groups
 
     register()
     scales = [torch.ones(2, 4, count, 32) for count in groups]
     try:
         _check_groups(SimpleNamespace(hidden_dim=hidden_size, intermediate_size_per_partition=width), *scales)
-    except ValueError as error:
+    except SettingsError as error:
         return str(error)
     return ""
 
@@ -128,7 +130,7 @@ def _group_problem(hidden_size, width, groups):
 def test_groups_that_the_kernel_would_misread_are_refused(groups, fits):
     """128 inputs of the first matrix, 64 of the second, one scale for each of `groups`."""
     problem = run(_group_problem, 128, 64, groups)
-    assert (not problem) if fits else "none for groups of inputs" in problem
+    assert (not problem) if fits else "not one for all of them" in problem
 
 
 @KERNELS

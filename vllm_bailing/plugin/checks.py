@@ -28,7 +28,7 @@ from vllm_bailing.tensor_names import HEAD, SCORE, main_tensors
 from vllm_bailing.units import GIB, dtype_name
 from vllm_bailing.validation import require_token_ids
 
-_ONLINE_ON_CPU = ("int8_per_channel_weight_only", "fp8_per_block", "online")
+_ONLINE_ON_CPU = ("int8_per_channel_weight_only", "fp8_per_block")
 _SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 
 
@@ -151,17 +151,18 @@ def check_quantization(vllm_config: Any) -> None:
 
 def _check_quantization_on_cpu(vllm_config: Any, checkpoint: Any) -> None:
     """Refuse what no processor without AMX has a kernel for, or this one not."""
-    from vllm_bailing.plugin.kernels.cpu_quantized import obstacle
+    from vllm_bailing.plugin.kernels.cpu_quantized import layout_problem, obstacle
 
     model_config, missing = vllm_config.model_config, obstacle(vllm_config)
     scheme = model_config.quantization
-    if getattr(model_config.hf_config, "quantization_config", None) is None:
+    quantization = getattr(model_config.hf_config, "quantization_config", None)
+    if quantization is None:
         if missing:
             raise SettingsError(
                 f"--quantization {scheme}: vLLM's CPU build cannot quantize experts on this processor ({missing}); "
                 "leave it out"
             )
-        if scheme not in _ONLINE_ON_CPU:
+        if scheme not in (*_ONLINE_ON_CPU, "online"):  # of that vLLM asks the classes of layers
             raise SettingsError(
                 f"--quantization {scheme}: vLLM's CPU build quantizes experts while they load with "
                 f"{' or '.join(_ONLINE_ON_CPU)} alone; ask for one of them, or leave it out"
@@ -171,6 +172,8 @@ def _check_quantization_on_cpu(vllm_config: Any, checkpoint: Any) -> None:
         raise SettingsError(
             f"vLLM's CPU build has no kernel for {scheme} experts on this processor ({missing}); {DEQUANTIZE}"
         )
+    if checkpoint.has_quantized_experts and (problem := layout_problem(quantization)):
+        raise SettingsError(f"vLLM's CPU build has no int4 kernel for these experts ({problem}); {DEQUANTIZE}")
     if checkpoint.has_integers and _lacks_avx512():
         raise SettingsError(
             f"vLLM's CPU build has no kernel for {scheme} layers of integers on a processor without AVX-512; "

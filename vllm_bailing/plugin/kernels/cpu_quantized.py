@@ -23,6 +23,7 @@ from vllm import _custom_ops
 from vllm.logger import init_logger
 from vllm.platforms import CpuArchEnum, current_platform
 
+from vllm_bailing.errors import DEQUANTIZE, SettingsError
 from vllm_bailing.plugin.kernels.cpu_experts import heeding
 from vllm_bailing.plugin.kernels.proof import TOKENS, difference, experts_problem, proof, random, sample
 from vllm_bailing.plugin.options import CPU_KERNELS, wants_cpu_kernels
@@ -48,6 +49,7 @@ _TAKES = {
     "int4": "a scale per group of inputs",
     "fp8": f"a scale per block of {_BLOCK} x {_BLOCK}",
 }
+_PER_OUTPUT = "it takes a scale per group of inputs, and not one for all of them"
 _EXPERTS = 3  # of a proof
 
 
@@ -61,6 +63,19 @@ def obstacle(vllm_config: Any = None) -> str:
     if quantized_cpu_layers() is None or not all(hasattr(torch.ops._C, name) for name in _OPERATIONS):
         return "this vLLM has none"
     return ""
+
+
+def layout_problem(quantization: dict[str, Any]) -> str:
+    """Why the kernel for int4 would misread experts that are stored so; empty if it would not.
+
+    Args:
+        quantization: `quantization_config` of config.json.
+    """
+    weights = [group.get("weights") or {} for group in (quantization.get("config_groups") or {}).values()]
+    if quantization.get("desc_act") or any(one.get("actorder") for one in weights):
+        return "it takes columns in their order, and not by activation"
+    per_output = any(one.get("num_bits") == 4 and one.get("strategy") == "channel" for one in weights)
+    return _PER_OUTPUT if per_output or quantization.get("group_size") == -1 else ""
 
 
 def offer_quantized_layers(vllm_config: Any) -> None:
@@ -163,12 +178,12 @@ def _check_groups(moe_config: Any, w13_scale: torch.Tensor, w2_scale: torch.Tens
         moe_config.intermediate_size_per_partition // w2_scale.shape[2],
     }
     problem = (
-        "a scale for every output, and none for groups of inputs"
+        _PER_OUTPUT
         if len(groups) > 1
         else int4_problem(moe_config.hidden_dim, moe_config.intermediate_size_per_partition, groups.pop())
     )
     if problem:
-        raise ValueError(f"vLLM's CPU build has no int4 kernel for these experts ({problem})")
+        raise SettingsError(f"vLLM's CPU build has no int4 kernel for these experts ({problem}); {DEQUANTIZE}")
 
 
 # ---- proofs --------------------------------------------------------------------------------------------------------
