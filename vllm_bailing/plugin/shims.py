@@ -6,6 +6,7 @@ Which versions are served is decided in `supported_versions.py`; the steps for a
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import math
@@ -79,6 +80,7 @@ def portable_cpu_experts() -> Any:
     return experts if issubclass(experts, modular_kernel.FusedMoEExpertsModular) else None
 
 
+@functools.cache  # vLLM's own: this package may put others into their places
 def quantized_cpu_layers() -> tuple[dict[str, Any], Any] | None:
     """vLLM's classes of quantized experts for x86 CPUs by scheme, and that of linear layers in fp8 blocks.
 
