@@ -41,11 +41,10 @@ FIGURES = ("prefill 512", "decode 1", "decode 16")
 CONVERT = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
-import convert_hf_to_gguf as converter
-for name in ("BailingMoeV2Model", "BailingMoeModel"):
-    if hasattr(converter, name):
-        getattr(converter, name).set_vocab = lambda self: self._set_vocab_none()
-converter.main()
+import convert_hf_to_gguf
+from conversion.bailingmoe import BailingMoeV2Model
+BailingMoeV2Model.set_vocab = lambda self: self._set_vocab_none()
+convert_hf_to_gguf.main()
 """
 
 
@@ -71,7 +70,7 @@ class LlamaCpp:
         command += ["-tb", str(self.threads), "-c", str((prompt + tokens) * requests + 64), "-npp", str(prompt)]
         command += ["-ntg", str(tokens), "-npl", str(requests), "-b", "2048", "-ub", "512", "--output-format", "jsonl"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        rows = [json.loads(line) for line in (done.stdout + done.stderr).splitlines() if line.startswith("{")]
         if done.returncode or not rows:
             raise RuntimeError(f"llama-batched-bench ended with {done.returncode}: {done.stderr.strip()[-300:]}")
         return rows[-1]
@@ -86,7 +85,7 @@ def get(tools: Path) -> None:
     tools.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip"]
     _call([*pip, "download", "--no-deps", "--no-binary", ":all:", "--dest", str(tools), PACKAGE])
-    _call([*pip, "install", "--target", str(tools / "python"), "cmake", "ninja", "gguf"])
+    _call([*pip, "install", "--target", str(tools / "python"), "cmake", "ninja"])
     [archive] = tools.glob("*.tar.gz")
     with tarfile.open(archive) as files:
         files.extractall(tools, filter="data")
@@ -94,7 +93,8 @@ def get(tools: Path) -> None:
     build = tools / "build"
     cmake = [str(tools / "python" / "bin" / "cmake")]
     env = {"PATH": f"{tools / 'python' / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(tools / "python")}
-    switches = ("-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DCMAKE_BUILD_TYPE=Release")
+    switches = ("-DGGML_NATIVE=ON", "-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_OPENSSL=OFF")
+    switches += tuple(f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "SERVER", "EXAMPLES", "APP"))
     _call([*cmake, "-G", "Ninja", "-S", str(source), "-B", str(build), *switches], env)
     targets = ("llama-batched-bench", "llama-quantize")
     _call([*cmake, "--build", str(build), "-j", str(len(os.sched_getaffinity(0))), "-t", *targets], env)
