@@ -52,10 +52,10 @@ def kernels() -> dict[str, str]:
     """What vLLM's CPU build multiplies with here, in words, by kind of weights."""
     has = instructions()
     lacking = lacking_for_quantized_experts()
-    fast = "AVX-512 bf16" in has or "AMX" in has
+    bf16 = "AVX-512 bf16 kernels" if "AVX-512 bf16" in has else "oneDNN and vLLM's portable kernel"
     quantized = "vLLM's kernels, each after a proof" if not lacking else f"none (no {', no '.join(lacking)})"
     return {
-        "bf16": "AVX-512 bf16 kernels" if fast else "oneDNN and vLLM's portable kernel",
+        "bf16": "AMX kernels" if "AMX" in has else bf16,
         "linear layers in int8 or int4": "oneDNN and vLLM's kernels" if "AVX-512" in has else "none (no AVX-512)",
         "experts in int8, int4 or fp8 blocks": quantized,
     }
