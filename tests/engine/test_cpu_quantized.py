@@ -46,13 +46,18 @@ def _quantized(folder, scheme, **sizes):
 def _served(model, damaged=None, reload=False, **options):
     """(names of the experts' kernels, log-probabilities, tokens[, the same after a reload])"""
     from vllm_bailing.bench.worker_extension import EXTENSION
+    from vllm_bailing.errors import UpdateError
 
     register(damaged)
     llm = make_llm(model, dtype="bfloat16", worker_extension_cls=EXTENSION, **options)
     kernels = llm.collective_rpc("bailing_facts")[0]["experts"]
     found = [ask(llm, [PROMPT])[0]]
     if reload:
-        llm.collective_rpc("reload_weights")
+        try:
+            llm.collective_rpc("reload_weights")
+        except UpdateError as error:
+            assert "came in part" in str(error)
+            return f"{kernels}, no reload", found
         llm.reset_prefix_cache()
         found.append(ask(llm, [PROMPT])[0])
     return kernels, found
@@ -63,11 +68,12 @@ def _served(model, damaged=None, reload=False, **options):
     [("w8a8", "Int8"), ("fp8", "Fp8"), ("gptq", "Int4"), ("awq", "Int4"), ("script-w4a16", "Int4")],
 )
 def test_experts_mean_what_the_checkpoint_says(scheme, kernel, tmp_path):
-    """Target and MTP layer; and once more after the weights were loaded again."""
+    """Target and MTP layer; and once more after the weights were loaded again, which int4 may refuse."""
     model, plain = _quantized(tmp_path, scheme, num_nextn_predict_layers=1)
     wanted, _ = plain_answer(plain, PROMPT)
     kernels, found = run(_served, model, reload=True, speculative_config=mtp(1))
-    assert kernels == f"vllm_bailing.Proved{kernel}Experts"
+    name, refused, _ = kernels.partition(", no reload")
+    assert name == f"vllm_bailing.Proved{kernel}Experts" and not (refused and kernel != "Int4")
     for logprobs, _ in found:
         assert (logprobs - wanted).abs().mean() <= NEAR
 
