@@ -33,6 +33,8 @@ GROUP_OF = {part: group for group, parts in GROUPS.items() for part in parts}
 def pytest_addoption(parser):
     text = "How many cases to draw at random and to put through an engine, where tests do so."
     parser.addoption("--random-cases", type=int, default=500, help=text)
+    text = "Serve every scheme of quantized experts that CPUs have kernels for, on one rank and two, and not some."
+    parser.addoption("--all-cpu-schemes", action="store_true", help=text)
 
 
 @pytest.fixture(scope="session")

@@ -24,9 +24,17 @@ KERNELS = pytest.mark.skipif(
 SIZES = {"hidden_size": 128, "moe_intermediate_size": 128}
 # Parts of a fused layer have to be whole blocks.
 BLOCKS = {"intermediate_size": 256, "head_dim": 128, "moe_shared_expert_intermediate_size": 128}
+# Each starts an engine, and some tell enough in a usual run.
+THOROUGH = pytest.mark.usefixtures("all_cpu_schemes")
 # How far log-probabilities may be in the mean from those of the plain model in fp32. With stand-ins bf16 is all that
 # rounds; the kernels round what goes into experts to 8 bits too, except for fp8.
 NEAR = 0.1
+
+
+@pytest.fixture
+def all_cpu_schemes(pytestconfig):
+    if not pytestconfig.getoption("--all-cpu-schemes"):
+        pytest.skip("runs with --all-cpu-schemes")
 
 
 def _quantized(folder, scheme, **sizes):
@@ -65,7 +73,13 @@ def _served(model, damaged=None, reload=False, **options):
 
 @pytest.mark.parametrize(
     ("scheme", "kernel"),
-    [("w8a8", "Int8"), ("fp8", "Fp8"), ("gptq", "Int4"), ("awq", "Int4"), ("script-w4a16", "Int4")],
+    [
+        ("w8a8", "Int8"),
+        ("fp8", "Fp8"),
+        ("awq", "Int4"),
+        pytest.param("gptq", "Int4", marks=THOROUGH),
+        pytest.param("script-w4a16", "Int4", marks=THOROUGH),
+    ],
 )
 def test_experts_mean_what_the_checkpoint_says(scheme, kernel, tmp_path):
     """Target and MTP layer; and once more after the weights were loaded again, which int4 may refuse."""
@@ -78,6 +92,7 @@ def test_experts_mean_what_the_checkpoint_says(scheme, kernel, tmp_path):
         assert (logprobs - wanted).abs().mean() <= NEAR
 
 
+@THOROUGH
 @pytest.mark.parametrize("scheme", ["gptq", "w8a8"])
 def test_each_of_two_ranks_computes_its_experts(scheme, tmp_path):
     model, plain = _quantized(tmp_path, scheme)
@@ -87,6 +102,7 @@ def test_each_of_two_ranks_computes_its_experts(scheme, tmp_path):
     assert (found[0][0] - wanted).abs().mean() <= NEAR
 
 
+@THOROUGH
 @pytest.mark.parametrize(
     ("online", "scheme", "kernel"),
     [("int8_per_channel_weight_only", "script-w8a8", "Int8"), ("fp8_per_block", "fp8-block", "Fp8")],
@@ -105,7 +121,13 @@ def test_experts_are_quantized_while_they_load(online, scheme, kernel, tmp_path)
     assert (found[0][0] - wanted).abs().mean() <= NEAR
 
 
-@pytest.mark.parametrize(("scheme", "damaged"), [("w8a8", "fused_experts_cpu"), ("fp8", "fp8_scaled_mm_cpu")])
+@pytest.mark.parametrize(
+    ("scheme", "damaged"),
+    [
+        ("w8a8", "fused_experts_cpu"),
+        pytest.param("fp8", "fp8_scaled_mm_cpu", marks=THOROUGH),
+    ],
+)
 def test_a_kernel_that_is_wrong_is_not_used(scheme, damaged, tmp_path):
     model, _ = _quantized(tmp_path, scheme)
     with pytest.raises(EngineError, match=r"the kernel's result is off by .*\"dequantize\": true"):
@@ -116,10 +138,10 @@ def test_a_kernel_that_is_wrong_is_not_used(scheme, damaged, tmp_path):
     ("scheme", "options", "message"),
     [
         ("fp8-tensor", {}, r"no fp8 kernel for these experts .it takes a scale per block.*\"dequantize\": true"),
-        ("script-fp8", {}, r"no fp8 kernel for these experts .it takes a scale per block.*\"dequantize\": true"),
+        pytest.param("script-fp8", {}, r"it takes a scale per block.*\"dequantize\": true", marks=THOROUGH),
         ("gptq-act", {}, r"no int4 kernel for these experts .it takes columns in their order.*\"dequantize\": true"),
         (None, {"quantization": "fp8"}, r"--quantization fp8: .*int8_per_channel_weight_only or fp8_per_block"),
-        (None, {"quantization": "fp8_per_channel"}, r"leave --quantization out|leave it out"),
+        pytest.param(None, {"quantization": "fp8_per_channel"}, r"leave --quantization out", marks=THOROUGH),
     ],
 )
 def test_what_no_kernel_takes_is_refused(scheme, options, message, tmp_path):
@@ -128,24 +150,25 @@ def test_what_no_kernel_takes_is_refused(scheme, options, message, tmp_path):
         run(_served, model, **options)
 
 
-def _group_problem(hidden_size, width, groups):
+def _group_problems(cases):
     from vllm_bailing.errors import SettingsError
     from vllm_bailing.plugin.kernels.cpu_quantized import _check_groups
 
     register()
-    scales = [torch.ones(2, 4, count, 32) for count in groups]
-    try:
-        _check_groups(SimpleNamespace(hidden_dim=hidden_size, intermediate_size_per_partition=width), *scales)
-    except SettingsError as error:
-        return str(error)
-    return ""
+    sizes, problems = SimpleNamespace(hidden_dim=128, intermediate_size_per_partition=64), []
+    for groups in cases:
+        try:
+            _check_groups(sizes, *(torch.ones(2, 4, count, 32) for count in groups))
+            problems.append("")
+        except SettingsError as error:
+            problems.append(str(error))
+    return problems
 
 
-@pytest.mark.parametrize(("groups", "fits"), [((4, 2), True), ((2, 1), True), ((1, 1), False), ((4, 4), False)])
-def test_groups_that_the_kernel_would_misread_are_refused(groups, fits):
-    """128 inputs of the first matrix, 64 of the second, one scale for each of `groups`."""
-    problem = run(_group_problem, 128, 64, groups)
-    assert (not problem) if fits else "not one for all of them" in problem
+def test_groups_that_the_kernel_would_misread_are_refused():
+    """128 inputs of the first matrix, 64 of the second; pairs of how many groups they are in."""
+    problems = run(_group_problems, [(4, 2), (2, 1), (1, 1), (4, 4)])
+    assert problems[:2] == ["", ""] and all("not one for all of them" in one for one in problems[2:])
 
 
 @KERNELS

@@ -284,8 +284,7 @@ def offer_quantized_layers_on_cpu(experts: dict[str, type], linear: type) -> Non
         experts: By the name of the class in vLLM that each is made of.
         linear: Of linear layers in fp8 with a scale per block, made of vLLM's.
 
-    Differs:  vLLM's own ask for AMX, which their kernels do without, and for ways of choosing experts that they never
-              see.
+    Differs:  vLLM's own ask for AMX, which their kernels do without, and how experts are chosen, which is done before.
     Upstream: `_supports_current_device` and `_supports_routing_method` of the classes in `experts/cpu_moe.py`,
               `CPUFp8BlockScaledMMKernel.is_supported`, in 0.32 and 0.33.
     Remove:   when these ask for AVX-512 with bf16 and VNNI, and for no way of choosing.
