@@ -59,6 +59,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.parent.name in ("engine", "serve"):
             item.add_marker("engine")
+        if item.get_closest_marker("all_cpu_schemes") and not item.config.getoption("--all-cpu-schemes"):
+            item.add_marker(pytest.mark.skip(reason="runs with --all-cpu-schemes"))
 
 
 class KeepTogether(LoadScopeScheduling):

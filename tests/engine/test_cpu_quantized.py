@@ -25,16 +25,10 @@ SIZES = {"hidden_size": 128, "moe_intermediate_size": 128}
 # Parts of a fused layer have to be whole blocks.
 BLOCKS = {"intermediate_size": 256, "head_dim": 128, "moe_shared_expert_intermediate_size": 128}
 # Each starts an engine, and some tell enough in a usual run.
-THOROUGH = pytest.mark.usefixtures("all_cpu_schemes")
+THOROUGH = pytest.mark.all_cpu_schemes
 # How far log-probabilities may be in the mean from those of the plain model in fp32. With stand-ins bf16 is all that
 # rounds; the kernels round what goes into experts to 8 bits too, except for fp8.
 NEAR = 0.1
-
-
-@pytest.fixture
-def all_cpu_schemes(pytestconfig):
-    if not pytestconfig.getoption("--all-cpu-schemes"):
-        pytest.skip("runs with --all-cpu-schemes")
 
 
 def _quantized(folder, scheme, **sizes):
