@@ -137,6 +137,7 @@ def test_a_kernel_that_is_wrong_is_not_used(scheme, damaged, tmp_path):
         (None, {"quantization": "fp8"}, r"--quantization fp8: .*int8_per_channel_weight_only or fp8_per_block"),
         pytest.param(None, {"quantization": "fp8_per_channel"}, r"leave (--quantization|it) out", marks=THOROUGH),
     ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
 def test_what_no_kernel_takes_is_refused(scheme, options, message, tmp_path):
     model = _quantized(tmp_path, scheme)[0] if scheme else make_checkpoint(tmp_path / "model", **SIZES)
