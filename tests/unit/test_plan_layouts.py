@@ -66,23 +66,69 @@ def fp8(*shapes):
     return sum(rows * columns + 4 * (rows // 128) * (columns // 128) for rows, columns in shapes)
 
 
-def test_2_one_t_in_fp8_stays_on_one_node_though_two_hold_more():
-    """Hidden size 8192, 80 layers, 4 with an MLP of width 18432, 76 with 256 experts of width 2048; 64 heads."""
-    found = plan(zoo_config("Ling-1T-FP8"), "H200", 8, 32768, 64, nodes=2)
-    attention = fp8(((8 + 2) * 128, 8192), (8192, 1024))  # an eighth of 64 heads, and of 8 for keys and values
-    mlp = fp8((2304, 8192), (2304, 8192), (8192, 2304))
-    expert = fp8((256, 8192), (256, 8192), (8192, 256))
-    whole = 76 * (256 * 8192 * 2 + 256 * 4) + 2 * (80 * (2 * 8192 + 2 * 128) + 8192)
-    weights = 80 * attention + 4 * mlp + 76 * 257 * expert + whole + 2 * (157184 // 8) * 8192 * 2
-    assert found.weights.total == weights == pytest.approx(116.99 * GIB, rel=1e-4)
-    other = ALWAYS + 8192 * 8 * 2 * 8192 * 2 + 8192 * 8192 * 16
-    tokens = (H200 - other - weights) // (80 * 2 * 1 * 128 * 2)
+# Ling-1T: hidden size 8192, 80 layers, 4 with an MLP of width 18432, 76 with 256 experts of width 2048; 64 heads.
+ONE_T_ATTENTION = fp8(((8 + 2) * 128, 8192), (8192, 1024))  # an eighth of 64 heads, and of 8 for keys and values
+ONE_T_MLP = fp8((2304, 8192), (2304, 8192), (8192, 2304))
+ONE_T_MOE = 257 * fp8((256, 8192), (256, 8192), (8192, 256)) + 256 * 8192 * 2 + 256 * 4
+ONE_T_NORMS = 2 * (2 * 8192 + 2 * 128)
+ONE_T_END = (157184 // 8) * 8192 * 2  # embedding, or head
+ONE_T_OTHER = ALWAYS + 8192 * 8 * 2 * 8192 * 2 + 8192 * 8192 * 16
+
+
+def one_t_tokens():
+    """(tokens of KV cache of a node, of both as two stages)"""
+    whole = 80 * (ONE_T_ATTENTION + ONE_T_NORMS) + 4 * ONE_T_MLP + 76 * ONE_T_MOE + 2 * 8192 + 2 * ONE_T_END
+    last = 40 * (ONE_T_ATTENTION + ONE_T_NORMS + ONE_T_MOE) + 2 * 8192 + ONE_T_END  # the fuller stage
+    room = H200 - ONE_T_OTHER
+    return (room - whole) // (80 * 2 * 128 * 2), (room - last) // (40 * 2 * 128 * 2)
+
+
+def test_2_one_t_in_fp8_stays_on_one_node_for_the_requests_that_it_holds():
+    found = plan(zoo_config("Ling-1T-FP8"), "H200", 8, 32768, 6, nodes=2)
+    tokens, _ = one_t_tokens()
     assert tokens == 121_495  # 3 requests of 32768
-    assert (found.layout, found.verdict, found.largest_concurrency) == ("2 replicas of TP 8", "tight", 6)
+    assert (found.layout, found.verdict, found.largest_concurrency) == ("2 replicas of TP 8", "fits", 6)
+    assert found.weights.total == H200 - ONE_T_OTHER - found.kv_room_bytes == pytest.approx(116.99 * GIB, rel=1e-4)
     assert found.traffic.between_nodes == 0
-    assert found.reason.startswith("2 x 121495 tokens of KV cache hold 6 requests of 32768 tokens, not 64")
     # What is given up for it: half of the weights, and of the cache's layers, on each GPU.
     assert found.runner_up.startswith("TP 8, 2 pipeline stages over 2 nodes: 96 such requests at once")
+
+
+def read_by_hand(layers, moe, requests, tokens):
+    """Bytes that a GPU reads for a step of `requests`: of 256 experts those that somebody picks, and all caches."""
+    picked = 1 - (1 - 8 / 256) ** requests
+    expert = fp8((256, 8192), (256, 8192), (8192, 256))
+    attention = layers * (ONE_T_ATTENTION + ONE_T_NORMS) + (layers - moe) * ONE_T_MLP
+    return (
+        attention
+        + moe * (256 * picked * expert + expert + 256 * 8192 * 2 + 256 * 4)
+        + layers * 2 * 128 * 2 * tokens * requests
+    )
+
+
+def test_2b_for_ten_times_as_many_both_nodes_are_one():
+    """58 of 64 requests would wait. Two stages hold all of them, and read their experts for 32 tokens instead of 3."""
+    found = plan(zoo_config("Ling-1T-FP8"), "H200", 8, 32768, 64, nodes=2)
+    of_one, of_both = one_t_tokens()
+    assert (of_one // 32768, of_both // 32768) == (3, 96)
+    assert (found.layout, found.verdict, found.largest_concurrency) == ("TP 8, 2 pipeline stages", "fits", 96)
+    assert found.why == "64 such requests at once fit on 2 nodes together, 6 on replicas of one node"
+    # Replicas: 2 x 3 requests in the time of one step. Stages: 32 of 64 requests in that of the slower stage.
+    replicas = 6 / (read_by_hand(80, 76, 3, 32768) + 2 * 8192 + ONE_T_END)
+    stages = 32 / (read_by_hand(40, 40, 32, 32768) + 2 * 8192 + ONE_T_END)
+    assert stages / replicas == pytest.approx(1.499, abs=0.001)
+    assert found.batch.tokens_per_s == pytest.approx(stages * 4.8e12, rel=1e-6)
+    assert found.runner_up.startswith("2 replicas of TP 8: 6 such requests at once")
+
+
+def test_2c_for_twice_as_many_it_would_gain_too_little():
+    """12 requests are 8 % faster over both nodes by a bound that leaves out the traffic between them."""
+    found = plan(zoo_config("Ling-1T-FP8"), "H200", 8, 32768, 12, nodes=2)
+    replicas = 6 / (read_by_hand(80, 76, 3, 32768) + 2 * 8192 + ONE_T_END)
+    stages = 6 / (read_by_hand(40, 40, 6, 32768) + 2 * 8192 + ONE_T_END)
+    assert stages / replicas == pytest.approx(1.078, abs=0.001)
+    assert (found.layout, found.verdict) == ("2 replicas of TP 8", "tight")
+    assert found.reason.startswith("2 x 121495 tokens of KV cache hold 6 requests of 32768 tokens, not 12")
 
 
 def test_3_one_t_in_bf16_needs_both_nodes():

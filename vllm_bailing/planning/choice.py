@@ -2,7 +2,8 @@
 
 For throughput, as many replicas as hold all requests, since they send each other nothing; then data and expert
 parallelism where a TP group would keep copies of the KV cache. For latency, tensor parallelism, by which each GPU reads
-least for a token. Neither spreads over nodes what one node serves.
+least for a token. Neither spreads over nodes what one node serves; for throughput, that is one that holds the requests,
+or of whose bound more nodes together would not gain much.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Fit:
         nodes: Nodes that one replica is spread over.
         single: Bound on the speed of one request alone.
         batch: Bound on the speed of all requests at once.
+        held: Bound on the speed of those that fit at once, and no more than come; None if none fits.
     """
 
     layout: Layout
@@ -52,6 +54,7 @@ class Fit:
     nodes: int
     single: Bound
     batch: Bound
+    held: Bound | None
     traffic: Traffic
 
 
@@ -63,6 +66,8 @@ def fit(layout: Layout, request: Request) -> Fit:
     partition = _partition(layout, budget)
     tokens, stage = layout.tightest(partition, budget)
     weights, tokens = layout.weights(stage), max(0, tokens)
+    requests = layout.engines * (tokens // request.context)
+    held = min(requests, request.concurrency)
     return Fit(
         layout,
         partition,
@@ -71,10 +76,11 @@ def fit(layout: Layout, request: Request) -> Fit:
         other,
         room=budget - weights.total,
         tokens=tokens,
-        requests=layout.engines * (tokens // request.context),
+        requests=requests,
         nodes=-(-layout.ranks // request.gpus),
         single=bound(layout, partition, gpu, request.context, 1),
         batch=bound(layout, partition, gpu, request.context, request.concurrency),
+        held=bound(layout, partition, gpu, request.context, held) if held else None,
         traffic=traffic(layout, partition, request.gpus),
     )
 
@@ -92,7 +98,19 @@ def ranked(fits: Iterable[Fit], request: Request) -> list[Fit]:
         copies = (layout.kv_copies, layout.expert_parallel, layout.dp)
         return (False, one.nodes, -held, -layout.replicas, copies, -one.requests)
 
-    return sorted(fits, key=key)
+    found = sorted(fits, key=key)
+    spread = next((one for one in found if _is_worth_more_nodes(one, found[0], request)), None)
+    return found if spread is None else [spread, *(one for one in found if one is not spread)]
+
+
+_GAIN = 1.2  # of the bound, which leaves out traffic between nodes and what stages wait for each other
+
+
+def _is_worth_more_nodes(one: Fit, first: Fit, request: Request) -> bool:
+    """Whether a layout over more nodes than the `first`, which lets requests wait, is faster by those that it holds."""
+    if request.goal == "latency" or one.nodes <= first.nodes or one.held is None or first.held is None:
+        return False
+    return first.requests < request.concurrency and one.held.tokens_per_s >= _GAIN * first.held.tokens_per_s
 
 
 def runner_up(fits: list[Fit], request: Request) -> Fit | None:
@@ -121,8 +139,14 @@ def why(fits: list[Fit], request: Request) -> str:
     layout = first.layout
     if not others or not first.requests:
         return ""
-    if first.nodes > 1 and not any(one.nodes == 1 and one.requests for one in others):
-        return f"no layout on one node holds a request of {request.context} tokens"
+    if first.nodes > 1:
+        fewer = "one node" if first.nodes == 2 else "fewer nodes"
+        held = max((one.requests for one in others if one.nodes < first.nodes), default=0)
+        if not held:
+            return f"no layout on {fewer} holds a request of {request.context} tokens"
+        if request.goal != "latency":
+            most = min(first.requests, request.concurrency)
+            return f"{most} such requests at once fit on {first.nodes} nodes together, {held} on replicas of {fewer}"
     if request.goal == "latency":
         return f"its GPUs read the least for a token of one request, {first.single.step_bytes / 1e9:.1f} GB each"
     if first.requests < request.concurrency:
