@@ -93,9 +93,67 @@ def test_every_command_is_one_that_vllm_takes():
         for place, value in VALUES.items():
             rest = [word.replace(place, value) for word in rest]
         filled.append(["--config", str(DEPLOY / "serve" / Path(command[1]).name), *rest])
+    # As the chart of the production stack calls vLLM.
+    (model,) = documents("production-stack.yaml")[0]["servingEngineSpec"]["modelSpec"]
+    sizes = {"--tensor-parallel-size": "tensorParallelSize", "--max-model-len": "maxModelLen"}
+    sizes["--max-num-seqs"] = "maxNumSeqs"
+    options = [word for flag, key in sizes.items() for word in (flag, str(model["vllmConfig"][key]))]
+    filled.append([model["modelURL"], *options, *model["vllmConfig"]["extraArgs"]])
     found = run(_parsed, filled)
-    assert [one["tensor_parallel_size"] for one in found] == [4, 8, 8, 4]
-    assert [one["nnodes"] for one in found] == [1, 2, 2, 1]
+    assert [one["tensor_parallel_size"] for one in found] == [4, 8, 8, 4, 4]
+    assert [one["nnodes"] for one in found] == [1, 2, 2, 1, 1]
+
+
+# Keys of the chart that the values use, with their types. Source: vLLM's production stack, helm/values.schema.json,
+# which allows unknown ones and does nothing with them.
+MODEL = {
+    **dict.fromkeys("name repository tag modelURL requestMemory shmSize pvcStorage".split(), str),
+    **dict.fromkeys("replicaCount requestCPU requestGPU".split(), int),
+    "pvcAccessMode": list,
+    "hf_token": {"secretName": str, "secretKey": str},
+    "initContainer": {"name": str, "image": str, "command": list},
+    "vllmConfig": {
+        **dict.fromkeys("tensorParallelSize maxModelLen maxNumSeqs".split(), int),
+        "enablePrefixCaching": bool,
+        "extraArgs": list,
+    },
+}
+VALUES_OF_THE_CHART = {
+    "servingEngineSpec": {
+        "modelSpec": [MODEL],
+        "startupProbe": dict.fromkeys("initialDelaySeconds periodSeconds failureThreshold".split(), int),
+    },
+    "routerSpec": {"routingLogic": str, "sessionKey": str},
+}
+
+
+def misfits(values, wanted, where=""):
+    """Names of values that are unknown or of another type."""
+    if isinstance(wanted, dict) and isinstance(values, dict):
+        unknown = [f"{where}{key}" for key in values if key not in wanted]
+        known = [key for key in values if key in wanted]
+        return unknown + [name for key in known for name in misfits(values[key], wanted[key], f"{where}{key}.")]
+    if isinstance(wanted, list) and isinstance(values, list):
+        return [name for one in values for name in misfits(one, wanted[0], where)]
+    return [] if isinstance(wanted, type) and type(values) is wanted else [where.rstrip(".")]
+
+
+def test_values_of_the_production_stack_are_known_to_its_chart():
+    """By our own list: there is no helm here."""
+    (values,) = documents("production-stack.yaml")
+    assert misfits(values, VALUES_OF_THE_CHART) == []
+    values["servingEngineSpec"]["modelSpec"][0] |= {"initcontainer": {}, "requestGPU": "4"}
+    assert misfits(values, VALUES_OF_THE_CHART) == [
+        "servingEngineSpec.modelSpec.initcontainer",
+        "servingEngineSpec.modelSpec.requestGPU",
+    ]
+    model = values["servingEngineSpec"]["modelSpec"][0]
+    planned = yaml.safe_load((DEPLOY / "serve" / "flash-4xH100.yaml").read_text())
+    settings = model["vllmConfig"]
+    names = {"tensorParallelSize": "tensor-parallel-size", "maxModelLen": "max-model-len", "maxNumSeqs": "max-num-seqs"}
+    assert {name: settings[key] for key, name in names.items()} == {name: planned[name] for name in names.values()}
+    assert model["modelURL"] == planned["model"]
+    assert model["initContainer"]["image"] == f"{model['repository']}:{model['tag']}"
 
 
 @pytest.mark.parametrize("file", sorted(file.name for file in (DEPLOY / "serve").glob("*.yaml")))
