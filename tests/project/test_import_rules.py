@@ -47,11 +47,12 @@ WITHOUT = {
 # it by itself, so this looks at our own imports.)
 WITHOUT_TORCH = "config rope folders tensor_names layouts checkpoint checkpoint_audit likely_causes"
 WITHOUT_TORCH += " adapters adapter_audit dequantize draft_target processor"
-WITHOUT_TORCH += " plugin/patches plugin/checks plugin/speculation plugin/lora plugin/agreement"
+WITHOUT_TORCH += " plugin/patches plugin/checks plugin/speculation plugin/lora plugin/agreement plugin/nodes"
 WITHOUT_TORCH += " planning/gpus planning/memory planning/plan planning/request planning/choice planning/traffic"
 WITHOUT_TORCH += " planning/serve planning/roofline planning/training tools/doctor tools/verify tools/chat tools/demo"
 WITHOUT_TORCH += " planning/cpu tools/doctor_processor cli/plan_cpu"
 WITHOUT_TORCH += " tools/quantize tools/draft_vocab tools/info tools/prompts cli/__init__"
+WITHOUT_TORCH += " balance/recording balance/report balance/simulate balance/trace cli/balance"
 
 
 MARKS = ("Differs:  ", "Upstream: ", "Remove:   ")

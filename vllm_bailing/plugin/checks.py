@@ -14,6 +14,7 @@ from vllm_bailing.dequantize import Dequantizer
 from vllm_bailing.draft_target import other_target
 from vllm_bailing.errors import DEQUANTIZE, SettingsError
 from vllm_bailing.plugin.lora import refuse_misfit, settle_lora_targets
+from vllm_bailing.plugin.nodes import watch_for_nodes
 from vllm_bailing.plugin.options import (
     DRAFT_VOCABULARY,
     SEQUENCE_PARALLEL,
@@ -59,6 +60,15 @@ def settle_engine_config(vllm_config: Any) -> None:
         _check_draft_head(vllm_config)
     check_files(vllm_config)
     warn_of_another_target(vllm_config)
+    _watch_for_nodes(vllm_config.parallel_config)
+
+
+def _watch_for_nodes(parallel_config: Any) -> None:
+    nodes = getattr(parallel_config, "nnodes", 1)  # no flag of the oldest versions
+    if nodes > 1:
+        ranks = parallel_config.world_size * parallel_config.data_parallel_size // nodes
+        address = (parallel_config.master_addr, parallel_config.master_port)
+        watch_for_nodes(nodes, parallel_config.node_rank, ranks, *address)
 
 
 @functools.cache
