@@ -10,8 +10,8 @@ The text of a message stands where it is raised: search for its words. What is w
 - with updates in `plugin/weight_loading.py` and `router.py`;
 - with a parallel layout that the model cannot be divided by in `model.py` and `mtp.py`;
 - with a request in `parsers.py` and `control_tokens.py`;
-- with the input of a command in the command's file of `cli/`, `tools/`, `planning/`, `bench/`, `tuning/` or
-  `training/`.
+- with the input of a command in the command's file of `cli/`, `tools/`, `planning/`, `bench/`, `tuning/`,
+  `balance/` or `training/`.
 
 A message is one sentence on one line: what came, what was wanted, what to do next. A wrong value in a config.json is a
 plain ValueError, which is what transformers and vLLM expect of a configuration class.
@@ -100,6 +100,10 @@ class ChatError(RuntimeError):
 
 class BenchError(RuntimeError):
     """An engine did not start or did not answer; the message ends with its last words."""
+
+
+class BalanceError(RuntimeError):
+    """Picks of experts cannot be recorded or used; the message is shown to the user as is."""
 
 
 class TuneError(RuntimeError):

@@ -141,7 +141,7 @@ def main(
         ways["vllm-router"] = lambda folder, port, replicas: routed(router, folder, port, replicas)
     if not ways:
         raise SystemExit("replicas: neither nginx nor vllm-router is installed; install one of them")
-    asked, bad = plain_questions(48), False
+    asked, bad = plain_questions(16), False
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 

@@ -34,7 +34,7 @@ COMMANDS = leaves(typer.main.get_command(app))
 WORDS = [pytest.param(words, id=" ".join(words)) for words in COMMANDS]
 # What a command cannot do without
 NEEDED = {"plan": [DEMO, "--gpu", "H100"], "tune": [DEMO], "verify": [DEMO], "bench": [DEMO], "quantize": [DEMO, "out"]}
-NEEDED |= {"draft-vocab": [DEMO, "--text", __file__], "chat-template": ["ring"]}
+NEEDED |= {"balance": [DEMO], "draft-vocab": [DEMO, "--text", __file__], "chat-template": ["ring"]}
 
 
 def parsed(words: tuple[str, ...], *arguments: Any) -> dict[str, Any]:
@@ -53,8 +53,9 @@ def with_option(name: str) -> set[str]:
 def test_options_stand_where_they_are_expected():
     assert with_option("--tensor-parallel-size") == {"plan", "tune", "bench compare"}
     assert with_option("--dtype") == {"plan", "tune", "verify", "bench compare"}
-    assert with_option("--json") == {"info", "doctor", "plan", "verify", "chat", "tune", "bench mtp", "bench compare"}
-    assert with_option("--engine") == {"verify", "bench mtp", "bench compare", "train-mtp"}
+    tables = {"info", "doctor", "plan", "verify", "chat", "tune", "bench mtp", "bench compare", "balance"}
+    assert with_option("--json") == tables
+    assert with_option("--engine") == {"verify", "bench mtp", "bench compare", "train-mtp", "balance"}
 
 
 @pytest.mark.parametrize("spelling", ["--tensor-parallel-size", "--tp", "-tp"])

@@ -1,6 +1,6 @@
 """The command `vllm-bailing`: what belongs to it; each command has a file here for its options and its output.
 
-The work behind it is in `tools/`, or in a room of its own (`planning/`, `bench/`, `tuning/`).
+The work behind it is in `tools/`, or in a room of its own (`planning/`, `bench/`, `tuning/`, `balance/`).
 
 Heavy packages are imported inside the command that needs them, so that `--help` and `--version` answer at once.
 """
@@ -14,6 +14,7 @@ import typer
 
 from vllm_bailing import __version__
 from vllm_bailing.cli import (
+    balance,
     bench,
     chat,
     demo,
@@ -67,6 +68,7 @@ app.command()(train_mtp.train_mtp)
 app.command()(verify.verify)
 app.command()(chat.chat)
 app.command()(tune.tune)
+app.command()(balance.balance)
 app.add_typer(bench_app, name="bench")
 bench_app.command("mtp")(bench.bench_mtp)
 bench_app.command("compare")(bench.bench_compare)
