@@ -214,7 +214,9 @@ def test_a_trace_is_used_again(recorded, tmp_path):
     done = invoke("balance", DEMO, "--trace", recorded, "--ep", "2,4", "--out", tmp_path / "again", COLUMNS="80")
     assert done.exit_code == 0, done.output
     words = " ".join(done.stdout.split())
-    assert "64 tokens of 4 requests, 4 of 16 experts for each" in words and "a router without preferences" in words
+    assert (
+        "demo: 64 tokens of 4 requests, 4 of 16 experts for each" in words and "a router without preferences" in words
+    )
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 80 and "\N{HORIZONTAL ELLIPSIS}" not in done.stdout
     report = json.loads((tmp_path / "again.json").read_text())
     assert [row["ep"] for row in report["ranks"]] == [2, 4] and len(report["load"]) == 3
