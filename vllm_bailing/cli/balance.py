@@ -128,8 +128,9 @@ def show_load(report: dict[str, Any]) -> None:
         table.add_row(str(row["layer"]), busiest, f"{row['least']:.2f}", str(row["never"]), _histogram(row["picks"]))
     console = output.console()
     console.print(
-        f"{report['model']}: {report['tokens']} tokens of {report['requests']} requests, {report['experts_per_token']} of "
-        f"{report['experts']} experts for each",
+        f"{report['model']}: {report['tokens']} tokens of {report['requests']} requests, "
+        f"{report['experts_per_token']} of {report['experts']} experts for each",
+        markup=False,
         soft_wrap=True,
     )
     console.print(table)
