@@ -9,6 +9,7 @@
 #
 #   VLLM_BUILD=cuda       which build of vLLM, cuda or cpu (default: cuda with an NVIDIA GPU, which is vLLM as published;
 #                         without one cpu, see requirements/cpu)
+#   LOCKED=1              take every package by the version and hash in requirements/ci, as the workflows do (CPU build)
 set -euo pipefail
 
 readonly default_cpu_version=0.32.0
@@ -33,11 +34,15 @@ cpu) version=${VLLM_VERSION:-$default_cpu_version} ;;
 esac
 [[ $version == newest || $version =~ ^[0-9]+\.[0-9]+(\.[0-9]+)?([a-z.]+[0-9]+)?$ ]] ||
     fail "VLLM_VERSION=$version is not a version such as 0.32.0"
+locked=${LOCKED:+$root/requirements/ci}
+[[ -z $locked || $kind-$version == "cpu-$default_cpu_version" ]] ||
+    fail "LOCKED=$LOCKED is for vLLM $default_cpu_version in its CPU build, not for $version ($kind); leave it out"
 
 # Complete already? The checksum covers every input except the version, so that a plain call keeps the vLLM that is there.
 checksum=$(
     cd "$root"
-    { printf '%s\n' "$root" "$venv" && cat pyproject.toml scripts/setup.sh requirements/cpu/*; } | cksum | tr ' ' -
+    { printf '%s\n' "$root" "$venv" && cat pyproject.toml scripts/setup.sh requirements/cpu/* ${LOCKED:+requirements/ci/*.txt}; } |
+        cksum | tr ' ' -
 )
 is_complete() {
     local had_checksum had_kind had_version
@@ -148,7 +153,9 @@ rm -f "$stamp"
 : >"$begun" || fail "cannot write to $venv"
 
 python=$venv/bin/python uv=$venv/bin/uv
-[[ -x $uv ]] || run "Installing uv" "$python" -m pip install --disable-pip-version-check --no-input --retries 2 uv
+get_uv=(uv)
+[[ -z $locked ]] || get_uv=(--require-hashes --requirement "$locked/uv.txt")
+[[ -x $uv ]] || run "Installing uv" "$python" -m pip install --disable-pip-version-check --no-input --retries 2 "${get_uv[@]}"
 
 # uv does not read pip's settings: hand over where pip looks for packages.
 pip_setting() { "$python" -m pip config get "global.$1" 2>/dev/null || true; }
@@ -157,6 +164,7 @@ UV_FIND_LINKS=$(tr -s ' \n' ',' <<<"$UV_FIND_LINKS" | sed 's/^,//; s/,$//')
 index=${PIP_INDEX_URL:-$(pip_setting index-url)}
 [[ -z $index || -n ${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-} ]] || export UV_DEFAULT_INDEX=$index
 
+[[ -z $locked ]] || export UV_CONSTRAINT=$locked/environment.txt # uv compares the hashes of what it constrains
 install=("$uv" pip install --python "$python" --editable "$root" --group "$root/pyproject.toml:test")
 if [[ $kind == cuda ]]; then
     [[ $version == newest ]] || install+=("vllm==$version")

