@@ -20,7 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_bailing.adapters import EMBEDDING_MODULE, EXPERTS, LINEAR, adaptable, is_prepared, is_routed, target_of
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.errors import AdapterError, first_of, told
+from vllm_bailing.errors import AdapterError, first_of, shown, told
+from vllm_bailing.folders import FileStates, states_of
+from vllm_bailing.json_files import read_json
 from vllm_bailing.tensor_names import HEAD, Shape, layer_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -37,6 +39,8 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<rows>[AB]))"
 )
+# Patterns whose time can grow with a power of a name's length; vLLM matches every module with them.
+_REPEATED_GROUP, _UNBOUNDED, _MOST_UNBOUNDED = re.compile(r"\)[*+{]"), re.compile(r"[*+]|\{\d*,\}"), 3
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
@@ -105,12 +109,11 @@ def check_adapter(folder: Path, limits: Limits) -> None:
     Raises:
         AdapterError: On one line, what is wrong with it and what to do.
     """
-    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("adapter_*"))
-    _check_once(folder, tuple(files), limits)
+    _check_once(folder, states_of(folder, "adapter_*"), limits)
 
 
 @functools.lru_cache(maxsize=256)  # every request that names an adapter asks
-def _check_once(folder: Path, files: tuple[tuple[str, int, int], ...], limits: Limits) -> None:
+def _check_once(folder: Path, files: FileStates, limits: Limits) -> None:
     try:
         settings = read_settings(folder / CONFIG)
         _check_settings(settings, limits)
@@ -135,11 +138,9 @@ def read_settings(file: Path) -> Settings:
         AdapterError: If it cannot be read, or asks for what is not applied here.
     """
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(
-            f"{CONFIG} is not readable JSON ({' '.join(str(error).split())[:200]}); save it again"
-        ) from None
+        raw = read_json(file)
+    except ValueError as error:
+        raise AdapterError(f"{CONFIG} is not readable JSON: it {error}; save it again") from None
     if not isinstance(raw, dict):
         raise AdapterError(f"{CONFIG} holds a {type(raw).__name__}, not an object with keys; save it again")
     _check_kind(raw)
@@ -179,7 +180,10 @@ def _check_kind(raw: dict[str, Any]) -> None:
 
 
 def _short(value: Any) -> str:
-    text = " ".join(json.dumps(value).split())
+    try:
+        text = " ".join(json.dumps(value).split())
+    except RecursionError:
+        return told(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -206,10 +210,15 @@ def _pattern(raw: dict[str, Any], name: str, checked: Callable[[str, Any], Any])
     for key in pattern:
         try:
             re.compile(rf"(.*\.)?({key})$")
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise AdapterError(
-                f"{_short(key)} in {name} of {CONFIG} is no regular expression ({error}); correct it"
+                f"{_short(key)} in {name} of {CONFIG} is no regular expression ({shown(error)}); correct it"
             ) from None
+        if _REPEATED_GROUP.search(key) or len(_UNBOUNDED.findall(key)) > _MOST_UNBOUNDED:
+            raise AdapterError(
+                f"{_short(key)} in {name} of {CONFIG} is a regular expression that could take for ever, with a "
+                f"repeated group or more than {_MOST_UNBOUNDED} of * and +; name the modules"
+            )
     return {key: checked(f"{name}[{_short(key)}]", value) for key, value in pattern.items()}
 
 
@@ -288,8 +297,8 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        size, reason = file.stat().st_size, " ".join(str(error).split())
-        raise AdapterError(f"{TENSORS} is cut off or damaged ({size} bytes; {reason}); fetch it again") from None
+        size = file.stat().st_size
+        raise AdapterError(f"{TENSORS} is cut off or damaged ({size} bytes; {shown(error)}); fetch it again") from None
 
 
 def _check_modules(factors: dict[str, dict[str, Factor]], limits: Limits) -> None:

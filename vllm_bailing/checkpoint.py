@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import CheckpointError, shown, told
+from vllm_bailing.folders import FileStates, states_of
+from vllm_bailing.json_files import read_json
 from vllm_bailing.layouts import common_prefix, joined
 from vllm_bailing.tensor_names import Shape, layer_of
 
@@ -198,8 +199,8 @@ def _files_of(folder: Path) -> list[Path]:
     if not index.is_file():
         raise CheckpointError(f"{index} is no file; fetch it again")
     try:
-        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        listed = set(read_json(index)["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise CheckpointError(f"{index} is not a readable index; fetch it again") from None
     for name in listed:
         # vLLM reads what is in the folder; nothing else may be looked at in its place.
@@ -222,12 +223,11 @@ def _kind(dtype: str) -> Kind:
 
 
 def _read(folder: Path) -> Checkpoint:
-    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors*"))
-    return _read_once(folder, tuple(files))
+    return _read_once(folder, states_of(folder, "*.safetensors*"))
 
 
 @functools.lru_cache(maxsize=4)  # target and draft ask for the same files, several times each
-def _read_once(folder: Path, files: tuple[tuple[str, int, int], ...]) -> Checkpoint:
+def _read_once(folder: Path, files: FileStates) -> Checkpoint:
     return Checkpoint(folder)
 
 

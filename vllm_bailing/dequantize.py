@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.errors import CheckpointError
+from vllm_bailing.errors import CheckpointError, shown, told
 from vllm_bailing.tensor_names import ACTIVATION_LEAVES, KV_SCALES
 
 if TYPE_CHECKING:  # registering must not import it
@@ -54,7 +54,7 @@ class Dequantizer:
         }
         if method not in makers:
             raise CheckpointError(
-                f"dequantize=true cannot turn quant_method={method!r} of config.json into plain weights, only "
+                f"dequantize=true cannot turn quant_method={told(method)} of config.json into plain weights, only "
                 f"{', '.join(makers)}; leave it out, or use a checkpoint of another scheme"
             )
         # What a module's weight is made of, and how; and what to do with a part that it does not need.
@@ -96,7 +96,7 @@ class Dequantizer:
             return self.weight_of(module, parts).to(self.dtype).contiguous()
         except (RuntimeError, ValueError, IndexError) as error:
             shapes = ", ".join(f"{leaf} {list(part.shape)}" for leaf, part in parts.items())
-            reason = " ".join(str(error).split())
+            reason = shown(error)
             raise CheckpointError(
                 f"the parts of {module} do not fit each other or the quantization_config: {shapes} ({reason}); fetch "
                 "or export the checkpoint again"
@@ -112,8 +112,8 @@ def _compressed_tensors(quantization: dict[str, Any]) -> tuple[Any, Any]:
 
     try:
         config = QuantizationConfig.model_validate(quantization)
-    except ValueError as error:
-        raise CheckpointError(f"quantization_config of config.json is not understood: {error}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"quantization_config of config.json is not understood: {_reason(error)}") from None
     schemes: list[Any] = list(config.config_groups.values())
     compressors = [BaseCompressor.get_value_from_registry(infer_module_format(nn.Linear, one).value) for one in schemes]
 
@@ -135,9 +135,27 @@ def _compressed_tensors(quantization: dict[str, Any]) -> tuple[Any, Any]:
         scale = parts["weight_scale"].to(torch.float32)
         if scheme.weights.block_structure:  # the library takes one block per row for a scale per channel
             return _of_blocks(parts["weight"], scale, scheme.weights.block_structure)
+        shape = parts["weight_shape"].tolist() if "weight_shape" in parts else list(parts["weight"].shape)
+        _require_scales(scale, scheme.weights.strategy.value, shape, scheme.weights.group_size)
         return compressor.decompress({**parts, "weight_scale": scale}, scheme)["weight"]
 
     return parts_of, weight_of
+
+
+def _require_scales(scale: torch.Tensor, strategy: str, shape: list[int], group: int | None) -> None:
+    """One scale, or [out, 1], or [out, groups]: others would be stretched over the weight without an error."""
+    rows, columns = shape
+    if strategy == "tensor" and scale.numel() != 1:
+        raise ValueError("strategy 'tensor' needs one scale")
+    wanted = {"channel": [rows, 1], "group": [rows, -(-columns // (group or columns))]}.get(strategy)
+    if wanted is not None and list(scale.shape) != wanted:
+        raise ValueError(f"strategy {strategy!r} needs {wanted} scales")
+
+
+def _reason(error: Exception) -> str:
+    """What pydantic found first, which it says on several lines, or the message of another error."""
+    rows: Any = getattr(error, "errors", list)()
+    return shown(f"{'.'.join(map(str, rows[0]['loc']))}: {rows[0]['msg']}" if rows else error)
 
 
 def _of_blocks(weight: torch.Tensor, scale: torch.Tensor, block: Iterable[int]) -> torch.Tensor:
@@ -157,6 +175,11 @@ def _fp8(quantization: dict[str, Any]) -> tuple[Any, Any]:
     from compressed_tensors.quantization.lifecycle.forward import dequantize
 
     block = quantization.get("weight_block_size")
+    if block and (not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block)):
+        raise CheckpointError(
+            f"quantization_config of config.json has weight_block_size={told(block)}; wanted are two numbers, "
+            "such as [128, 128]"
+        )
     parts = ("weight", "weight_scale_inv" if block else "weight_scale")
 
     def weight_of(module: str, stored: Tensors) -> torch.Tensor:
@@ -174,8 +197,8 @@ def _awq(quantization: dict[str, Any]) -> tuple[Any, ...]:
 
     try:
         converter = AutoAWQConverter.from_autoawq_config({**quantization, "modules_to_not_convert": None})
-    except ValueError as error:
-        raise CheckpointError(f"quantization_config of config.json: {error}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"quantization_config of config.json is not understood: {_reason(error)}") from None
     _, weight_of_packed = _compressed_tensors(converter.create_config().model_dump(mode="json"))
     parts = ("qweight", "qzeros", "scales") if converter.zero_point else ("qweight", "scales")
 
@@ -201,11 +224,11 @@ def _gptq(quantization: dict[str, Any]) -> tuple[Any, Any, Any]:
     bits, group_size = quantization.get("bits", 4), quantization.get("group_size", -1)
     if type(bits) is not int or bits not in _GPTQ_BITS:
         raise CheckpointError(
-            f"quantization_config of config.json has bits={bits!r}; GPTQ has {', '.join(map(str, _GPTQ_BITS))}"
+            f"quantization_config of config.json has bits={told(bits)}; GPTQ has {', '.join(map(str, _GPTQ_BITS))}"
         )
     if type(group_size) is not int or (group_size < 1 and group_size != -1):
         raise CheckpointError(
-            f"quantization_config of config.json has group_size={group_size!r}; wanted is a number of inputs, or -1"
+            f"quantization_config of config.json has group_size={told(group_size)}; wanted is a number of inputs, or -1"
         )
     if quantization.get("dynamic"):
         raise CheckpointError(

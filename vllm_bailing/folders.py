@@ -7,6 +7,24 @@ from pathlib import Path
 
 from vllm_bailing.errors import shown
 
+FileStates = tuple[tuple[str, int, int], ...]  # name, size in bytes, time of the last change in ns
+
+
+def states_of(folder: Path, pattern: str) -> FileStates:
+    """The files of a folder that match `pattern`: whoever keeps what it read of them reads again when this changes.
+
+    A link to nowhere has size and time -1.
+    """
+
+    def state(file: Path) -> tuple[str, int, int]:
+        try:
+            found = file.stat()
+        except OSError:
+            return file.name, -1, -1
+        return file.name, found.st_size, found.st_mtime_ns
+
+    return tuple(sorted(map(state, folder.glob(pattern))))
+
 
 def local_folder(model: str) -> Path:
     """The folder of a checkpoint that is on this machine.

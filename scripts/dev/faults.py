@@ -11,16 +11,19 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 import psutil
@@ -34,23 +37,39 @@ TWO_RANKS = ["--tensor-parallel-size", "2"]
 TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}  # one for each rank
 ENV = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 START_SECONDS, SECONDS = 400, 120
+LOGS: Path | None = None  # where they are kept
 
 
 class Server:
-    """`vllm serve` of the demo, its log and what it does next."""
+    """`vllm serve` of a checkpoint, its log and what it does next.
 
-    def __init__(self, folder: Path, *flags: str, before: str = "") -> None:
-        env = TWO_CORES if TWO_RANKS[0] in flags else {}
+    Args:
+        folder: Where the log is written.
+        before: Shell commands in a mount namespace of its own, or limits, that come first.
+        program: What runs the command, with its options.
+        env: Further environment.
+    """
+
+    def __init__(
+        self, folder: Path, *flags: str, model: Path | str = DEMO, before: str = "", program: str = "", **env: str
+    ) -> None:
+        cores = TWO_CORES if TWO_RANKS[0] in flags else {}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", folder / "log"
-        command = [str(BIN / "vllm"), "serve", str(DEMO), "--port", str(port), *FLAGS, *flags]
-        if before:  # in a mount namespace or with limits of its own
+        command = [str(BIN / "vllm"), "serve", str(model), "--port", str(port), *FLAGS, *flags]
+        command = [*shlex.split(program), *command]
+        if before:
             command = ["unshare", "--mount", "bash", "-c", f"{before}; exec {shlex.join(command)}"]
         stream = self.log.open("w")
+        self.begun = time.monotonic()
         self.process = subprocess.Popen(
-            command, stdout=stream, stderr=stream, env={**os.environ, **ENV, **env}, start_new_session=True
+            command,
+            stdout=stream,
+            stderr=stream,
+            env={**os.environ, **ENV, **cores, **env},
+            start_new_session=True,
         )
 
     def started(self) -> bool:
@@ -77,19 +96,47 @@ class Server:
             return type(error).__name__
         return "an answer" if answer.status_code == 200 else f"HTTP {answer.status_code}"
 
+    def text(self) -> str:
+        body = {"model": "demo", "prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+
+    def stream(self, tokens: int) -> str:
+        """How a stream of that many tokens ends: "complete", "with an error" or "cut off"."""
+        body = {"model": "demo", "prompt": [5, 6, 7], "max_tokens": tokens, "ignore_eos": True, "stream": True}
+        last = ""
+        try:
+            with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=120) as answer:
+                for line in answer.iter_lines():
+                    last = line or last
+        except httpx.HTTPError:
+            return "cut off"
+        return "complete" if last == "data: [DONE]" else "with an error" if "error" in last else "cut off"
+
     def pid(self, name: str) -> int:
         """Of the process that calls itself so in the log."""
         found = re.search(rf"\({name} pid=(\d+)\)", self.log.read_text(errors="replace"))
         assert found, f"no {name} in {self.log}"
         return int(found[1])
 
-    def last_line(self) -> str:
-        """The last line of the log that says something, without the names of processes."""
-        lines = [re.sub(r"^\([^)]*\) ", "", line) for line in self.log.read_text(errors="replace").splitlines()]
-        wanted = [
-            line for line in lines if line.startswith("vllm-bailing:") or re.match(r"\w*(Error|Exception)\b", line)
+    def says(self, text: str, seconds: float = START_SECONDS) -> bool:
+        """Wait until the log has `text`."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            if text in self.log.read_text(errors="replace"):
+                return True
+            time.sleep(0.02)
+        return False
+
+    def message(self) -> str:
+        """The line of the log that says what was wrong, without the names of processes: ours, or the first error."""
+        text = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))
+        lines = [re.sub(r"^(\([^)]*\) )?(\w+ [\d-]+ [\d:]+ \[[^]]*\] )?", "", line) for line in text.splitlines()]
+        ours = [line for line in lines if line.startswith("vllm-bailing:")]
+        errors = [
+            line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line) and "See root cause" not in line
         ]
-        return " ".join((wanted or [line for line in lines if line.strip()] or ["nothing"])[-1].split())[:160]
+        last = [line for line in lines if line.strip()] or ["nothing"]
+        return " ".join((ours or errors or last[-1:])[0].split())[:200]
 
     def ended_after(self, begun: float) -> str:
         """How it ended, or that it did not."""
@@ -114,21 +161,24 @@ def _session(process: psutil.Process) -> int:
 
 
 @contextmanager
-def server(*flags: str, before: str = "") -> Iterator[Server]:
+def server(*flags: str, **how: Any) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as folder:
-        running = Server(Path(folder), *flags, before=before)
+        running = Server(Path(folder), *flags, **how)
         try:
             yield running
         finally:
             running.stop()
+            if LOGS is not None:
+                LOGS.mkdir(parents=True, exist_ok=True)
+                shutil.copy(running.log, LOGS / f"{int(time.time())}.log")
 
 
 def _killed(name: str, *flags: str) -> str:
     with server(*flags) as running:
-        assert running.started(), running.last_line()
+        assert running.started(), running.message()
         begun = time.monotonic()
         os.kill(running.pid(name), signal.SIGKILL)
-        return f"the server {running.ended_after(begun)}; {running.last_line()}"
+        return f"the server {running.ended_after(begun)}; {running.message()}"
 
 
 def engine_killed() -> str:
@@ -149,7 +199,7 @@ def server_killed() -> str:
 def engine_stopped() -> str:
     """The engine core stands still (SIGSTOP), then goes on."""
     with server() as running:
-        assert running.started(), running.last_line()
+        assert running.started(), running.message()
         os.kill(running.pid("EngineCore"), signal.SIGSTOP)
         health = running.answers("/health")
         done = subprocess.run(
@@ -164,17 +214,36 @@ def engine_stopped() -> str:
         )
 
 
-def _at_start(*flags: str, before: str) -> str:
-    with server(*flags, before=before) as running:
-        begun = time.monotonic()
+def _at_start(*flags: str, **how: Any) -> str:
+    with server(*flags, **how) as running:
         if running.started():
             return f"starts, and gives {running.asked()}"
-        return f"{running.ended_after(begun)}: {running.last_line()}"
+        return f"{running.ended_after(running.begun)}: {running.message()}"
+
+
+def _compiles(*flags: str, **how: Any) -> str:
+    """As `_at_start`, without --enforce-eager, which stands in FLAGS."""
+    return _at_start("--no-enforce-eager", *flags, **how)
+
+
+FULL_HOME = "mount -t tmpfs -o size={} tmpfs /mnt && export HOME=/mnt XDG_CACHE_HOME=/mnt VLLM_CACHE_ROOT=/mnt/vllm"
 
 
 def home_full() -> str:
     """The disk of the home folder is full from the start: no cache can be written."""
-    return _at_start(before="mount -t tmpfs -o size=64k tmpfs /mnt && export HOME=/mnt XDG_CACHE_HOME=/mnt")
+    return _at_start(before=FULL_HOME.format("64k"))
+
+
+def home_fills() -> str:
+    """The disk of the home folder is full after 256 KiB of compiled code."""
+    return _compiles(before=FULL_HOME.format("256k") + " TORCHINDUCTOR_CACHE_DIR=/mnt/inductor")
+
+
+def tmp_full() -> str:
+    """/tmp is full from the start."""
+    return _at_start(
+        before="mount -t tmpfs -o size=4k tmpfs /tmp && (head -c 9999 /dev/zero > /tmp/full || true) 2>/dev/null"
+    )
 
 
 def home_read_only() -> str:
@@ -182,14 +251,131 @@ def home_read_only() -> str:
     return _at_start(before="mount -t tmpfs -o ro tmpfs /mnt && export HOME=/mnt XDG_CACHE_HOME=/mnt")
 
 
+def home_read_only_compiled() -> str:
+    """The home folder is read-only, and the model is compiled."""
+    return _compiles(before="mount -t tmpfs -o ro tmpfs /mnt && export HOME=/mnt XDG_CACHE_HOME=/mnt")
+
+
 def small_shm() -> str:
-    """/dev/shm of 64 KiB, two ranks."""
-    return _at_start(*TWO_RANKS, before="mount -t tmpfs -o size=64k tmpfs /dev/shm")
+    """/dev/shm of 64 MiB, as containers have it, two ranks."""
+    return _at_start(*TWO_RANKS, before="mount -t tmpfs -o size=64m tmpfs /dev/shm")
 
 
 def little_memory() -> str:
-    """A limit of 6 GiB on the address space."""
-    return _at_start(before="ulimit -v 6291456")
+    """A limit of 3 GiB on the address space."""
+    return _at_start(before="ulimit -v 3145728")
+
+
+def no_permission() -> str:
+    """The file of the weights may not be read (by a root without the capability to read all)."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = _copy(Path(folder))
+        (model / "model.safetensors").chmod(0)
+        return _at_start(model=model, program="setpriv --bounding-set=-dac_override,-dac_read_search")
+
+
+def _copy(folder: Path) -> Path:
+    return Path(shutil.copytree(DEMO, folder / "model"))
+
+
+def _changes_while_loading(change: Callable[[Path], object]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        model = _copy(Path(folder))
+        with server(model=model) as running:
+            assert running.says("Starting to load model"), running.message()
+            change(model / "model.safetensors")
+            if running.started():
+                return f"starts, and gives {running.asked()}"
+            return f"{running.ended_after(running.begun)}: {running.message()}"
+
+
+def replaced_while_loading() -> str:
+    """The weights are replaced by another model's after the check and before they are read."""
+
+    def change(file: Path) -> None:
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        tensors = {name: torch.cat([one, one]) for name, one in load_file(file).items()}
+        save_file(tensors, file.with_suffix(".new"))
+        file.with_suffix(".new").rename(file)
+
+    return _changes_while_loading(change)
+
+
+def cut_while_loading() -> str:
+    """The file of the weights is cut off after the check and before it is read."""
+    return _changes_while_loading(lambda file: os.truncate(file, file.stat().st_size // 2))
+
+
+def dangling_link() -> str:
+    """A model of the hub's cache, whose weights are a link to a blob that was deleted."""
+    with tempfile.TemporaryDirectory() as home:
+        name, commit = "models--some--model", "0" * 40
+        snapshot = Path(home) / "hub" / name / "snapshots" / commit
+        shutil.copytree(DEMO, snapshot)
+        (snapshot / "model.safetensors").unlink()
+        (snapshot / "model.safetensors").symlink_to("../../blobs/gone")
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text(commit)
+        return _at_start(model="some/model", HF_HOME=home, HF_HUB_CACHE=f"{home}/hub")
+
+
+def clock_jump() -> str:
+    """The clock jumps a day ahead, and two days back, while it answers."""
+    with tempfile.TemporaryDirectory() as folder:
+        clock = Path(folder) / "clock"
+        clock.write_text("+0")
+        library = next(Path("/usr/lib").rglob("libfaketime.so.1"), None)
+        assert library, "apt install faketime"
+        env = {"FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+        with server(LD_PRELOAD=str(library), **env) as running:
+            assert running.started(), running.message()
+            seen = []
+            for jump in ("+1d", "-1d"):
+                clock.write_text(jump)
+                begun = time.monotonic()
+                seen.append(f"{jump}: {running.asked()} after {time.monotonic() - begun:.1f} s")
+            return f"{'; '.join(seen)}; /health {'200' if running.answers('/health') else 'fails'}"
+
+
+def one_cache() -> str:
+    """Two servers start at once and compile into one empty cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        env = {"VLLM_CACHE_ROOT": f"{cache}/vllm", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
+        compiled = ("--no-enforce-eager",)
+        with server(*compiled, **env) as first, server(*compiled, **env) as second:
+            both = [running.started() for running in (first, second)]
+            if not all(both):
+                return f"{both}: {first.message()}; {second.message()}"
+            answers = {running.text() for running in (first, second)}
+            return f"both start, and give {'the same answer' if len(answers) == 1 else f'other answers: {answers}'}"
+
+
+def _drains(*flags: str) -> str:
+    with server(*flags) as running:
+        assert running.started(), running.message()
+        ends: list[str] = []
+        clients = [threading.Thread(target=lambda: ends.append(running.stream(400))) for _ in range(16)]
+        for client in clients:
+            client.start()
+        time.sleep(2)
+        begun = time.monotonic()
+        running.process.send_signal(signal.SIGTERM)
+        how = running.ended_after(begun)
+        for client in clients:
+            client.join(60)
+        return f"{', '.join(f'{count} {end}' for end, count in Counter(ends).items())}; {how}"
+
+
+def terminated() -> str:
+    """SIGTERM with 16 streams under way."""
+    return _drains()
+
+
+def terminated_with_time() -> str:
+    """SIGTERM with 16 streams under way and `--shutdown-timeout 60`."""
+    return _drains("--shutdown-timeout", "60")
 
 
 FAULTS: dict[str, Callable[[], str]] = {
@@ -199,15 +385,32 @@ FAULTS: dict[str, Callable[[], str]] = {
         worker_killed,
         server_killed,
         engine_stopped,
+        terminated,
+        terminated_with_time,
+        clock_jump,
         home_full,
+        home_fills,
         home_read_only,
+        home_read_only_compiled,
+        tmp_full,
         small_shm,
         little_memory,
+        no_permission,
+        dangling_link,
+        replaced_while_loading,
+        cut_while_loading,
+        one_cache,
     )
 }
 
 
-def main(names: Annotated[list[str] | None, typer.Argument(help=", ".join(FAULTS))] = None) -> None:
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help=", ".join(FAULTS))] = None,
+    logs: Annotated[Path | None, typer.Option(help="Keep the servers' logs in this folder.")] = None,
+) -> None:
+    global LOGS
+    LOGS = logs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are stopped on the way out
     print("| fault | what is seen |\n|---|---|", flush=True)
     for name in names or FAULTS:
         fault = FAULTS[name]

@@ -45,7 +45,7 @@ WITHOUT = {
 }
 # Modules that registration imports, or that must answer at once: torch comes when it computes. (transformers imports
 # it by itself, so this looks at our own imports.)
-WITHOUT_TORCH = "config rope folders tensor_names layouts checkpoint checkpoint_audit likely_causes"
+WITHOUT_TORCH = "config rope folders json_files tensor_names layouts checkpoint checkpoint_audit likely_causes"
 WITHOUT_TORCH += " adapters adapter_audit dequantize draft_target processor"
 WITHOUT_TORCH += " plugin/patches plugin/checks plugin/speculation plugin/lora plugin/agreement plugin/nodes"
 WITHOUT_TORCH += " planning/gpus planning/memory planning/plan planning/request planning/choice planning/traffic"

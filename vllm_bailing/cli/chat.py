@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_bailing.cli import options, output
+from vllm_bailing.json_files import read_json
 
 
 def chat(
@@ -70,9 +70,9 @@ def _functions(file: Path | None) -> list[dict[str, Any]] | None:
     if file is None:
         return None
     try:
-        functions = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise output.fail("chat", f"--tools {file} is not JSON: {error}", 2) from None
+        functions = read_json(file)
+    except ValueError as error:
+        raise output.fail("chat", f"--tools {file} {error}; name a file with a list of functions", 2) from None
     if not isinstance(functions, list) or not all(isinstance(one, dict) for one in functions):
         raise output.fail("chat", f"--tools {file} is no list of functions, as the OpenAI interface takes them", 2)
     return functions

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from vllm_bailing.errors import told
+from vllm_bailing.json_files import parsed
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 HfOverrides = Annotated[
@@ -65,11 +67,11 @@ def json_object(flag: str, text: str) -> dict[str, Any]:
         typer.BadParameter: If it is not a JSON object.
     """
     try:
-        value = json.loads(text)
+        value = parsed(text)
     except ValueError as error:
-        raise typer.BadParameter(f"{flag} {text!r} is not a JSON object: {error}") from None
+        raise typer.BadParameter(f"{flag} {told(text)} is not a JSON object: it {error}") from None
     if not isinstance(value, dict):
-        raise typer.BadParameter(f"{flag} {text!r} is not a JSON object, such as '{{\"key\": 1}}'")
+        raise typer.BadParameter(f"{flag} {told(text)} is not a JSON object, such as '{{\"key\": 1}}'")
     return value
 
 
@@ -92,11 +94,13 @@ def lines_of(file: Path | None) -> list[str] | None:
     """The lines of a file of prompts that are not empty; None without a file.
 
     Raises:
-        typer.BadParameter: If there are none.
+        typer.BadParameter: If there are none, or it cannot be read.
     """
     if file is None:
         return None
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise typer.BadParameter(f"--prompts {file} is empty; write one user message a line")
-    return lines
+    from vllm_bailing.tools.prompts import read_lines
+
+    try:
+        return [line for _, line in read_lines(file)]
+    except ValueError as error:
+        raise typer.BadParameter(f"--prompts {error}") from None

@@ -6,13 +6,14 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.dequantize import Dequantizer
 from vllm_bailing.draft_target import other_target
-from vllm_bailing.errors import DEQUANTIZE, SettingsError
+from vllm_bailing.errors import DEQUANTIZE, SettingsError, shown
 from vllm_bailing.plugin.lora import refuse_misfit, settle_lora_targets
 from vllm_bailing.plugin.nodes import watch_for_nodes
 from vllm_bailing.plugin.options import (
@@ -232,13 +233,25 @@ def check_stop_tokens(model_config: Any) -> None:
     """Refuse stop tokens outside the vocabulary: the first request with `min_tokens` would end the engine.
 
     Raises:
-        SettingsError: Naming the file and the tokens.
+        SettingsError: Naming the file and the tokens, or what transformers makes of the file.
     """
+    name, remedy = (
+        f"generation_config.json of {model_config.model}",
+        "or pass --generation-config vllm to go without it",
+    )
+    file = Path(model_config.model, "generation_config.json")
+    if file.exists() and not file.is_file():
+        raise SettingsError(f"{name} is no file; fetch it again, {remedy}")
     try:
-        stops = (model_config.try_get_generation_config() or {}).get("eos_token_id")
-        require_token_ids("eos_token_id", stops, model_config.get_vocab_size())
+        values = model_config.try_get_generation_config() or {}
+    except Exception as error:  # of any type, from wherever transformers stumbles
+        raise SettingsError(
+            f"{name} cannot be read ({type(error).__name__}: {shown(error)}); correct it, {remedy}"
+        ) from None
+    try:
+        require_token_ids("eos_token_id", values.get("eos_token_id"), model_config.get_vocab_size())
     except ValueError as error:
-        raise SettingsError(f"generation_config.json of {model_config.model}: {error}") from None
+        raise SettingsError(f"{name}: {error}") from None
 
 
 def _has_amx() -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
-from vllm_bailing.errors import SettingsError
+from vllm_bailing.errors import SettingsError, shown, told
+from vllm_bailing.json_files import read_json
 
 # Keys of --additional-config.
 DRAFT_VOCABULARY = "bailing_draft_vocab"
@@ -26,8 +26,8 @@ def _additional(vllm_config: Any, key: str) -> Any:
 
 def _switch(vllm_config: Any, key: str) -> bool | None:
     given = _additional(vllm_config, key)
-    if given not in (None, True, False):
-        raise SettingsError(f"{key}={given!r} in --additional-config must be true or false")
+    if given is not None and not isinstance(given, bool):
+        raise SettingsError(f"{key}={told(given)} in --additional-config must be true or false")
     return given
 
 
@@ -78,7 +78,7 @@ def check_switches(vllm_config: Any) -> None:
         if key not in _KEYS and "bailing" in str(key).lower():
             near = difflib.get_close_matches(str(key).lower().replace("-", "_"), _KEYS, 1)
             meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(_KEYS)}"
-            raise SettingsError(f"{key!r} in --additional-config is not a key of vllm-bailing; {meant}")
+            raise SettingsError(f"{told(key)} in --additional-config is not a key of vllm-bailing; {meant}")
     for key in _SWITCHES:
         _switch(vllm_config, key)
 
@@ -94,15 +94,15 @@ def draft_vocabulary(vllm_config: Any) -> list[int] | None:
         return None
     source, vocab_size = DRAFT_VOCABULARY, vllm_config.model_config.hf_config.vocab_size
     if isinstance(given, str):
-        source = f"{DRAFT_VOCABULARY} {given}"
+        source = f"{DRAFT_VOCABULARY} {shown(given)}"
         try:
-            given = json.loads(Path(given).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"{source} cannot be read: {error}; make one by `vllm-bailing draft-vocab`") from None
+            given = read_json(Path(given))
+        except ValueError as error:
+            raise SettingsError(f"{source} {error}; make one by `vllm-bailing draft-vocab`") from None
     ids = sorted(set(given)) if isinstance(given, list) and all(type(token) is int for token in given) else []
     if not ids or ids[0] < 0 or ids[-1] >= vocab_size:
         raise SettingsError(
-            f"{source} must hold a list of token ids from 0 to {vocab_size - 1}, not {json.dumps(given)[:60]}; "
+            f"{source} must hold a list of token ids from 0 to {vocab_size - 1}, not {told(given)}; "
             "make one by `vllm-bailing draft-vocab`"
         )
     return ids

@@ -14,6 +14,7 @@ import httpx
 from openai import OpenAI
 
 from vllm_bailing.errors import ChatError, shown
+from vllm_bailing.json_files import read_json
 from vllm_bailing.reasoning import ReasoningStream
 
 
@@ -184,14 +185,15 @@ class Chat:
             ChatError: If it cannot be read; the conversation stays as it was.
         """
         try:
-            kept = json.loads(file.read_text(encoding="utf-8"))
+            kept = read_json(file)
+        except ValueError as error:
+            raise ChatError(f"{file} is no conversation that /save wrote: it {error}") from None
+        try:
             system, messages = kept["system"], kept["messages"]
             fits = all(isinstance(message["role"], str) for message in messages) and isinstance(messages, list)
-        except OSError as error:
-            raise ChatError(f"{file}: {error.strerror}") from None
-        except (ValueError, LookupError, TypeError):
+        except (LookupError, TypeError):
             fits = False
-        if not fits:
+        if not fits or not isinstance(system, str | None):
             raise ChatError(f"{file} is no conversation that /save wrote")
         self.start_again()
         self.system, self.messages = system, messages

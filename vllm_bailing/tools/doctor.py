@@ -268,6 +268,9 @@ def _scheme(stored: dict[str, Any] | None) -> str:
 
 
 def _generation_config(folder: Path, vocab_size: int) -> Iterator[Check]:
+    from transformers import GenerationConfig
+
+    from vllm_bailing.json_files import read_json
     from vllm_bailing.validation import require_token_ids
 
     file = folder / "generation_config.json"
@@ -275,13 +278,16 @@ def _generation_config(folder: Path, vocab_size: int) -> Iterator[Check]:
         return
     name, fix = "generation_config.json", "correct it, or fetch it again"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
+    except ValueError as error:
+        yield Check(name, False, f"{error}, so vLLM ignores it: its stop tokens are lost", fix)
+        return
+    try:
         if not isinstance(values, dict):
             raise TypeError(f"holds a {type(values).__name__} and not an object")
         require_token_ids("eos_token_id", values.get("eos_token_id"), vocab_size)
-    except json.JSONDecodeError as error:
-        yield Check(name, False, f"is no JSON ({shown(error)}), so vLLM ignores it: its stop tokens are lost", fix)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        GenerationConfig.from_pretrained(str(folder))
+    except Exception as error:  # of any type, from wherever transformers stumbles
         yield Check(name, False, shown(error), fix)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_bailing.errors import shown, told
+from vllm_bailing.json_files import parsed
 
 _FORM = 'give {"prompt": "..."} or {"messages": [...]}, and if you like "tools", "chat_template_kwargs" and "kind"'
 
@@ -50,7 +50,10 @@ def read_lines(file: Path) -> list[tuple[int, str]]:
         ValueError: If there are none, or it is no text in UTF-8.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{file} is no file; name a file of prompts")
+        # Not splitlines, for which a separator of paragraphs within a JSON string or a message ends the line.
+        lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 ({shown(error)}); save it as UTF-8") from None
     except OSError as error:
@@ -80,8 +83,8 @@ def json_row(line: str, where: str, form: str) -> dict[str, Any]:
         ValueError: If it is none; the message ends with `form`.
     """
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parsed(line)
+    except ValueError:
         raise ValueError(f"{where} is no JSON: {shown(line, 40)}; {form}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where} is {told(row)}; {form}")

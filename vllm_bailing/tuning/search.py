@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -228,18 +229,35 @@ class Notes:
         """Go on with the results in `file`, which is rewritten without a last line that was cut off.
 
         Where there are none, or they were measured under another `key`, the file is begun anew.
+
+        Raises:
+            TuneError: If it cannot be written.
         """
+        if file.exists() and not file.is_file():
+            raise TuneError(f"{file}, where notes are kept, is no file; remove it, or name another folder")
         notes, lines = cls(file), list(_json_lines(file))
         if not lines or lines[0] != {"key": key}:
             lines = [{"key": key}]
-        for line in lines[1:]:
-            if "row" in line:
-                notes._rows[line["row"]["tokens"]] = Row(**line["row"])
-            else:
-                notes._times[(line["tokens"], *line["config"])] = line["ms"]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        for number, line in enumerate(lines[1:], 1):
+            try:
+                notes._read(line)
+            except (KeyError, TypeError, AttributeError):  # none of ours: measured again, like all behind it
+                del lines[number:]
+                break
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        except OSError as error:
+            raise TuneError(f"{file} cannot be written ({error.strerror}); remove it, or name another folder") from None
         return notes
+
+    def _read(self, line: Any) -> None:
+        if "row" in line:
+            self._rows[line["row"]["tokens"]] = Row(**line["row"])
+            return
+        if (ms := line["ms"]) is not None and (type(ms) not in (int, float) or not 0 < ms < math.inf):
+            raise TypeError(f"{ms!r} is no time")
+        self._times[(line["tokens"], *line["config"])] = ms
 
     def row(self, tokens: int) -> Row | None:
         return self._rows.get(tokens)
@@ -288,8 +306,8 @@ def notes_key(experts: Experts, space: dict[int, list[TileConfig]], machine: dic
 
 def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
     if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_bytes().split(b"\n"):
             try:
                 yield json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return

@@ -1,0 +1,40 @@
+"""JSON that others wrote: read whole, or refused in a few words that fit into a message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_bailing.errors import shown
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: In a few words what it is instead, such as "is no JSON (...)". Pipes and devices are not opened.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            raise ValueError("is no file")
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 ({shown(error)})") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    return parsed(text)
+
+
+def parsed(text: str) -> Any:
+    """The value of JSON `text`.
+
+    Raises:
+        ValueError: In a few words what it is instead.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("is JSON of too many levels") from None
+    except ValueError as error:
+        raise ValueError(f"is no JSON ({shown(error)})") from None
