@@ -106,7 +106,7 @@ class Dequantizer:
 def _compressed_tensors(quantization: dict[str, Any]) -> tuple[Any, Any]:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.format import infer_module_format
-    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
     from compressed_tensors.utils.match import match_name
     from torch import nn
 
@@ -136,7 +136,7 @@ def _compressed_tensors(quantization: dict[str, Any]) -> tuple[Any, Any]:
         if scheme.weights.block_structure:  # the library takes one block per row for a scale per channel
             return _of_blocks(parts["weight"], scale, scheme.weights.block_structure)
         shape = parts["weight_shape"].tolist() if "weight_shape" in parts else list(parts["weight"].shape)
-        _require_scales(scale, scheme.weights.strategy.value, shape, scheme.weights.group_size)
+        _require_scales(scale, QuantizationStrategy(scheme.weights.strategy).value, shape, scheme.weights.group_size)
         return compressor.decompress({**parts, "weight_scale": scale}, scheme)["weight"]
 
     return parts_of, weight_of
@@ -198,7 +198,7 @@ def _awq(quantization: dict[str, Any]) -> tuple[Any, ...]:
     try:
         converter = AutoAWQConverter.from_autoawq_config({**quantization, "modules_to_not_convert": None})
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"quantization_config of config.json is not understood: {_reason(error)}") from None
+        raise CheckpointError(f"quantization_config of config.json: {_reason(error)}") from None
     _, weight_of_packed = _compressed_tensors(converter.create_config().model_dump(mode="json"))
     parts = ("qweight", "qzeros", "scales") if converter.zero_point else ("qweight", "scales")
 

@@ -139,6 +139,34 @@ def test_a_config_in_no_encoding(tmp_path):
     assert "is not readable JSON" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "fragment"),
+    [
+        ("(a+)+$", "could take for ever"),
+        ("(.*)*x", "could take for ever"),
+        ("(a|b){5}", "could take for ever"),
+        (r".*\..*\..*\..*", "could take for ever"),
+        ("(", "is no regular expression"),
+        ("a{99999999999}", "is no regular expression"),
+        ("(" * 500 + ")" * 500, "is no regular expression"),
+        (r".*layers\.(1|2)\..*\.dense.*", ""),
+        (r"^model\.layers\.\d+\.attention\.dense", ""),
+    ],
+)
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_match_every_module_in_time(key, pattern, fragment, tmp_path):
+    folder = changed_adapter(tmp_path / "adapter", setting(**{key: {pattern: DEMO_RANK}}))
+    message = refusal(folder)
+    assert fragment in message and bool(fragment) == bool(message)
+
+
+def test_values_of_many_levels(tmp_path):
+    folder = changed_adapter(tmp_path / "adapter", setting())
+    text = (folder / "adapter_config.json").read_text()
+    (folder / "adapter_config.json").write_text(text.replace("{", '{"lora_bias": ' + "[" * 900 + "]" * 900 + ",", 1))
+    assert "lora_bias=" in refusal(folder)
+
+
 @pytest.mark.parametrize("kept", [0, 4, 100, 5000, -1])
 def test_a_file_that_is_cut_off(kept, tmp_path):
     folder = changed_adapter(tmp_path / "adapter", setting())

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import math
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from tests.support.configs import CARD, CONFIGS, FOREIGN_KEYS, VALUES, YARN, built, published, write_config
 from vllm_bailing import config as config_module
@@ -327,6 +329,19 @@ def test_stop_tokens_of_generation_config_are_in_the_vocabulary(stops, is_refuse
     )
     refused = pytest.raises(SettingsError, match=r"^generation_config\.json of demo: eos_token_id=")
     with refused if is_refused else nullcontext():
+        check_stop_tokens(model)
+
+
+def test_a_generation_config_that_transformers_stumbles_over_is_named(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"pad_token_id": [1]}')
+    read = functools.partial(GenerationConfig.from_pretrained, tmp_path)
+    model = SimpleNamespace(model=tmp_path, try_get_generation_config=lambda: read().to_diff_dict())
+    with pytest.raises(SettingsError, match=r"cannot be read .*; correct it, or pass --gener") as error:
+        check_stop_tokens(model)
+    assert str(error.value).isprintable()
+    (tmp_path / "generation_config.json").unlink()
+    os.mkfifo(tmp_path / "generation_config.json")
+    with pytest.raises(SettingsError, match="is no file; fetch it again, or pass --generation-config vllm"):
         check_stop_tokens(model)
 
 

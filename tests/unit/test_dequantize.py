@@ -324,3 +324,54 @@ def test_only_what_the_configuration_asks_for_is_dequantized():
     ((name, weight),) = dequantized(tensors, asked, torch.float32)
     assert name == f"{MODULE}.weight" and weight.dtype == torch.float32
     torch.testing.assert_close(weight, meaning, atol=1e-6, rtol=1e-6)
+
+
+def message_of(quantization, stored):
+    with pytest.raises(CheckpointError) as refusal:
+        plain_weight(quantization, stored)
+    message = str(refusal.value)
+    assert message.isprintable() and len(message) < 600
+    return message
+
+
+@pytest.mark.parametrize("block", [5, True, "128", [128], [128, 128, 1], [0, 128], [[1], 128], [128.0, 128], {"a": 1}])
+def test_blocks_of_fp8_are_two_numbers(block):
+    quantization, stored, _ = one_layer("fp8")
+    assert "wanted are two numbers" in message_of({**quantization, "weight_block_size": block}, stored)
+
+
+def change_weights(**changes):
+    def change(quantization):
+        quantization["config_groups"]["group_0"]["weights"].update(changes)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (change_weights(symmetric="x"), "weights.symmetric: Input should be a valid boolean"),
+        (change_weights(strategy="\x1b[2J"), "weights.strategy: Value error"),
+        (change_weights(num_bits="x"), "weights.num_bits: Input should be a valid integer"),
+        (lambda quantization: quantization.update(config_groups=5), "config_groups"),
+        (lambda quantization: quantization.update(ignore={"a": [5]}), "ignore"),
+    ],
+)
+def test_the_first_of_pydantics_finds_is_told_in_a_line(change, words):
+    quantization, stored, _ = one_layer("w8a8")
+    change(quantization)
+    assert words in message_of(quantization, stored)
+
+
+@pytest.mark.parametrize(
+    "scheme, change",
+    [
+        ("w8a8", lambda scale: scale[:1]),
+        ("w8a8", lambda scale: scale.reshape(-1)),
+        ("w8a8", lambda scale: scale.expand(-1, 288)),
+    ],
+)
+def test_scales_are_not_stretched_over_a_weight_that_they_do_not_fit(scheme, change):
+    quantization, stored, _ = one_layer(scheme)
+    stored[f"{MODULE}.weight_scale"] = change(stored[f"{MODULE}.weight_scale"])
+    assert "needs [160, 1] scales" in message_of(quantization, stored)

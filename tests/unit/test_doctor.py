@@ -131,6 +131,9 @@ def with_config(folder, text):
     (folder / "config.json").write_text(text)
 
 
+DEEP = '{"a": ' + "[" * 900 + "]" * 900 + "}"
+
+
 def with_gguf(folder):
     folder.mkdir()
     (folder / "ling.gguf").write_bytes(b"GGUF")
@@ -180,6 +183,8 @@ OTHER = "vLLM serves it by its own class"
         (with_file("generation_config.json", "{"), "generation_config.json", "is no JSON", "fetch it again"),
         (with_file("generation_config.json", "[]"), "generation_config.json", "object", "fetch it again"),
         (with_file("generation_config.json", '{"eos_token_id": 99999}'), "generation_config.json", "vocabulary", ""),
+        (with_file("generation_config.json", '{"pad_token_id": "x"}'), "generation_config.json", "not supp", "correct"),
+        (with_file("generation_config.json", DEEP), "generation_config.json", "recursion", "correct"),
     ],
 )  # fmt: skip
 def test_a_folder_is_named_for_what_it_is(make, name, detail, fix, tmp_path):

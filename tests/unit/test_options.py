@@ -40,10 +40,11 @@ def test_keys_of_others_are_left_to_them():
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key != "bailing_draft_vocab"])
-@pytest.mark.parametrize("value", ["true", "yes", 2, [], {}])
+@pytest.mark.parametrize("value", ["true", "yes", 1, 0, 2, [], {}, "x" * 9000, "\x1b[2J", float("nan")])
 def test_a_switch_is_true_or_false(key, value):
-    with pytest.raises(SettingsError, match="must be true or false"):
+    with pytest.raises(SettingsError, match="must be true or false") as refusal:
         check(**{key: value})
+    assert str(refusal.value).isprintable() and len(str(refusal.value)) < 400
 
 
 def divided(is_divided=True, use_bias=False, **given):

@@ -106,6 +106,37 @@ def test_a_last_line_that_was_cut_off_is_dropped(tmp_path):
     assert Notes.resume(file, {"a": 1}).time(1, TEN) == (True, None)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("5", "null", "[]", "{}", '{"row": 5}', '{"row": {"tokens": 1}}', '{"tokens": 1, "config": 5, "ms": 1}'),
+        *('{"tokens": 1, "config": [16], "ms": "x"}', '{"tokens": 1, "config": [16], "ms": -1}'),
+        *('{"tokens": 1, "config": [16], "ms": NaN}', '{"tokens": [], "config": [16], "ms": 1}'),
+        "[" * 100_000,
+    ],
+    ids=lambda line: line[:40],
+)
+def test_a_line_that_is_no_note_is_dropped_with_all_behind_it(line, tmp_path):
+    file = tmp_path / "n"
+    Notes.resume(file, {"a": 1}).add_time(1, ONE, 0.5)
+    with file.open("a") as text:
+        text.write(f"{line}\n")
+    Notes(file).add_time(1, TEN, 0.7)
+    notes = Notes.resume(file, {"a": 1})
+    assert notes.time(1, ONE) == (True, 0.5) and notes.time(1, TEN) == (False, None)
+    assert len(file.read_text().splitlines()) == 2
+
+
+def test_notes_that_cannot_be_kept_are_told_before_any_measurement(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for place, words in (("pipe", "is no file"), (".", "is no file"), ("loop", "cannot be written")):
+        with pytest.raises(TuneError, match=f"{words}.*; remove it, or name another folder"):
+            Notes.resume(tmp_path / place, {})
+
+
 def test_results_of_anything_else_do_not_count(tmp_path):
     here = {"gpu": H20, "driver": "1", "vllm": "0.32.0"}
     space = {1: [ONE, TEN]}
