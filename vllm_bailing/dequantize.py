@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # registering must not import it
 
 Tensors = dict[str, "torch.Tensor"]  # parts of one module by the last component of their names
 _PARTS = ("weight", "weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "weight_zero_point")
+_SCALES = ("weight_scale", "weight_scale_inv", "scales")
+_INTEGERS = ("weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx", "qweight", "qzeros", "g_idx")
 _GPTQ_BITS = (2, 3, 4, 8)
 _PARTS += ("weight_g_idx", "qweight", "qzeros", "scales", "g_idx")
 
@@ -93,6 +95,7 @@ class Dequantizer:
 
     def _weight(self, module: str, parts: Tensors) -> torch.Tensor:
         try:
+            _require_kinds(parts)
             return self.weight_of(module, parts).to(self.dtype).contiguous()
         except (RuntimeError, ValueError, IndexError) as error:
             shapes = ", ".join(f"{leaf} {list(part.shape)}" for leaf, part in parts.items())
@@ -101,6 +104,18 @@ class Dequantizer:
                 f"the parts of {module} do not fit each other or the quantization_config: {shapes} ({reason}); fetch "
                 "or export the checkpoint again"
             ) from error
+
+
+def _require_kinds(parts: Tensors) -> None:
+    """Scales are floats and indices integers: arithmetic would take anything for them."""
+    for leaf, part in parts.items():
+        name = str(part.dtype).removeprefix("torch.")
+        if leaf in _SCALES and "float" not in name:
+            raise ValueError(f"{leaf} is {part.dtype}, wanted are floats")
+        if leaf in _INTEGERS and "int" not in name:
+            raise ValueError(f"{leaf} is {part.dtype}, wanted are integers")
+        if leaf in ("qweight", "qzeros") and part.itemsize != 4:
+            raise ValueError(f"{leaf} is {part.dtype}, wanted are integers of 32 bits")
 
 
 def _compressed_tensors(quantization: dict[str, Any]) -> tuple[Any, Any]:
@@ -135,6 +150,8 @@ def _compressed_tensors(quantization: dict[str, Any]) -> tuple[Any, Any]:
         scale = parts["weight_scale"].to(torch.float32)
         if scheme.weights.block_structure:  # the library takes one block per row for a scale per channel
             return _of_blocks(parts["weight"], scale, scheme.weights.block_structure)
+        if "weight" in parts and parts["weight"].is_floating_point() != (scheme.weights.type == "float"):
+            raise ValueError(f"weight is {parts['weight'].dtype}, and quantization_config says {scheme.weights.type!s}")
         shape = parts["weight_shape"].tolist() if "weight_shape" in parts else list(parts["weight"].shape)
         _require_scales(scale, QuantizationStrategy(scheme.weights.strategy).value, shape, scheme.weights.group_size)
         return compressor.decompress({**parts, "weight_scale": scale}, scheme)["weight"]
@@ -185,6 +202,8 @@ def _fp8(quantization: dict[str, Any]) -> tuple[Any, Any]:
     def weight_of(module: str, stored: Tensors) -> torch.Tensor:
         import torch
 
+        if not stored["weight"].is_floating_point():  # and of one byte, or it would have passed as it is
+            raise ValueError(f"weight is {stored['weight'].dtype}, wanted is float8")
         if block:
             return _of_blocks(stored["weight"], stored["weight_scale_inv"], block)
         return dequantize(stored["weight"], stored["weight_scale"].to(torch.float32))
@@ -268,6 +287,8 @@ def _gptq(quantization: dict[str, Any]) -> tuple[Any, Any, Any]:
         if group_size == -1 and groups != 1:
             raise ValueError(f"group_size=-1 means one group, not {groups}")
         index = in_order(inputs) if is_in_order else stored["g_idx"].long()
+        if index.shape != (inputs,):
+            raise ValueError(f"g_idx has {list(index.shape)} values for {inputs} inputs")
         if int(index.min()) < 0 or int(index.max()) >= groups:
             raise ValueError(f"g_idx points outside the {groups} groups")
         # The library takes half of the range off, so that the middle is 0.

@@ -65,7 +65,7 @@ class DraftTarget:
         value = getattr(config, KEY, None)
         if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("config", "weights")):
             return None
-        return cls(shown(str(value.get("name", "?"))), value["config"], value["weights"])
+        return cls(*(shown(str(value.get(key, "?"))) for key in ("name", "config", "weights")))
 
     def is_same(self, other: DraftTarget) -> bool:
         """Whether both are the same model, whatever they are called."""

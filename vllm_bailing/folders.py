@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from vllm_bailing.errors import shown
+from vllm_bailing.json_files import read_json
 
 FileStates = tuple[tuple[str, int, int], ...]  # name, size in bytes, time of the last change in ns
 
@@ -63,9 +64,15 @@ def how_to_fetch(model: str) -> str:
 
 
 def without_config(folder: Path) -> str | None:
-    """What a folder without a config.json is, and what to do; None if it has one, or is no folder."""
+    """What a folder without a config.json is, or with none that is JSON, and what to do; None for any other path."""
     file = folder / "config.json"
-    if not folder.is_dir() or file.is_file():
+    if not folder.is_dir():
+        return None
+    if file.is_file():
+        try:
+            read_json(file)
+        except ValueError as error:
+            return f"{folder} has no config.json that can be read: it {error}; {how_to_fetch(str(folder))}"
         return None
     if file.is_symlink():
         return f"{file} links to {shown(str(file.readlink()))}, which is gone; {how_to_fetch(str(folder))}"

@@ -277,7 +277,7 @@ def adding_the_remedy(vllm_config: Any) -> Iterator[None]:
     except (ValueError, NotImplementedError) as error:
         if vllm_config.quant_config is None:
             raise
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = shown(error).rstrip(".")
         way = "start with a smaller --tensor-parallel-size; or " if "tensor_parallel_size" in reason else ""
         is_stored = getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None
         remedy = DEQUANTIZE if is_stored else "leave --quantization out"

@@ -313,7 +313,7 @@ def _template(folder: Path) -> Iterator[Check]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # of any type, depending on the file that is wrong
-        reason = " ".join(str(error).split())[:160]
+        reason = shown(error)
         yield Check("tokenizer", False, reason, "fetch tokenizer.json and tokenizer_config.json again")
         return
     yield Check("tokenizer", True, f"{len(tokenizer)} tokens")
@@ -326,9 +326,7 @@ def _template(folder: Path) -> Iterator[Check]:
         tools = [{"type": "function", "function": {"name": "look_up_name", "parameters": {}}}]
         with_tools = tokenizer.apply_chat_template(question, tools=tools, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # whatever a template raises
-        yield Check(
-            "chat template", False, " ".join(str(error).split())[:160], "pass a corrected one by --chat-template"
-        )
+        yield Check("chat template", False, shown(error), "pass a corrected one by --chat-template")
         return
     lacks = [
         ability

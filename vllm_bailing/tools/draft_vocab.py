@@ -51,7 +51,8 @@ def choose_tokens(model: str, files: Iterable[Path], size: int) -> ChosenTokens:
     if not counts:
         raise ValueError("--text is empty; name text like that which the model will write")
     # Every answer ends with a special token, however rare these are in the text.
-    kept = list(dict.fromkeys([*tokenizer.all_special_ids, *(token for token, _ in counts.most_common(size))]))[:size]
+    special = [token for token in tokenizer.all_special_ids if token is not None]  # None: named, but in no vocabulary
+    kept = list(dict.fromkeys([*special, *(token for token, _ in counts.most_common(size))]))[:size]
     covered = sum(counts[token] for token in kept)
     return ChosenTokens(sorted(kept), len(tokenizer), covered / max(1, counts.total()))
 

@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from vllm_bailing.draft_target import DraftTarget
-from vllm_bailing.errors import TrainError
+from vllm_bailing.errors import TrainError, shown
 from vllm_bailing.planning.training import STATE_BYTES
 from vllm_bailing.tools.prompts import read_prompts
 from vllm_bailing.training import answers as answering
@@ -253,7 +253,7 @@ def _questions(request: Request, target: checks.Source, show: Show) -> list[answ
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(target.folder), trust_remote_code=False)
     except Exception as error:  # of any type, depending on the file that is wrong
-        reason = " ".join(str(error).split())[:160]
+        reason = shown(error)
         raise TrainError(f"{request.target} has no tokenizer that can be read ({reason}); give --answers") from None
     try:
         drawn = [(prompt.token_ids(tokenizer)[-request.max_length :], prompt.kind) for prompt in prompts]

@@ -267,7 +267,7 @@ def _judge_draft(folder: Path, found: Any) -> str:
 MODULE = "model.layers.0.attention.dense"
 # What says how the same numbers are to be read; a file cannot be asked whether it is so.
 _MEANING = {"sym", "checkpoint_format", "zero_point"}
-_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.int32, torch.uint8, torch.float8_e4m3fn, torch.bool)
+_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.int32, torch.uint8, torch.bool)
 
 
 def _make_quantized(folder: Path, rng: random.Random) -> None:
@@ -286,7 +286,7 @@ def _make_quantized(folder: Path, rng: random.Random) -> None:
         elif what < 0.7:
             parts[name] = rng.choice(
                 (
-                    lambda p: p[:1],
+                    lambda p: p[:1] if p.ndim else p,
                     lambda p: p.reshape(-1),
                     lambda p: p.t() if p.ndim == 2 else p,
                     lambda p: p[..., None],
