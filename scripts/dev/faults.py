@@ -21,6 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -170,7 +171,7 @@ def server(*flags: str, **how: Any) -> Iterator[Server]:
             running.stop()
             if LOGS is not None:
                 LOGS.mkdir(parents=True, exist_ok=True)
-                shutil.copy(running.log, LOGS / f"{int(time.time())}.log")
+                shutil.copy(running.log, LOGS / f"{Path(folder).name}.log")
 
 
 def _killed(name: str, *flags: str) -> str:
@@ -407,18 +408,23 @@ FAULTS: dict[str, Callable[[], str]] = {
 def main(
     names: Annotated[list[str] | None, typer.Argument(help=", ".join(FAULTS))] = None,
     logs: Annotated[Path | None, typer.Option(help="Keep the servers' logs in this folder.")] = None,
+    at_once: Annotated[int, typer.Option(help="How many faults at a time.")] = 1,
 ) -> None:
     global LOGS
     LOGS = logs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are stopped on the way out
     print("| fault | what is seen |\n|---|---|", flush=True)
-    for name in names or FAULTS:
-        fault = FAULTS[name]
-        try:
-            seen = fault()
-        except AssertionError as error:
-            seen = f"not tried: {error}"
-        print(f"| {(fault.__doc__ or '').rstrip('.')} | {seen.replace('|', '/')} |", flush=True)
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(report, names or FAULTS))
+
+
+def report(name: str) -> None:
+    fault = FAULTS[name]
+    try:
+        seen = fault()
+    except AssertionError as error:
+        seen = f"not tried: {error}"
+    print(f"| {(fault.__doc__ or '').rstrip('.')} | {seen.replace('|', '/')} |", flush=True)
 
 
 if __name__ == "__main__":
