@@ -1,4 +1,4 @@
-"""JSON that others wrote: read whole, or refused in a few words that fit into a message."""
+"""JSON files: read whole, or refused in a few words that fit into a message; and written whole, or not at all."""
 
 from __future__ import annotations
 
@@ -38,3 +38,10 @@ def parsed(text: str) -> Any:
         raise ValueError("is JSON of too many levels") from None
     except ValueError as error:
         raise ValueError(f"is no JSON ({shown(error)})") from None
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a file that holds all of `value` whenever it is there, also if the process or the disk ends meanwhile."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    new.replace(file)

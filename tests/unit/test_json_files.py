@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from vllm_bailing.errors import SettingsError
-from vllm_bailing.json_files import parsed, read_json
+from vllm_bailing.json_files import parsed, read_json, write_json
 from vllm_bailing.plugin.options import draft_vocabulary
 from vllm_bailing.tools.prompts import read_prompts
 
@@ -78,3 +80,17 @@ def test_a_separator_of_lines_within_a_prompt_is_a_part_of_it(tmp_path):
     (tmp_path / "p.jsonl").write_text(f'{{"prompt": "{said.replace(chr(12), "")}"}}\n', encoding="utf-8")
     assert [prompt.messages[0]["content"] for prompt in read_prompts(tmp_path / "p.txt")] == [said, "five"]
     assert read_prompts(tmp_path / "p.jsonl")[0].messages[0]["content"] == said.replace("\x0c", "")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_json(tmp_path / "kept.json", {"a": 1})
+    original = Path.write_text
+
+    def full(file, text, **options):
+        original(file, text[:5], **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(tmp_path / "kept.json", {"a": 2})
+    assert read_json(tmp_path / "kept.json") == {"a": 1}

@@ -26,6 +26,7 @@ from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.config import BailingMoeV2Config, read_config
 from vllm_bailing.errors import CheckpointError
 from vllm_bailing.folders import local_folder
+from vllm_bailing.json_files import write_json
 from vllm_bailing.tensor_names import EMBEDDING, HEAD
 from vllm_bailing.tools.verify_deployment import Served, ask_again, ask_offline, ask_server, prompt_ids
 from vllm_bailing.tools.verify_server import tokenizer_difference
@@ -318,7 +319,7 @@ def keep_served(work: Path, served: list[Served], dtype: str) -> None:
     """Keep what the deployment gave: asked again, it may round differently and answer otherwise."""
     work.mkdir(parents=True, exist_ok=True)
     kept = {"dtype": dtype, "served": [asdict(sequence) for sequence in served]}
-    (work / _SERVED).write_text(json.dumps(kept), encoding="utf-8")
+    write_json(work / _SERVED, kept)
 
 
 def delete_work(work: Path) -> None:

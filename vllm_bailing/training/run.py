@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from vllm_bailing.draft_target import DraftTarget
 from vllm_bailing.errors import TrainError, shown
+from vllm_bailing.json_files import write_json
 from vllm_bailing.planning.training import STATE_BYTES
 from vllm_bailing.tools.prompts import read_prompts
 from vllm_bailing.training import answers as answering
@@ -171,7 +172,7 @@ def _keep_settings(request: Request, resume: bool) -> None:
     now = json.loads(json.dumps(asdict(request), default=str))
     if not resume:
         request.work.mkdir()
-        file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        write_json(file, now)
         return
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -311,7 +312,7 @@ def _trained(
     file = request.work / "before.json"
     if not file.is_file():
         before = measure(trainer, held_out)
-        file.write_text(json.dumps({kind: asdict(one) for kind, one in before.items()}), encoding="utf-8")
+        write_json(file, {kind: asdict(one) for kind, one in before.items()})
     before = {kind: Acceptance(**one) for kind, one in json.loads(file.read_text(encoding="utf-8")).items()}
     last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
     trainer.train(resume_from_checkpoint=last)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vllm_bailing.json_files import write_json
 from vllm_bailing.planning.training import STATE_BYTES
 from vllm_bailing.training.answers import Answer
 
@@ -75,7 +76,7 @@ def record(
         progress(len(batch))
     flush()
     rows = [vars(example) for example in examples]
-    (folder / _INDEX).write_text(json.dumps(rows), encoding="utf-8")
+    write_json(folder / _INDEX, rows)
     return examples
 
 
