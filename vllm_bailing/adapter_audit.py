@@ -295,7 +295,10 @@ def _is_copy_of_the_head(name: str, shape: Shape, config: BailingMoeV2Config) ->
 
 def _opened(file: Path) -> Any:
     try:
+        file.open("rb").close()  # of one that may not be read, the library says that it does not exist
         return safe_open(file, framework="pt")
+    except PermissionError as error:
+        raise AdapterError(f"{TENSORS} cannot be read ({error.strerror}); let the server's user read it") from None
     except (SafetensorError, OSError) as error:
         size = file.stat().st_size
         raise AdapterError(f"{TENSORS} is cut off or damaged ({size} bytes; {shown(error)}); fetch it again") from None

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # registering must not import it
 
 _SCALES = ("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "scales")
 _INDEX = "model.safetensors.index.json"
+_LET_READ = "let the user who runs this read it"
 _FILE_NAME = re.compile(r"[\w][\w.+@ -]{0,200}\.safetensors")
 Kind = Literal["plain", "float8", "integer"]
 
@@ -76,12 +77,13 @@ class Checkpoint:
         except CheckpointError as error:
             self.damage = str(error)
         except OSError as error:
-            self.damage = f"{error.filename or folder} cannot be read: {error.strerror}"
+            self.damage = f"{error.filename or folder} cannot be read: {error.strerror or shown(error)}; {_LET_READ}"
 
     def _read_header(self, file: Path) -> None:
         if not file.is_file():  # a link to nothing, a pipe, ...
             what = f"links to {shown(str(file.readlink()))}, which is gone" if file.is_symlink() else "is no file"
             raise CheckpointError(f"{file} {what}; fetch it again")
+        file.open("rb").close()  # of one that may not be read, the library says that it does not exist
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a mapping)

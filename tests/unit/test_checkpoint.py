@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from tests.support.checkpoints import make_checkpoint, small_config, write_tensors
-from vllm_bailing import checkpoint
+from vllm_bailing import DEMO_ADAPTER, checkpoint
 from vllm_bailing.checkpoint import Checkpoint, damaged_files
 from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.errors import CheckpointError
@@ -37,6 +40,35 @@ def test_an_index_that_is_none(content, tmp_path):
     model = make_checkpoint(tmp_path, shards=3)
     (model / INDEX).write_text(content)
     assert Checkpoint(model).damage == f"{model / INDEX} is not a readable index; fetch it again"
+
+
+AS_ANOTHER = """
+import sys
+from pathlib import Path
+from vllm_bailing.adapter_audit import Limits, check_adapter
+from vllm_bailing.checkpoint import Checkpoint
+from vllm_bailing.config import read_config
+print(Checkpoint(Path(sys.argv[1])).damage)
+try:
+    check_adapter(Path(sys.argv[2]), Limits(read_config(sys.argv[1])))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_files_that_may_not_be_read_are_told(tmp_path):
+    model, adapter = make_checkpoint(tmp_path / "model"), tmp_path / "adapter"
+    shutil.copytree(DEMO_ADAPTER, adapter)
+    (model / "model.safetensors").chmod(0)
+    (adapter / "adapter_model.safetensors").chmod(0)
+    # To root, nothing is forbidden but by leaving that ability behind.
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    command = [*drop, sys.executable, "-c", AS_ANOTHER, model, adapter]
+    weights, factors = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert weights == f"{model}/model.safetensors cannot be read: Permission denied; let the user who runs this read it"
+    assert factors.endswith(
+        "adapter_model.safetensors cannot be read (Permission denied); let the server's user read it"
+    )
 
 
 @pytest.mark.parametrize(
