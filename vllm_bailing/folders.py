@@ -89,3 +89,11 @@ def without_config(folder: Path) -> str | None:
     inner = [name for name in names if (folder / name / "config.json").is_file()]
     hint = f"is {folder / inner[0]} meant?" if inner else how_to_fetch(str(folder))
     return f"{folder} has no config.json; {hint}"
+
+
+def endless_file(folder: Path) -> str | None:
+    """What to say of a pipe or device among the files of a folder, which a library would wait for; None if none."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.exists() and not file.is_file() and not file.is_dir():
+            return f"{shown(str(file))} is a pipe or a device and no file"
+    return None

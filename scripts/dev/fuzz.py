@@ -151,11 +151,11 @@ def main(
             keep(name, key, verdict, detail, corpus)
         for key, (verdict, detail) in list(finds[name].items())[:show]:
             print(f"  {key} {verdict}: {detail[-1500:]!a}", flush=True)
+        if out:  # after each kind, for runs that are stopped
+            done = {"counts": {name: dict(found) for name, found in counts.items()}, "finds": finds}
+            Path(f"{out}.json").write_text(json.dumps(done, indent=1))
     print(table(counts))
     print(f"{time.monotonic() - began:.0f} s")
-    if out:
-        done = {"counts": {name: dict(found) for name, found in counts.items()}, "finds": finds}
-        Path(f"{out}.json").write_text(json.dumps(done, indent=1))
     raise typer.Exit(any(finds.values()))
 
 

@@ -1,6 +1,7 @@
 """`vllm-bailing draft-vocab`."""
 
 import json
+import os
 
 import pytest
 from transformers import AutoTokenizer
@@ -34,6 +35,8 @@ def test_draft_vocabulary_keeps_the_most_frequent_tokens_and_all_that_end_an_ans
         (("--text", "."), "--text"),
         (("--text", "text", "--out", "missing/ids.json"), "there is no folder missing; make it first"),
         (("--text", "text", "--model", "."), ". has no tokenizer that can be read"),
+        (("--text", "text", "--model", "pipes"), "pipes/pipe is a pipe or a device and no file; remove it"),
+        (("--text", "pipes/pipe"), "--text pipes/pipe is no file; name a text file"),
         (("--text", "text", "--model", "no-such/model"), "no-such/model has no tokenizer that can be read"),
     ],
 )
@@ -42,6 +45,8 @@ def test_what_no_vocabulary_can_be_made_of_is_one_line(arguments, words, tmp_pat
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     (tmp_path / "empty").write_text("")
     (tmp_path / "text").write_text("hello")
+    (tmp_path / "pipes").mkdir()
+    os.mkfifo(tmp_path / "pipes" / "pipe")
     model = DEMO
     if "--model" in arguments:
         arguments, model = arguments[:-2], arguments[-1]

@@ -310,6 +310,11 @@ def _audited(audit: Any, stored_files: Any, name: str) -> Iterator[Check]:
 def _template(folder: Path) -> Iterator[Check]:
     from transformers import AutoTokenizer
 
+    from vllm_bailing.folders import endless_file
+
+    if detail := endless_file(folder):
+        yield Check("tokenizer", False, detail, "remove it, and fetch the files again")
+        return
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # of any type, depending on the file that is wrong

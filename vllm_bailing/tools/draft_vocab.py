@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vllm_bailing.config import register_with_transformers
 from vllm_bailing.errors import shown
+from vllm_bailing.folders import endless_file
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,16 @@ def choose_tokens(model: str, files: Iterable[Path], size: int) -> ChosenTokens:
     from transformers import AutoTokenizer
 
     register_with_transformers()
+    if detail := endless_file(Path(model)):
+        raise ValueError(f"{detail}; remove it, and fetch the files again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # of any type, depending on the file that is wrong
         raise ValueError(f"{model} has no tokenizer that can be read ({shown(error)}); name its checkpoint") from None
     counts: Counter[int] = Counter()
     for file in files:
+        if file.exists() and not file.is_file():
+            raise ValueError(f"--text {file} is no file; name a text file in UTF-8")
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
