@@ -279,9 +279,10 @@ def _copy(folder: Path) -> Path:
     return Path(shutil.copytree(DEMO, folder / "model"))
 
 
-def _changes_while_loading(change: Callable[[Path], object]) -> str:
+def _changes_while_loading(change: Callable[[Path], object], prepare: Callable[[Path], object] = bool) -> str:
     with tempfile.TemporaryDirectory() as folder:
         model = _copy(Path(folder))
+        prepare(model / "model.safetensors")
         with server(model=model) as running:
             assert running.says("Starting to load model"), running.message()
             change(model / "model.safetensors")
@@ -293,15 +294,14 @@ def _changes_while_loading(change: Callable[[Path], object]) -> str:
 def replaced_while_loading() -> str:
     """The weights are replaced by another model's after the check and before they are read."""
 
-    def change(file: Path) -> None:
+    def prepare(file: Path) -> None:
         import torch
         from safetensors.torch import load_file, save_file
 
         tensors = {name: torch.cat([one, one]) for name, one in load_file(file).items()}
         save_file(tensors, file.with_suffix(".new"))
-        file.with_suffix(".new").rename(file)
 
-    return _changes_while_loading(change)
+    return _changes_while_loading(lambda file: file.with_suffix(".new").rename(file), prepare)
 
 
 def cut_while_loading() -> str:

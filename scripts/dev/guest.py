@@ -55,14 +55,15 @@ def differing(without: dict[str, str], with_it: dict[str, str]) -> str:
 
 def main(rounds: Annotated[int, typer.Option(min=1)] = 3) -> None:
     print("| process | plugins | ms of the processor | MB | modules imported |\n|---|---|---|---|---|")
+    last: dict[str, dict[str, Any]] = {}
     for process, imports in PROCESSES.items():
         for plugins, name in (("", "none"), (None, "this one")):
             runs = [observed(imports, plugins) for _ in range(rounds)]
+            last[name] = runs[-1]
             cells = [f"{statistics.median(run[key] for run in runs):.1f}" for key in ("ms", "MB", "modules")]
             print(f"| {process} | {name} | {' | '.join(cells)} |", flush=True)
-    without, with_it = (observed(PROCESSES["with nothing of vLLM"], plugins) for plugins in ("", None))
     for key in ("architectures", "model types"):
-        print(f"{key}: {differing(without[key], with_it[key])}")
+        print(f"{key}: {differing(last['none'][key], last['this one'][key])}")
 
 
 if __name__ == "__main__":
