@@ -58,19 +58,14 @@ _SIZES = (  # positive integers
     "moe_intermediate_size",
 )
 _COUNTS = ("num_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers")  # zero or more
-_SWITCHES = (
-    "tie_word_embeddings",
-    "use_bias",
-    "use_qkv_bias",
-    "use_qk_norm",
-    "use_rmsnorm",
-    "norm_topk_prob",
-    "norm_head",
-    "moe_router_enable_expert_bias",
-    "dequantize",
+_SWITCHES = tuple(
+    "tie_word_embeddings use_bias use_qkv_bias use_qk_norm use_rmsnorm norm_topk_prob norm_head "
+    "moe_router_enable_expert_bias dequantize".split()
 )
+_DROPOUTS = ("embedding_dropout", "attention_dropout", "output_dropout")
 _NUMBERS = ("rms_norm_eps", "routed_scaling_factor")  # finite, above zero
-_NULL_IS_DEFAULT = (*_SWITCHES, "initializer_range", "score_function", "router_dtype", "num_nextn_predict_layers")
+_NULL_IS_DEFAULT = (*_SWITCHES, *_DROPOUTS, "initializer_range", "score_function", "router_dtype")
+_NULL_IS_DEFAULT += ("num_nextn_predict_layers",)
 _MOST_LABELS = 2**20
 # Far beyond any model, and small enough for the lists that are made of them: layers, names of tensors, the
 # rotation of every position.
@@ -337,6 +332,8 @@ class BailingMoeV2Config(PretrainedConfig):
         for name in _NUMBERS:
             require_number(name, getattr(self, name))
         require_number("initializer_range", self.initializer_range, or_zero=True)
+        for name in _DROPOUTS:
+            require_number(name, getattr(self, name), or_zero=True, largest=1)
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={told(getattr(self, name))} must be true or false; correct it in config.json")

@@ -25,9 +25,8 @@ def require_number(name: str, value: Any, or_zero: bool = False, largest: float 
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not (SMALLEST_NUMBER <= value <= largest or (or_zero and value == 0)):
         least = "of at least 0" if or_zero else "above 0"
-        raise ValueError(
-            f"{name}={told(value)} must be a finite number {least} that fp32 holds; correct it in config.json"
-        )
+        most = "that fp32 holds" if largest == LARGEST_NUMBER else f"and at most {largest:g}"
+        raise ValueError(f"{name}={told(value)} must be a finite number {least} {most}; correct it in config.json")
 
 
 def require_object(name: str, value: Any) -> None:

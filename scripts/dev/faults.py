@@ -145,11 +145,16 @@ class Server:
             code = self.process.wait(SECONDS)
         except subprocess.TimeoutExpired:
             return f"still runs after {SECONDS} s"
-        left = [other for other in psutil.process_iter() if _session(other) == self.process.pid]
-        return f"ends after {time.monotonic() - begun:.0f} s, code {code}, {len(left)} processes left"
+        seconds, end = time.monotonic() - begun, time.monotonic() + 10
+        while (left := self._processes()) and time.monotonic() < end:
+            time.sleep(0.5)
+        return f"ends after {seconds:.0f} s, code {code}, {len(left) or 'no'} processes left"
+
+    def _processes(self) -> list[psutil.Process]:
+        return [other for other in psutil.process_iter() if _session(other) == self.process.pid]
 
     def stop(self) -> None:
-        for other in [other for other in psutil.process_iter() if _session(other) == self.process.pid]:
+        for other in self._processes():
             other.kill()
         self.process.wait()
 

@@ -189,6 +189,11 @@ MISTAKES = [
             "max_position_embeddings",
         )
     ),
+    *(
+        ({f"{kind}_dropout": value}, [f"{kind}_dropout=", "must be a finite number of at least 0 and at most 1"])
+        for kind in ("embedding", "attention", "output")
+        for value in ("x", 1.5, -0.1, True, [0.1])
+    ),
     ({"num_hidden_layers": 1000, "num_experts": 4096}, ["num_hidden_layers=1000", "num_experts=4096"]),
     # two keys against each other
     ({"rotary_dim": 32}, ["rotary_dim=32", "partial_rotary_factor=0.5"]),

@@ -317,6 +317,7 @@ def _template(folder: Path) -> Iterator[Check]:
         return
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer.encode("?")
     except Exception as error:  # of any type, depending on the file that is wrong
         reason = shown(error)
         yield Check("tokenizer", False, reason, "fetch tokenizer.json and tokenizer_config.json again")

@@ -41,6 +41,7 @@ def choose_tokens(model: str, files: Iterable[Path], size: int) -> ChosenTokens:
         raise ValueError(f"{detail}; remove it, and fetch the files again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        tokenizer.encode("?")
     except Exception as error:  # of any type, depending on the file that is wrong
         raise ValueError(f"{model} has no tokenizer that can be read ({shown(error)}); name its checkpoint") from None
     counts: Counter[int] = Counter()
