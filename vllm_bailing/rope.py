@@ -9,7 +9,7 @@ import math
 import sys
 from typing import Any
 
-from vllm_bailing.errors import told
+from vllm_bailing.errors import shown, told
 from vllm_bailing.validation import require_int, require_number, require_object
 
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_dim")
@@ -108,8 +108,8 @@ def _merged(rope_parameters: dict[str, Any] | None, rope_scaling: dict[str, Any]
         for key in sorted(set(rope_parameters) & set(rope_scaling)):
             if rope_parameters[key] != rope_scaling[key]:
                 raise ValueError(
-                    f"rope_parameters.{key}={told(rope_parameters[key])} contradicts "
-                    f"rope_scaling.{key}={told(rope_scaling[key])}; keep one of them"
+                    f"rope_parameters.{shown(key)}={told(rope_parameters[key])} contradicts "
+                    f"rope_scaling.{shown(key)}={told(rope_scaling[key])}; keep one of them"
                 )
     return {**(rope_parameters or {}), **(rope_scaling or {})}
 
@@ -143,7 +143,7 @@ def _scaling(given: dict[str, Any], rope_type: str) -> dict[str, Any]:
         )
     if unknown:
         raise ValueError(
-            f"{unknown[0]}={told(given[unknown[0]])} does not belong to rope_type={told(rope_type)}; "
+            f"{shown(unknown[0])}={told(given[unknown[0]])} does not belong to rope_type={told(rope_type)}; "
             f"it takes {', '.join(sorted(allowed)) or 'no scaling keys'} (for YaRN write rope_type 'yarn')"
         )
     return scaling

@@ -194,6 +194,11 @@ MISTAKES = [
         for kind in ("embedding", "attention", "output")
         for value in ("x", 1.5, -0.1, True, [0.1])
     ),
+    ({"rope_scaling": {**YARN, "a\nb\x1b[2J": 1}}, [r"a\nb\x1b[2J=1 does not belong to rope_type='yarn'"]),
+    (
+        {"rope_scaling": {**YARN, "a\nb": 1}, "rope_parameters": {**YARN, "a\nb": 2}},
+        [r"rope_parameters.a\nb=2 contradicts rope_scaling.a\nb=1"],
+    ),
     ({"num_hidden_layers": 1000, "num_experts": 4096}, ["num_hidden_layers=1000", "num_experts=4096"]),
     # two keys against each other
     ({"rotary_dim": 32}, ["rotary_dim=32", "partial_rotary_factor=0.5"]),
