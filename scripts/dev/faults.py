@@ -132,7 +132,7 @@ class Server:
         """The line of the log that says what was wrong, without the names of processes: ours, or the first error."""
         text = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))
         lines = [re.sub(r"^(\([^)]*\) )?(\w+ [\d-]+ [\d:]+ \[[^]]*\] )?", "", line) for line in text.splitlines()]
-        ours = [line for line in lines if line.startswith("vllm-bailing:")]
+        ours = [line for line in lines if line.startswith(("vllm-bailing:", "vllm_bailing.errors."))]
         errors = [
             line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line) and "See root cause" not in line
         ]

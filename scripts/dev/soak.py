@@ -47,10 +47,10 @@ def reload_weights(url: str, ended: threading.Event, count: list[int]) -> None:
 
 
 def slope(samples: list[dict[str, float]]) -> tuple[float, float]:
-    """Growth of the memory in MiB per hour over the last two thirds, by least squares, and its standard error."""
+    """Growth of the memory in MiB per hour over the last half, by least squares, and its standard error."""
     import numpy
 
-    kept = samples[len(samples) // 3 :]
+    kept = samples[len(samples) // 2 :]
     hours = numpy.array([sample["seconds"] / 3600 for sample in kept])
     mib = numpy.array([sample["memory"] / 2**20 for sample in kept])
     (rate, _), covariance = numpy.polyfit(hours, mib, 1, cov=True)
