@@ -135,6 +135,11 @@ def _compressed_tensors(quantization: dict[str, Any]) -> tuple[Any, Any]:
     def find(module: str) -> tuple[Any, Any]:
         for scheme, compressor in zip(schemes, compressors, strict=True):
             if "Linear" in scheme.targets or any(match_name(module, target) for target in scheme.targets):
+                if scheme.weights is None:
+                    raise CheckpointError(
+                        f"{module} is quantized, but its group of quantization_config in config.json says nothing of "
+                        "weights; take the config.json that was exported with them"
+                    )
                 return scheme, compressor
         raise CheckpointError(f"{module} is quantized, but no group of quantization_config in config.json targets it")
 
@@ -150,8 +155,10 @@ def _compressed_tensors(quantization: dict[str, Any]) -> tuple[Any, Any]:
         scale = parts["weight_scale"].to(torch.float32)
         if scheme.weights.block_structure:  # the library takes one block per row for a scale per channel
             return _of_blocks(parts["weight"], scale, scheme.weights.block_structure)
-        if "weight" in parts and parts["weight"].is_floating_point() != (scheme.weights.type == "float"):
-            raise ValueError(f"weight is {parts['weight'].dtype}, and quantization_config says {scheme.weights.type!s}")
+        if "weight" in parts and scheme.weights.type == "int" and parts["weight"].dtype != torch.int8:
+            raise ValueError(f"weight is {parts['weight'].dtype}, wanted is int8")
+        if "weight" in parts and scheme.weights.type == "float" and not parts["weight"].is_floating_point():
+            raise ValueError(f"weight is {parts['weight'].dtype}, wanted is float8")
         shape = parts["weight_shape"].tolist() if "weight_shape" in parts else list(parts["weight"].shape)
         _require_scales(scale, QuantizationStrategy(scheme.weights.strategy).value, shape, scheme.weights.group_size)
         return compressor.decompress({**parts, "weight_scale": scale}, scheme)["weight"]
@@ -214,6 +221,7 @@ def _fp8(quantization: dict[str, Any]) -> tuple[Any, Any]:
 def _awq(quantization: dict[str, Any]) -> tuple[Any, ...]:
     from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
 
+    _group_size(quantization)
     try:
         converter = AutoAWQConverter.from_autoawq_config({**quantization, "modules_to_not_convert": None})
     except (ValueError, TypeError, KeyError) as error:
@@ -222,6 +230,8 @@ def _awq(quantization: dict[str, Any]) -> tuple[Any, ...]:
     parts = ("qweight", "qzeros", "scales") if converter.zero_point else ("qweight", "scales")
 
     def weight_of(module: str, stored: Tensors) -> torch.Tensor:
+        if "qzeros" in stored and len(stored["qzeros"]) != len(stored["scales"]):
+            raise ValueError(f"{len(stored['qzeros'])} rows of zero points for {len(stored['scales'])} of scales")
         named = {f"{module}.{leaf}": tensor for leaf, tensor in stored.items()}
         packed = converter.process(named)
         return weight_of_packed(module, {name.rpartition(".")[2]: tensor for name, tensor in packed.items()})
@@ -237,17 +247,22 @@ def _awq(quantization: dict[str, Any]) -> tuple[Any, ...]:
     return lambda module: parts, weight_of, check_spare
 
 
-def _gptq(quantization: dict[str, Any]) -> tuple[Any, Any, Any]:
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
-    bits, group_size = quantization.get("bits", 4), quantization.get("group_size", -1)
-    if type(bits) is not int or bits not in _GPTQ_BITS:
-        raise CheckpointError(
-            f"quantization_config of config.json has bits={told(bits)}; GPTQ has {', '.join(map(str, _GPTQ_BITS))}"
-        )
+def _group_size(quantization: dict[str, Any]) -> int:
+    group_size = quantization.get("group_size", -1)
     if type(group_size) is not int or (group_size < 1 and group_size != -1):
         raise CheckpointError(
             f"quantization_config of config.json has group_size={told(group_size)}; wanted is a number of inputs, or -1"
+        )
+    return group_size
+
+
+def _gptq(quantization: dict[str, Any]) -> tuple[Any, Any, Any]:
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    bits, group_size = quantization.get("bits", 4), _group_size(quantization)
+    if type(bits) is not int or bits not in _GPTQ_BITS:
+        raise CheckpointError(
+            f"quantization_config of config.json has bits={told(bits)}; GPTQ has {', '.join(map(str, _GPTQ_BITS))}"
         )
     if quantization.get("dynamic"):
         raise CheckpointError(

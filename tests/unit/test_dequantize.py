@@ -375,3 +375,36 @@ def test_scales_are_not_stretched_over_a_weight_that_they_do_not_fit(scheme, cha
     quantization, stored, _ = one_layer(scheme)
     stored[f"{MODULE}.weight_scale"] = change(stored[f"{MODULE}.weight_scale"])
     assert "needs [160, 1] scales" in message_of(quantization, stored)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "part", "change", "words"),
+    [
+        ("w8a8", "weight", lambda weight: weight.to(torch.uint8), "weight is torch.uint8, wanted is int8"),
+        ("w8a8", "weight", lambda weight: weight.to(torch.bool), "weight is torch.bool, wanted is int8"),
+        ("w8a8", "weight_scale", lambda scale: scale.to(torch.int32), "weight_scale is torch.int32, wanted are floats"),
+        ("fp8", "weight", lambda weight: weight.float().to(torch.int8), "weight is torch.int8, wanted is float8"),
+        ("awq", "qzeros", lambda zeros: zeros[:1], "1 rows of zero points for 9 of scales"),
+        ("awq", "qweight", lambda weight: weight.to(torch.int64), "qweight is torch.int64, wanted are integers of 32"),
+        ("gptq-act", "g_idx", lambda index: index[:1], "g_idx has [1] values for 288 inputs"),
+        ("gptq-act", "g_idx", lambda index: index.float(), "g_idx is torch.float32, wanted are integers"),
+        ("gptq", "scales", lambda scale: scale.to(torch.bool), "scales is torch.bool, wanted are floats"),
+    ],
+)
+def test_parts_are_of_the_kind_that_the_scheme_has(scheme, part, change, words):
+    quantization, stored, _ = one_layer(scheme)
+    stored[f"{MODULE}.{part}"] = change(stored[f"{MODULE}.{part}"]).contiguous()
+    assert words in message_of(quantization, stored)
+
+
+@pytest.mark.parametrize("scheme", ["awq", "gptq"])
+@pytest.mark.parametrize("size", ["32", 0, -2, True, None, [32], 32.0])
+def test_a_group_is_a_number_of_inputs(scheme, size):
+    quantization, stored, _ = one_layer(scheme)
+    assert "wanted is a number of inputs, or -1" in message_of({**quantization, "group_size": size}, stored)
+
+
+def test_a_group_that_says_nothing_of_weights():
+    quantization, stored, _ = one_layer("w8a8")
+    quantization["config_groups"]["group_0"]["weights"] = None
+    assert "says nothing of weights; take the config.json" in message_of(quantization, stored)
