@@ -134,6 +134,15 @@ def with_config(folder, text):
 DEEP = '{"a": ' + "[" * 900 + "]" * 900 + "}"
 
 
+def with_a_window_of(tokens):
+    def make(folder):
+        shutil.copytree(DEMO, folder)
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": tokens}))
+
+    return make
+
+
 def with_a_pipe(name):
     def make(folder):
         shutil.copytree(DEMO, folder)
@@ -193,6 +202,7 @@ OTHER = "vLLM serves it by its own class"
         (with_file("generation_config.json", "[]"), "generation_config.json", "object", "fetch it again"),
         (with_file("generation_config.json", '{"eos_token_id": 99999}'), "generation_config.json", "vocabulary", ""),
         (with_file("generation_config.json", '{"pad_token_id": "x"}'), "generation_config.json", "not supp", "correct"),
+        (with_a_window_of("x"), "tokenizer", "not supported between", "fetch tokenizer.json"),
         (with_a_pipe("tokenizer.json"), "tokenizer", "tokenizer.json is a pipe or a device and no file", "remove it"),
         (with_file("generation_config.json", DEEP), "generation_config.json", "recursion", "correct"),
     ],
