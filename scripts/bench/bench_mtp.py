@@ -62,11 +62,12 @@ def plot(measured: report.Report, path: Path) -> None:
         for panel, batch_size in zip(panels, sizes, strict=True):
             rows = [row for row in measured["rows"] if row["batch_size"] == batch_size]
             x = [int(row["arm"]) for row in rows]
-            for acceptance in ACCEPTANCES:
+            for place, acceptance in enumerate(ACCEPTANCES):
                 speeds = [at_acceptance(row, acceptance) for row in rows]
                 medians, lows, highs = ([speed[key] for speed in speeds] for key in ("median", "low", "high"))
                 bars, label = plots.error_bars(medians, lows, highs), f"{100 * acceptance:.0f} % accepted"
-                panel.errorbar(x, medians, yerr=bars, marker="o", capsize=3, label=label)
+                beside = [tick + plots.side_by_side(place, len(ACCEPTANCES)) for tick in x]
+                panel.errorbar(beside, medians, yerr=bars, marker="o", capsize=3, label=label)
             panel.axhline(1, color="grey", linewidth=0.8)
             panel.set(title=f"batch {batch_size}", xlabel="draft tokens per step", ylim=(0, None), xticks=x)
             panel.grid(alpha=0.3)

@@ -209,16 +209,17 @@ def measure(
 def plot(depths: list[float], shares: dict[str, dict[int, list[float]]], path: Path) -> None:
     """Heat maps of the shares."""
     options = {"panels": len(shares), "sharey": True, "layout": "constrained"}
-    with figure_at(path, (9, 2.6), **options) as (figure, axes):
+    with figure_at(path, (10, 2.6), **options) as (figure, axes):
         image = None
         for axis, (arm, by_length) in zip(axes, shares.items(), strict=True):
             image = axis.imshow(list(by_length.values()), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
             axis.set(title=f"scaling: {arm}", xlabel="depth of the fact, %")
-            axis.set_xticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths], fontsize=8)
+            axis.set_xticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths], fontsize=7)
             axis.set_yticks(range(len(by_length)), [str(length) for length in by_length])
             for y, row in enumerate(by_length.values()):
                 for x, share in enumerate(row):
-                    axis.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=7)
+                    ink = "white" if sum(image.cmap(image.norm(share))[:3]) < 1.6 else "black"
+                    axis.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=ink)
         axes[0].set_ylabel("tokens in the prompt")
         figure.colorbar(image, ax=axes, label="right")
 

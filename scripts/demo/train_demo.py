@@ -407,7 +407,7 @@ def write_plot(history: list[tuple[int, float, float, float]], path: Path) -> No
         left.legend()
         right.plot(tokens / 1e6, load, color="tab:green")
         right.axhline(1, color="grey", linewidth=0.8)
-        right.set(xlabel="million tokens", ylabel="load of the fullest expert / even load", ylim=(0.8, None))
+        right.set(xlabel="million tokens", ylabel="fullest expert, times an even load", ylim=(0.8, None))
         for axis in (left, right):
             axis.grid(alpha=0.3)
         figure.tight_layout()

@@ -83,7 +83,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         for axis, (key, unit, title) in zip(axes, panels, strict=True):
             axis.plot(minutes, [sample[key] / unit for sample in found["samples"]])
             axis.set(title=title, xlabel="minutes")
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.05 * max(axis.get_ylim()[1], 1))
 
 
 def main(minutes: Annotated[float, typer.Option(min=1)] = 60, out: Path = Path("soak")) -> None:

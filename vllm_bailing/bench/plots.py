@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_bailing.bench.statistics import AGAIN, IN_TREE, PLUGIN
+from vllm_bailing.errors import shown
 
 
 @contextmanager
@@ -29,12 +30,31 @@ def figure_at(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, panels, figsize=size, squeeze=False, **{"dpi": 100, **options})
-    try:
-        yield figure, list(axes[0])
-        figure.savefig(path)
-    finally:
-        pyplot.close(figure)
+    # Names of models and arms are no formulas.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure, axes = pyplot.subplots(1, panels, figsize=size, squeeze=False, **{"dpi": 100, **options})
+        try:
+            yield figure, list(axes[0])
+            figure.savefig(path)
+        finally:
+            pyplot.close(figure)
+
+
+def side_by_side(place: int, count: int, width: float = 0.12) -> float:
+    """How far right of a tick series `place` of `count` stands, so that their error bars lie beside each other."""
+    return (place - (count - 1) / 2) * width
+
+
+def ink() -> str:
+    """The color of axes and text."""
+    from matplotlib import rcParams
+
+    return rcParams["axes.edgecolor"]
+
+
+def _name(model: str) -> str:
+    """The last part of a model's name, as it fits into a title."""
+    return shown(Path(model).name, 40)
 
 
 def error_bars(middles: list[float], lows: list[float], highs: list[float]) -> list[list[float]]:
@@ -56,14 +76,17 @@ def plot_mtp(report: dict[str, Any], path: Path) -> None:
     with figure_at(path, (9, 3.4), panels=2) as (figure, (left, right)):
         from matplotlib.ticker import MaxNLocator
 
-        for size in dict.fromkeys(row["batch_size"] for row in report["rows"]):
+        sizes = list(dict.fromkeys(row["batch_size"] for row in report["rows"]))
+        for place, size in enumerate(sizes):
             rows = [row for row in report["rows"] if row["batch_size"] == size]
             medians, lows, highs = ([row["ratio"][key] for row in rows] for key in ("median", "low", "high"))
-            x, bars = [int(row["arm"]) for row in rows], error_bars(medians, lows, highs)
+            beside = side_by_side(place, len(sizes))
+            x, bars = [int(row["arm"]) + beside for row in rows], error_bars(medians, lows, highs)
             left.errorbar(x, medians, yerr=bars, marker="o", capsize=3, label=f"batch {size}")
             deepest = max((row["acceptance"] for row in rows), key=len)
             shares = [100 * share for share in deepest]
-            right.plot(range(1, len(shares) + 1), shares, marker="o", label=f"batch {size}")
+            positions = [position + beside for position in range(1, len(shares) + 1)]
+            right.plot(positions, shares, marker="o", label=f"batch {size}")
         left.axhline(1, color="grey", linewidth=0.8)
         left.set(xlabel="draft tokens per step", ylabel="tokens/s, times no speculation", ylim=(0, None))
         right.set(xlabel="draft position", ylabel="accepted up to here, %", ylim=(0, 105))
@@ -71,7 +94,7 @@ def plot_mtp(report: dict[str, Any], path: Path) -> None:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(alpha=0.3)
             axis.legend()
-        figure.suptitle(f"MTP on {Path(report['model']).name}")
+        figure.suptitle(f"MTP on {_name(report.get('model', 'a model'))}")
         figure.tight_layout()
 
 
@@ -85,7 +108,7 @@ def plot_comparison(report: dict[str, Any], path: Path) -> None:
     """
     facts = report["arms"][PLUGIN]
     mode = "eager" if report["engine"].get("enforce_eager") else "compiled"
-    title = f"vllm-bailing: {Path(report['model']).name}, {mode}, {facts['dtype']}, {facts['device']}"
+    title = f"vllm-bailing: {_name(report['model'])}, {mode}, {facts['dtype']}, {facts['device']}"
     rows = report["rows"]
     figures = list(dict.fromkeys(row["figure"] for row in rows))
     arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm not in (IN_TREE, AGAIN)]
@@ -94,7 +117,7 @@ def plot_comparison(report: dict[str, Any], path: Path) -> None:
         for place, figure in enumerate(figures):
             noise = next(row["noise"] for row in rows if row["figure"] == figure)
             label = "noise floor" if place == 0 else None
-            axis.fill_between([place - 0.45, place + 0.45], 1 / noise, noise, color="0.85", label=label, zorder=0)
+            axis.fill_between([place - 0.45, place + 0.45], 1 / noise, noise, color="grey", alpha=0.3, lw=0, label=label, zorder=0)
         for index, arm in enumerate(arms):
             x = [place + (index - (len(arms) - 1) / 2) * width for place in range(len(figures))]
             ratios = [row["ratio"] for row in rows if row["arm"] == arm]
@@ -102,11 +125,36 @@ def plot_comparison(report: dict[str, Any], path: Path) -> None:
             heights = [ratio - 1 for ratio in ratios]
             axis.bar(x, heights, 0.9 * width, bottom=1, label=arm, zorder=2, alpha=0.85)
             bars = error_bars(ratios, list(lows), list(highs))
-            axis.errorbar(x, ratios, yerr=bars, fmt="none", ecolor="black", capsize=3, zorder=3)
-        axis.axhline(1, color="black", linewidth=0.8, zorder=1)
+            axis.errorbar(x, ratios, yerr=bars, fmt="none", ecolor=ink(), capsize=3, zorder=3)
+        axis.axhline(1, color=ink(), linewidth=0.8, zorder=1)
         axis.set_xticks(range(len(figures)), [figure.replace(" ", "\n") for figure in figures])
         axis.set(ylabel="times in-tree, above 1 is better", title=title)
         axis.grid(axis="y", alpha=0.3)
         axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
         axis.margins(x=0.01)
         canvas.tight_layout()
+
+
+def plot_verify(report: dict[str, Any], path: Path) -> None:
+    """Deviation from the reference by prompt, in nats, with the limits.
+
+    Args:
+        report: Of `vllm-bailing verify`, from which this takes `prompts`, `tolerance` and `dtype`.
+    Raises:
+        ImportError: Without matplotlib.
+    """
+    with figure_at(path, (9, 3.0), panels=2) as (figure, panels):
+        from matplotlib.ticker import MaxNLocator
+
+        for panel, (key, title) in zip(
+            panels, (("mean", "mean |Δ log-probability|"), ("divergence", "mean KL divergence")), strict=True
+        ):
+            values, limit = [prompt[key] for prompt in report["prompts"]], report["tolerance"][key]
+            colors = ["tab:blue" if value <= limit else "tab:red" for value in values]
+            panel.bar(range(1, len(values) + 1), values, color=colors)
+            panel.axhline(limit, color=ink(), linewidth=0.8, linestyle="--", label=f"limit for {report['dtype']}")
+            panel.set(xlabel="prompt", ylabel="nats", title=title)
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            panel.grid(axis="y", alpha=0.3)
+            panel.legend(fontsize="small")
+        figure.tight_layout()
