@@ -111,9 +111,9 @@ class Plan:
     def yaml(self) -> str:
         """Text of a file for `vllm serve --config FILE`."""
         count = f"{self.gpus} x {self.gpu.name}" + (f" ({self.layout})" if len(self.commands) > 1 else "")
-        room = f"{self.kv_tokens} tokens of KV cache, {self.largest_concurrency} such requests"
+        room = f"{self.kv_tokens:,} tokens of KV cache, {self.largest_concurrency} such requests"
         comments = (
-            f"{self.model} in {self.dtype} on {count}, {self.concurrency} requests of {self.context} tokens at once.",
+            f"{self.model} in {self.dtype} on {count}, {self.concurrency} requests of {self.context:,} tokens at once.",
             f"Planned on paper: {self.weights.total / GIB:.1f} GiB of weights per GPU, room for {room}.",
             *self.notes,
             *(f"On {own.place(self.commands)}: {own.additions()}" for own in self.commands if own.flags),
@@ -202,14 +202,14 @@ def _verdict(request: Request, best: Fit) -> tuple[str, str]:
         )
     if not best.requests:
         return "no", (
-            f"the {names} fit, but beside them only {best.tokens} tokens of KV cache, less than one request of "
-            f"{context}; use more GPUs, a smaller dtype, an fp8 KV cache or a shorter context"
+            f"the {names} fit, but beside them only {best.tokens:,} tokens of KV cache, less than one request of "
+            f"{context:,}; use more GPUs, a smaller dtype, an fp8 KV cache or a shorter context"
         )
     if best.requests < request.concurrency:
         engines = best.layout.engines
-        tokens = f"{engines} x {best.tokens}" if engines > 1 else str(best.tokens)
+        tokens = f"{engines} x {best.tokens:,}" if engines > 1 else f"{best.tokens:,}"
         return "tight", (
-            f"{tokens} tokens of KV cache hold {best.requests} requests of {context} tokens, not "
+            f"{tokens} tokens of KV cache hold {best.requests:,} requests of {context:,} tokens, not "
             f"{request.concurrency}; the others wait when all are that long"
         )
     return "fits", ""
@@ -219,7 +219,7 @@ def _described(other: Fit) -> str:
     layout = other.layout
     spread = f" over {other.nodes} nodes" if other.nodes > 1 else ""
     return (
-        f"{layout.name}{spread}: {other.requests} such requests at once, bound alone {other.single.tokens_per_s:.0f} "
+        f"{layout.name}{spread}: {other.requests} such requests at once, bound alone {other.single.tokens_per_s:,.0f} "
         f"tokens/s (--tp {layout.tp} --pp {layout.pp} --dp {layout.dp})"
     )
 
