@@ -17,7 +17,7 @@ from typing import Any
 from transformers.configuration_utils import PretrainedConfig
 
 from vllm_bailing.errors import OtherModelError, shown, told
-from vllm_bailing.folders import without_config
+from vllm_bailing.folders import nowhere, without_config
 from vllm_bailing.rope import ROPE_KEYS, settled_rope, with_original_window
 from vllm_bailing.validation import (
     LARGEST,
@@ -576,7 +576,7 @@ def read_config(model: str | Path, overrides: dict[str, Any] | None = None) -> B
     """
     from transformers import AutoConfig
 
-    if reason := without_config(Path(model)):
+    if reason := nowhere(str(model)) or without_config(Path(model)):
         raise ValueError(reason)
     register_with_transformers()
     try:

@@ -55,6 +55,13 @@ def is_path(model: str) -> bool:
     return model.startswith(("/", ".", "~")) or model.count("/") > 1 or Path(model).exists()
 
 
+def nowhere(model: str) -> str | None:
+    """Why a path cannot be read if nothing is there; None if something is, or if it may be a name on the hub."""
+    if not is_path(model) or Path(model).exists():
+        return None
+    return f"{model} is no folder and no file on this machine; correct it, or give a model's name on the hub"
+
+
 def how_to_fetch(model: str) -> str:
     """The command that fetches `model`; advice for a folder of which nobody knows where it comes from."""
     if not is_path(model):

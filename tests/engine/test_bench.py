@@ -44,10 +44,12 @@ def test_short_answers_are_asked_for_until_the_measurement_is_long_enough():
     assert found.tokens > 2 * 8 and found.tokens % (2 * 8) == 0
 
 
-def test_an_engine_that_refuses_ends_the_measurement_with_its_reason(tmp_path):
+def test_a_folder_without_a_model_is_refused_before_an_engine_starts(tmp_path):
     done = CliRunner().invoke(app, ["bench", "mtp", str(tmp_path), "--rounds", "1", "--out", str(tmp_path / "mtp")])
-    assert done.exit_code == 1
-    assert "vllm-bailing bench: " in str(done.exception or done.output)
+    assert (
+        done.exit_code == 2
+        and done.stderr == f"vllm-bailing bench: {tmp_path} is empty; copy, fetch or export it again\n"
+    )
 
 
 def test_both_classes_are_compared_on_the_demo(tmp_path):

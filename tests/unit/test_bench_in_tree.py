@@ -113,9 +113,9 @@ def test_referee_tells_what_an_option_changed():
 def test_a_wrong_class_ends_the_command_with_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "run_task", lambda task: {"facts": OURS, "figures": {"load": 1.0}})
     done = CliRunner().invoke(app, ["bench", "compare", "mid", "--out", str(tmp_path / "x")])
-    assert done.exit_code == 1
-    message = str(done.exception)
-    assert message.startswith("vllm-bailing bench: the arm 'in-tree' ran vllm_bailing") and "\n" not in message
+    assert done.exit_code == 2
+    *_progress, message = done.stderr.strip().splitlines()
+    assert message.startswith("vllm-bailing bench: the arm 'in-tree' ran vllm_bailing")
     assert not list(tmp_path.iterdir())
 
 

@@ -120,7 +120,7 @@ def test_a_gpu_is_found_in_any_case_and_may_be_described():
 @pytest.mark.parametrize("options", [{}, {"memory_gib": 268.0}, {"bandwidth": 8.0}])
 def test_a_gpu_that_is_not_known_has_to_be_described_by_both_numbers(options):
     with pytest.raises(
-        ValueError, match=r"'B300' is not known; .*(give|add) .*, or name one of --list-gpus$"
+        ValueError, match=r"'B300' is not known \(is GB300 meant\?\); (give|add) .*, or name one of --list-gpus$"
     ) as refusal:
         find_gpu("B300", **options)
     way = str(refusal.value).partition(" or name one")[0]

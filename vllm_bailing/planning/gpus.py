@@ -245,4 +245,4 @@ def _like(name: str) -> str:
     """A row that may be meant, as a question; a beginning alone is no row: an A10 is no A100."""
     wanted = name.casefold().replace(" ", "")
     near = [gpu for gpu in GPUS if wanted and wanted in gpu.casefold()]
-    return f"; is {near[0]} meant?" if len(near) == 1 else ""
+    return f" (is {near[0]} meant?)" if len(near) == 1 else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vllm_bailing.config import register_with_transformers
 from vllm_bailing.errors import shown
-from vllm_bailing.folders import endless_file
+from vllm_bailing.folders import endless_file, nowhere
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ def choose_tokens(model: str, files: Iterable[Path], size: int) -> ChosenTokens:
     """
     from transformers import AutoTokenizer
 
+    if reason := nowhere(model):
+        raise ValueError(reason)
     register_with_transformers()
     if detail := endless_file(Path(model)):
         raise ValueError(f"{detail}; remove it, and fetch the files again")
