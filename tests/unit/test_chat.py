@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import random
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -123,7 +125,7 @@ def test_each_of_several_calls_is_shown_and_answered(first):
 def test_commands_of_the_conversation(tmp_path):
     chat, requests = a_chat(*[[delta(letter), STOP] for letter in "abcdef"])
     told = printed(chat, "one", "", "/new", "/thinking on", "/what is this", "two", "//etc/hosts", terminal=True)
-    assert "/what is this is no command" in told and "/retry" in told and "thinking is on" in told
+    assert "/what is this is no command; /help lists them" in told and "thinking is on" in told
     assert [len(request["messages"]) for request in requests] == [1, 1, 3]
     assert requests[1]["extra_body"] == {"chat_template_kwargs": {"thinking_option": "on"}}
     assert requests[2]["messages"][-1]["content"] == "/etc/hosts"
@@ -215,6 +217,38 @@ def test_what_is_no_conversation_is_not_loaded(text, tmp_path):
         with pytest.raises(ChatError, match="No such file or directory"):
             failing(tmp_path / "missing" / "file")
     assert len(chat.messages) == 2
+
+
+def in_pieces(text, width, seed):
+    """What `Lines` makes of a text that comes in pieces."""
+    lines, draw, out = chat_screen.Lines(width), random.Random(seed), ""
+    while text:
+        cut = draw.randint(1, 9)
+        out += lines.add(text[:cut])
+        text = text[cut:]
+    return out + lines.rest()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_lines_break_between_words_however_a_text_is_cut(seed):
+    draw = random.Random(seed)
+    width = draw.randint(12, 80)
+    words = ["".join(draw.choices("abc.,", k=draw.randint(1, 12))) for _ in range(60)]
+    text, came = " ".join(words), in_pieces(" ".join(words), width, seed)
+    assert [line.rstrip() for line in came.split("\n")] == textwrap.wrap(text, width, break_on_hyphens=False)
+
+
+def test_lines_keep_what_is_set_in_columns_and_do_not_hold_chinese_back():
+    assert in_pieces("def f():\n    return 1\n\n", 20, 1) == "def f():\n    return 1\n\n"
+    assert in_pieces("x" * 50 + " y", 20, 1) == "x" * 50 + " y"  # the terminal breaks it
+    lines = chat_screen.Lines(10)
+    assert lines.add("你好世界") == "你好世界" and lines.add("再见") == "再\n见"
+    terminal = Console(file=io.StringIO(), width=20, force_terminal=True, color_system=None)
+    chat_screen.show(iter([("reasoning", "twelve lett"), ("reasoning", "ers is long"), ("content", "y")]), terminal)
+    assert terminal.file.getvalue() == "twelve letters is \nlong\ny\n"
+    file = Console(file=io.StringIO(), width=20)
+    chat_screen.show(iter([("content", "twelve letters is long")]), file)
+    assert file.file.getvalue() == "twelve letters is long\n"  # whatever the width
 
 
 def test_lines_are_edited_and_remembered(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from openai import OpenAIError
+from rich.cells import cell_len
 from rich.console import Console
 
 from vllm_bailing.errors import ChatError, shown
@@ -32,18 +33,68 @@ _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t
 _CONTROLS |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 
 
+class Lines:
+    """Text as it comes, for a terminal that is `width` columns wide and would break lines within words.
+
+    The end of a text is held back until it is known whether the word goes on.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width, self.column, self._word = width, 0, ""
+
+    def add(self, text: str) -> str:
+        """What may be printed now."""
+        out = []
+        for char in text:
+            wide = cell_len(char) > 1  # Chinese, for one, has a break after every character and no spaces
+            if wide or char.isspace():
+                out.append(self.rest())
+            if wide:
+                self._word = char
+                out.append(self.rest())
+            elif char == "\n":
+                out.append(char)
+                self.column = 0
+            elif not char.isspace():
+                self._word += char
+            elif self.column < self.width:
+                out.append(char)
+                self.column += 8 - self.column % 8 if char == "\t" else 1
+        return "".join(out)
+
+    def rest(self) -> str:
+        """The word that was held back."""
+        word, self._word = self._word, ""
+        size = cell_len(word)
+        is_too_long = bool(size and self.column) and self.column + size > self.width
+        self.column = (0 if is_too_long else self.column) + size
+        while self.column > self.width:  # a word longer than a line, which the terminal breaks
+            self.column -= self.width
+        return ("\n" if is_too_long else "") + word
+
+
 def show(pieces: Iterator[tuple[str, str]], console: Console) -> None:
     """Print an answer as it comes: reasoning dimmed, calls colored, each kind from a line of its own."""
-    before = None
+    before, lines = None, None
+
+    def put(text: str, kind: str) -> None:
+        console.print(text, style=STYLES[kind], end="", markup=False, highlight=False, soft_wrap=True)
+
     try:
         for kind, text in pieces:
-            if before not in (None, kind):
+            if before is not None and before != kind:
+                put(lines.rest() if lines else "", before)
                 console.print()
+                lines = None
             visible = text.translate(_CONTROLS)
-            console.print(visible, style=STYLES[kind], end="", markup=False, highlight=False, soft_wrap=True)
+            if console.is_terminal:
+                lines = lines or Lines(console.width)
+                visible = lines.add(visible)
+            put(visible, kind)
             before = kind
     finally:
         if before is not None:
+            put(lines.rest() if lines else "", before)
             console.print()
 
 
@@ -130,12 +181,17 @@ def _obey(chat: Chat, console: Console, command: str, argument: str) -> bool:
         chat.thinking = argument or chat.thinking
         say(f"thinking is {chat.thinking or 'what the chat template makes it'}")
     elif command in ("save", "load") and argument:
-        (chat.save if command == "save" else chat.load)(Path(argument).expanduser())
+        try:
+            (chat.save if command == "save" else chat.load)(Path(argument).expanduser())
+        except ChatError as error:
+            say(str(error), always=True)
+            return False
         say(f"{len(chat.messages)} messages {'written to' if command == 'save' else 'read from'} {argument}")
-    else:
-        if command != "help":
-            say(f"/{shown(f'{command} {argument}'.strip())} is no command", always=True)
+    elif command == "help":
         say(HELP, always=True)
+    else:
+        told = shown(f"/{command} {argument}".strip(), 60)
+        say(f"{told} is no command; /help lists them, and /{told} is a message", always=True)
     return False
 
 
