@@ -61,7 +61,7 @@ def demo(
     ] = False,
     port: Annotated[str, typer.Option("--port", metavar="N", help="Port of the server.")] = "8000",
 ) -> None:
-    """Serve the demo checkpoint, chat with it, and stop the server.
+    """Serve the demo checkpoint, chat with it, and stop.
 
     With --keep the server stays as the guides expect it: called demo, with tool calls and reasoning. Exit code 1: it
     could not be served or did not answer.
@@ -128,7 +128,7 @@ def _chat(chosen: Options, log: Path) -> None:
 
 
 class _Progress:
-    """Shows the time and the last message of the server: on a terminal in one line, else when it is a new one."""
+    """Shows the time and what the server does: on a terminal in one line, else when that changes."""
 
     def __init__(self) -> None:
         self.shown = ""
@@ -147,15 +147,14 @@ def _show_answer(speaker: str, pieces: Iterable[str]) -> None:
     from vllm_bailing.errors import DemoError
 
     print(f"{speaker:<8}", end="", flush=True)
-    start, count = time.monotonic(), 0
+    start = time.monotonic()
     try:
         for piece in pieces:
-            count += 1
             print(piece.replace("\n", "\n        "), end="", flush=True)
     except DemoError:
         print()
         raise
-    _say(f"\n        ({count} pieces in {time.monotonic() - start:.1f} s)")
+    _say(f"\n        ({time.monotonic() - start:.1f} s)")
 
 
 def _show_examples(url: str, model: str) -> None:

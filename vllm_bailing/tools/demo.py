@@ -33,6 +33,16 @@ QUESTIONS = ("Who are you? Please answer in one or two sentences.",)
 DEMO_START_LIMIT_S = 600  # any other model may have to be downloaded first, so it has no limit
 STOP_LIMIT_S = 15
 _POLL_S = 0.1  # how often a server that starts is asked whether it is ready
+# What vLLM logs when it begins with something.
+_STAGES = {
+    "Resolved architecture": "reading the configuration",
+    "Initializing a V1 LLM engine": "starting the engine",
+    "Starting to load model": "loading the weights",
+    "Loading weights took": "setting up the layers",
+    "Dynamo bytecode transform": "compiling",
+    "KV cache size": "setting up the cache and warming up",
+    "init engine (": "opening the port",
+}
 PARALLEL_FLAGS = re.compile(r"--(tensor|pipeline|data)-parallel-size|-tp|-pp|-dp")
 
 
@@ -212,7 +222,7 @@ def wait_until_healthy(
     """Wait for the server; returns the seconds that its start took.
 
     Args:
-        progress: Called about once a second with the seconds so far and the last message in the log.
+        progress: Called about once a second with the seconds so far and what the server does.
     Raises:
         DemoError: If the server ended, or does not answer in time.
     """
@@ -227,7 +237,7 @@ def wait_until_healthy(
             raise DemoError(f"the server did not answer within {DEMO_START_LIMIT_S} seconds:\n{_cause(log)}")
         if seconds > told + 1:
             told = seconds
-            progress(seconds, _last_message(log))
+            progress(seconds, _stage(log))
         time.sleep(_POLL_S)
     return time.monotonic() - start
 
@@ -247,9 +257,14 @@ def _log_lines(log: Path) -> list[str]:
     return [re.sub(prefix, "", line.split("\r")[-1]).rstrip() for line in text.splitlines()]
 
 
-def _last_message(log: Path) -> str:
-    lines = [line for line in _log_lines(log) if re.match(r"[A-Z](?!\d{4} )", line) and len(line) > 12]
-    return lines[-1].strip() if lines else "starting Python"
+def _stage(log: Path) -> str:
+    """What the server is doing, in words of ours: most lines of its log are about something else."""
+    stage = "importing vLLM"
+    for line in _log_lines(log):
+        stage = next((words for sign, words in _STAGES.items() if sign in line), stage)
+        if part := re.match(r"Loading safetensors checkpoint shards: +(\d+)%", line):
+            stage = f"loading the weights, {part[1]} %"
+    return stage
 
 
 def _cause(log: Path) -> str:
