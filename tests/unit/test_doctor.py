@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -220,11 +221,33 @@ def test_a_folder_of_the_hubs_cache_is_fetched_by_its_name(tmp_path):
     assert check.ok is False and check.fix == "hf download inclusionAI/Ling-mini-2.0"
 
 
-def test_a_scheme_that_was_not_tried_is_told(tmp_path):
+@pytest.mark.parametrize(
+    ("method", "ok", "detail"),
+    [
+        ("quark", None, "quark, which was not tried; vLLM decides when it starts"),
+        ("magic", False, "vLLM has no scheme magic"),
+        ("fp8", False, "fp8 by config.json, and all weights are plain"),
+        ("compressed-tensors", False, "compressed-tensors by config.json, and all weights are plain"),
+    ],
+)
+def test_the_scheme_of_config_json_is_looked_at(method, ok, detail, tmp_path):
     shutil.copytree(DEMO, tmp_path / "model")
-    change_config(tmp_path / "model", quantization_config={"quant_method": "magic"})
+    change_config(tmp_path / "model", quantization_config={"quant_method": method})
     check = by_name(doctor.checkpoint(str(tmp_path / "model")))["quantization"]
-    assert check.ok is None and check.detail == "magic, which was not tried; vLLM decides when it starts"
+    assert (check.ok, check.detail) == (ok, detail) and bool(check.fix) == (ok is False)
+
+
+def test_schemes_are_those_that_vllm_lists():
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    assert doctor._vllm_schemes() == {*QUANTIZATION_METHODS}
+
+
+def test_a_wrong_number_of_layers_is_told_once(tmp_path):
+    shutil.copytree(DEMO, tmp_path / "model")
+    change_config(tmp_path / "model", num_hidden_layers=3)
+    checks = by_name(doctor.checkpoint(str(tmp_path / "model")))
+    assert "set it to 4" in checks["tensors"].fix and "MTP layer" not in checks and checks["chat template"].ok
 
 
 def with_numbers(change):
@@ -259,7 +282,7 @@ def test_all_numbers_are_looked_at_if_asked(change, detail, tmp_path):
     shutil.copytree(DEMO, tmp_path / "model")
     with_numbers(change)(tmp_path / "model")
     read = []
-    (check,) = doctor_weights.weights(tmp_path / "model", lambda done, total: read.append(done / total))
+    (_, check) = doctor_weights.weights(tmp_path / "model", lambda done, total: read.append(done / total))
     assert read == sorted(read) and abs(read[-1] - 1) < 0.01
     if detail is None:
         assert check.ok and "of bfloat16" in check.detail
@@ -270,12 +293,12 @@ def test_all_numbers_are_looked_at_if_asked(change, detail, tmp_path):
 def test_numbers_of_eight_bits_are_looked_at_too(tmp_path):
     model = make_checkpoint(tmp_path / "model")
     quantize(model, "fp8")
-    assert [check.ok for check in doctor_weights.weights(model)] == [True]
+    assert [check.ok for check in doctor_weights.weights(model)] == [None, True]
 
 
 def test_deep_checks_follow_the_others(tmp_path):
     done = run_command("doctor", DEMO, "--deep", "--json")
-    assert done.returncode == 0 and json.loads(done.stdout)[-1]["name"] == "numbers"
+    assert done.returncode == 0 and "numbers" in {check["name"] for check in json.loads(done.stdout)}
     assert invoke("doctor", "--deep").exit_code == 2
 
 
@@ -293,3 +316,36 @@ def test_problems_are_counted_in_the_last_line(wrong, line, monkeypatch):
     done = invoke("doctor")
     assert (done.exit_code, done.stdout.splitlines()[-1]) == (int(wrong > 0), line)
     assert done.stdout.count("to do: change it") == wrong
+
+
+def fetched(place: str, folder):
+    """The demo as `hf download` leaves it: in its cache, or in a folder by --local-dir."""
+    digest = hashlib.sha256((DEMO / "model.safetensors").read_bytes()).hexdigest()
+    if place == "cache":
+        blob = folder / "models--a--b" / "blobs" / digest
+        folder = folder / "models--a--b" / "snapshots" / "abc"
+        shutil.copytree(DEMO, folder)
+        blob.parent.mkdir(parents=True)
+        (folder / "model.safetensors").rename(blob)
+        (folder / "model.safetensors").symlink_to(os.path.relpath(blob, folder))
+    else:
+        shutil.copytree(DEMO, folder, dirs_exist_ok=True)
+        notes = folder / ".cache" / "huggingface" / "download" / "model.safetensors.metadata"
+        notes.parent.mkdir(parents=True)
+        notes.write_text(f"commit\n{digest}\n1700000000.0\n")
+    return folder
+
+
+@pytest.mark.parametrize("place", ["cache", "local-dir"])
+def test_files_of_the_hub_are_compared_with_its_hashes(place, tmp_path):
+    folder = fetched(place, tmp_path)
+    assert by_name(doctor_weights.weights(folder))["hashes"].detail == "1 of 1 files are what the hub has"
+    file = (folder / "model.safetensors").resolve()
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    check = by_name(doctor_weights.weights(folder))["hashes"]
+    assert check.ok is False and check.detail == "not what the hub has: model.safetensors"
+    assert check.fix == ("hf download a/b" if place == "cache" else "copy, fetch or export it again")
+
+
+def test_files_from_elsewhere_have_no_hashes():
+    assert by_name(doctor_weights.weights(DEMO))["hashes"].ok is None

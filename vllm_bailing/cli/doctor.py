@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import chain
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,20 +16,22 @@ if TYPE_CHECKING:
 
     from vllm_bailing.tools.doctor import Check
 
+_WEIGHTS = "weights"
+
 
 def doctor(
     model: Annotated[str | None, typer.Argument(help="Also check this checkpoint: a folder or a hub name.")] = None,
     hf_overrides: options.HfOverrides = "{}",
-    deep: Annotated[bool, typer.Option("--deep", help="Also read all weights: NaN, infinity, zeros.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Also read all weights: hashes, NaN, infinity, zeros.")] = False,
     url: Annotated[str | None, options.URL] = None,
     served_model_name: options.ServedModelName = None,
     timeout: Annotated[float, typer.Option("--timeout", help="With --url: seconds for each answer.", min=0.1)] = 30.0,
     as_json: options.AsJson = False,
 ) -> None:
-    """Check this installation, or a server, and a checkpoint if one is named: each line is ok or says what to do.
+    """Check this installation or a server, and a checkpoint.
 
-    Reads configuration and file headers, and weights with --deep alone. Exit code 1 if something is wrong, 2 if the
-    checks themselves failed.
+    Each line is ok or says what to do. Reads configuration and file headers, and weights with --deep alone. Exit code 1
+    if something is wrong, 2 if the checks themselves failed.
     """
     from vllm_bailing.tools import doctor, doctor_server
 
@@ -38,19 +39,19 @@ def doctor(
         raise typer.BadParameter("--deep needs a checkpoint")
     overrides = options.json_object("--hf-overrides", hf_overrides)
     console, checks = output.console(), []
-    steps = chain(
-        doctor.environment() if url is None else doctor_server.server(url, served_model_name, timeout),
-        doctor.checkpoint(model, overrides) if model else (),
-        _weights(model) if model and deep else (),
-    )
-    while True:
-        with output.output_aside():
-            check = next(steps, None)
-        if check is None:
-            break
-        checks.append(check)
-        if not as_json:
-            show_check(console, check)
+    worker = doctor.Worker() if url is None else None
+    steps = {
+        "this installation": doctor.environment() if url is None else (),
+        f"the server at {url}": doctor_server.server(url, served_model_name, timeout) if url is not None else (),
+        "the checkpoint": doctor.checkpoint(model, overrides) if model else (),
+        _WEIGHTS: _weights(model) if model and deep else (),
+        "what a process of vLLM imports": worker.checks() if worker else (),
+    }
+    for what, found in steps.items():
+        for check in _waited_for(what, iter(found)):
+            checks.append(check)
+            if not as_json:
+                show_check(console, check)
     problems = sum(check.ok is False for check in checks)
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in checks]))
@@ -59,6 +60,17 @@ def doctor(
     else:
         console.print("[green]all is well[/green]")
     raise typer.Exit(1 if problems else 0)
+
+
+def _waited_for(what: str, found: Iterator[Check]) -> Iterator[Check]:
+    """The checks one by one; a terminal shows what is being looked at meanwhile."""
+    while True:
+        # Weights have a progress bar of their own.
+        with output.working("" if what == _WEIGHTS else f"looking at {what}"), output.output_aside():
+            check = next(found, None)
+        if check is None:
+            return
+        yield check
 
 
 def _weights(model: str) -> Iterator[Check]:

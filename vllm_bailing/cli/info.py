@@ -10,10 +10,10 @@ from vllm_bailing.cli import options, output
 
 
 def info(as_json: options.AsJson = False) -> None:
-    """Print the installed versions and what registering with vLLM decided."""
+    """Print versions, and what registering with vLLM decided."""
     from vllm_bailing.tools.info import collect_info
 
-    with output.output_aside():
+    with output.working("importing vLLM"), output.output_aside():
         facts = collect_info()
     if as_json:
         typer.echo(json.dumps(facts))

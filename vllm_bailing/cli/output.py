@@ -56,6 +56,16 @@ def fail(command: str, reason: Any, code: int) -> typer.Exit:
 
 
 @contextmanager
+def working(text: str) -> Iterator[None]:
+    """A spinner with `text` while the body runs, on standard error if that is a terminal and there is a text."""
+    if not text or not sys.stderr.isatty():
+        yield
+        return
+    with console(stderr=True).status(text):
+        yield
+
+
+@contextmanager
 def output_aside() -> Iterator[None]:
     """Standard output goes to standard error: vLLM logs there, as do the processes that it starts."""
     sys.stdout.flush()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +48,12 @@ class Check:
 
 
 def environment() -> Iterator[Check]:
-    """Checks of this machine, the quick ones first."""
+    """Checks of this machine that import nothing; see `Worker` for the others."""
     yield Check("python", sys.version_info >= (3, 10), sys.version.split()[0], "use Python 3.10 or newer")
     yield from _packages()
     yield _entry_point()
     yield _memory()
     yield _disk()
-    answer, problem = _ask_worker()
-    yield _accelerator(answer)
-    if serves_on_cpu():
-        yield Check("processor", None, processor())
-    yield _worker(answer, problem)
 
 
 def _packages() -> Iterator[Check]:
@@ -84,11 +82,10 @@ def _packages() -> Iterator[Check]:
 
 
 def _vllm_version() -> str | None:
-    try:
-        from vllm.version import __version__  # pyright: ignore[reportPrivateImportUsage]
-    except ImportError:
-        return None
-    return __version__
+    """As vLLM's own file has it: importing vLLM takes longer than all other checks."""
+    found = find_spec("vllm")
+    file = Path(found.origin or "").with_name("_version.py") if found else None
+    return runpy.run_path(str(file)).get("__version__") if file and file.is_file() else None
 
 
 def _entry_point() -> Check:
@@ -104,13 +101,22 @@ def _entry_point() -> Check:
     return Check("entry point", True, f"{NAME} = {points[0].value}")
 
 
-def _ask_worker() -> tuple[dict[str, Any], str]:
-    """What a process that vLLM starts would use: `classes`, `platform` and `gpus`; or nothing, and its last line."""
-    done = subprocess.run([sys.executable, "-c", _WORKER], capture_output=True, text=True)
-    answers = [line for line in done.stdout.splitlines() if line.startswith(f"{NAME}:")]
-    if answers:
-        return json.loads(answers[0].partition(":")[2]), ""
-    return {}, (done.stderr.strip().splitlines() or ["no output"])[-1]
+class Worker:
+    """A process as vLLM starts them. It imports vLLM, which takes long, while the caller goes on with other checks."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", _WORKER]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def checks(self) -> Iterator[Check]:
+        """What it found: GPUs or processor, and which classes it would use; waits for it."""
+        output, errors = self._process.communicate()
+        answers = [line for line in output.splitlines() if line.startswith(f"{NAME}:")]
+        answer = json.loads(answers[0].partition(":")[2]) if answers else {}
+        yield _accelerator(answer)
+        if serves_on_cpu():
+            yield Check("processor", None, processor())
+        yield _worker(answer, (errors.strip().splitlines() or ["no output"])[-1])
 
 
 def _worker(answer: dict[str, Any], problem: str) -> Check:
@@ -172,7 +178,6 @@ def _disk() -> Check:
 def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[Check]:
     """Checks of a checkpoint on this machine; reads configuration and headers, no weights."""
     from vllm_bailing.checkpoint import Checkpoint
-    from vllm_bailing.checkpoint_audit import Audit
     from vllm_bailing.config import read_config
     from vllm_bailing.errors import OtherModelError
     from vllm_bailing.folders import how_to_fetch, is_path, local_folder, without_config
@@ -215,21 +220,35 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
     files = {stored.file for stored in stored_files.tensors.values()}
     yield Check("files", True, f"{len(files)} of {_size(stored_files.size)}, {len(stored_files.tensors)} tensors")
 
+    made_for = _draft_alone(config, stored_files)
+    yield from _contents(config, stored_files, folder, made_for)
+    if made_for is None:  # a draft has its target's tokenizer
+        yield from _template(folder)
+
+
+def _contents(config: Any, stored_files: Any, folder: Path, made_for: Check | None) -> Iterator[Check]:
+    """Checks of the tensors, by their names, shapes and kinds; `made_for` is of `_draft_alone`."""
+    from vllm_bailing.checkpoint_audit import Audit
+
     stored = config.stored_quantization_config or getattr(config, "quantization_config", None)
-    yield Check("quantization", None, _scheme(stored))
-    if serves_on_cpu() and stored:
-        has_kernels, detail, fix = kernels_for(stored_files, _scheme(stored))
+    scheme = _quantization(stored, {tensor.kind for tensor in stored_files.tensors.values()})
+    yield scheme
+    if serves_on_cpu() and stored and scheme.ok is not False:
+        has_kernels, detail, fix = kernels_for(stored_files, scheme.detail)
         yield Check("kernels", has_kernels or None, detail, fix)  # dequantized it is served, so nothing is wrong
-    if made_for := _draft_alone(config, stored_files):
+    if made_for:
         yield made_for
         yield from _audited(
             Audit.of_draft(config, quantized=bool(stored), folder=str(folder)), stored_files, "MTP layer"
         )
         return
     yield from _generation_config(folder, config.vocab_size)
-    yield from _audited(Audit.of_target(config, quantized=bool(stored), folder=str(folder)), stored_files, "tensors")
+    audit = Audit.of_target(config, quantized=bool(stored), folder=str(folder))
+    yield from _audited(audit, stored_files, "tensors")
 
     layers = stored_files.layers_past_main(config)
+    if any(f"model.layers.{number}.eh_proj.weight" not in stored_files.tensors for number in layers):
+        return  # main layers that config.json does not count, of which the line above tells
     if len(layers) != config.num_nextn_predict_layers and layers:
         yield Check(
             "MTP layer",
@@ -242,7 +261,6 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
     else:
         draft = Audit.of_draft(config, quantized=bool(stored), folder=str(folder))
         yield from _audited(draft, stored_files, "MTP layer")
-    yield from _template(folder)
 
 
 def _draft_alone(config: Any, stored_files: Any) -> Check | None:
@@ -260,11 +278,35 @@ def _draft_alone(config: Any, stored_files: Any) -> Check | None:
     return Check("draft", None, f"{detail}: pass it by --speculative-config, and serve its target")
 
 
-def _scheme(stored: dict[str, Any] | None) -> str:
+def _quantization(stored: dict[str, Any] | None, kinds: set[str]) -> Check:
+    """What config.json says of the scheme, against vLLM's list and the kinds of numbers in the files."""
     if not stored:
-        return "none"
-    method = shown(str(stored.get("quant_method")))
-    return method if method in TRIED_SCHEMES else f"{method}, which was not tried; vLLM decides when it starts"
+        return Check("quantization", None, "none")
+    method, known = str(stored.get("quant_method")), _vllm_schemes()
+    if known and not {method, method.replace("_", "-")} & known:
+        return Check(
+            "quantization",
+            False,
+            f"vLLM has no scheme {shown(method)}",
+            "correct quant_method, or fetch config.json again",
+        )
+    if method not in TRIED_SCHEMES:
+        return Check("quantization", None, f"{shown(method)}, which was not tried; vLLM decides when it starts")
+    if kinds == {"plain"}:
+        return Check(
+            "quantization", False, f"{method} by config.json, and all weights are plain", "remove quantization_config"
+        )
+    return Check("quantization", None, method)
+
+
+def _vllm_schemes() -> set[str]:
+    """Those that vLLM's own sources list; empty where they are not found."""
+    found = find_spec("vllm")
+    file = Path(found.origin or "").with_name("model_executor") / "layers/quantization/__init__.py" if found else None
+    if file is None or not file.is_file():
+        return set()
+    text = file.read_text(encoding="utf-8").partition("QuantizationMethods = Literal[")[2].partition("]")[0]
+    return set(re.findall(r'^ +"([^"]+)",', text, re.MULTILINE))
 
 
 def _generation_config(folder: Path, vocab_size: int) -> Iterator[Check]:
