@@ -44,7 +44,7 @@ def bench_mtp(
     acceptance is measured, on a server that runs: MODEL is its name there, and without --prompts all counts that it has
     made since its start.
     """
-    from vllm_bailing.bench import mtp, plots, report, runner
+    from vllm_bailing.bench import mtp, plots, report, runner, shapes
     from vllm_bailing.errors import BenchError
 
     counts = sorted({0, *options.numbers(draft_tokens, least=0)})
@@ -59,9 +59,11 @@ def bench_mtp(
     vocabulary = str(draft_vocab.resolve()) if draft_vocab else None
     tasks = mtp.mtp_tasks(task, counts, acceptance, draft, vocabulary)
     try:
+        if not shapes.load_config(model).num_nextn_predict_layers and not draft_model and max(counts):
+            raise BenchError(f"{model} has no MTP layer; name a checkpoint that has it by --draft-model")
         results = runner.alternate(tasks, rounds)
     except BenchError as error:
-        raise SystemExit(f"vllm-bailing bench: {error}") from None
+        raise output.fail("bench", error, 2) from None
     measured = report.mtp_report(task, results, acceptance=acceptance, versions=_versions())
     written = report.write_report(measured, out, plots.plot_mtp)
     _show(measured, written, as_json, show_mtp)
@@ -83,7 +85,7 @@ def _show_server(url: str, model: str, prompts: list[Prompt], max_tokens: int, a
     try:
         measured = mtp_server.ask(url, model, prompts, max_tokens)
     except BenchError as error:
-        raise SystemExit(f"vllm-bailing bench: {error}") from None
+        raise output.fail("bench", error, 2) from None
     if as_json:
         typer.echo(json.dumps(measured))
     else:
@@ -105,7 +107,11 @@ def show_acceptance(kinds: dict[str, dict[str, Any]]) -> None:
 
 def bench_compare(
     model: Annotated[
-        str, typer.Argument(help="As for `vllm serve`, or demo; as dummies mid, mini, flash, flash-4L, flash-8L.")
+        str,
+        typer.Argument(
+            help="As for `vllm serve`, or demo; as dummies mid, mini, flash, flash-4L, flash-8L.",
+            autocompletion=options.one_of("demo", "mid", "mini", "flash", "flash-4L", "flash-8L"),
+        ),
     ],
     option: Annotated[
         list[str] | None,
@@ -118,7 +124,9 @@ def bench_compare(
     rounds: options.Rounds = 5,
     repeats: Annotated[int, typer.Option(help="Of every figure in one process; the median counts.", min=1)] = 3,
     warm_up: Annotated[bool, typer.Option(help="Start every arm once before, unmeasured.")] = True,
-    dtype: Annotated[str, options.dtype("bf16, fp16, fp32 or auto, as for `vllm serve`.")] = "auto",
+    dtype: Annotated[
+        str, options.dtype("bf16, fp16, fp32 or auto, as for `vllm serve`.", "bf16", "fp16", "fp32", "auto")
+    ] = "auto",
     eager: Annotated[bool, typer.Option("--eager/--compiled", help="Without or with torch.compile.")] = False,
     tensor_parallel_size: Annotated[int, options.TENSOR_PARALLEL_SIZE] = 1,
     bandwidth: options.Bandwidth = None,
@@ -126,11 +134,12 @@ def bench_compare(
     out: options.ReportName = Path("bench-compare"),
     as_json: options.AsJson = False,
 ) -> None:
-    """Compare this package with vLLM's own model class, and with itself under an option, and plot it.
+    """Compare this package with vLLM's own model class.
 
-    vLLM's class runs twice, and what differs between the two is the noise floor: a verdict needs more than that. All
-    arms run in fresh processes that take turns, with the arguments of --engine. An arm that ran another class or other
-    kernels than it should is an error. --bandwidth is for the share of the roofline.
+    And, with --option, with itself under other arguments; and plot it. vLLM's class runs twice, and what differs
+    between the two is the noise floor: a verdict needs more than that. All arms run in fresh processes that take turns,
+    with the arguments of --engine. An arm that ran another class or other kernels than it should is an error.
+    --bandwidth is for the share of the roofline.
     """
     from vllm_bailing.bench import in_tree, plots, report, shapes
     from vllm_bailing.errors import BenchError
@@ -150,7 +159,7 @@ def bench_compare(
         try:
             result = in_tree.run(task, arms, rounds, warm_up, bandwidth)
         except BenchError as error:
-            raise SystemExit(f"vllm-bailing bench: {error}") from None
+            raise output.fail("bench", error, 2) from None
     command = shlex.join(["vllm-bailing", *sys.argv[1:]])
     measured = report.comparison_report(model, task, arms, rounds, result, command=command, versions=_versions())
     written = report.write_report(measured, out, plots.plot_comparison)

@@ -17,7 +17,12 @@ def chat(
     url: Annotated[str, options.URL] = "http://localhost:8000",
     served_model_name: options.ServedModelName = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    thinking: Annotated[str | None, typer.Option(help="on or off; left out, what the chat template does.")] = None,
+    thinking: Annotated[
+        str | None,
+        typer.Option(
+            help="on or off; left out, what the chat template does.", autocompletion=options.one_of("on", "off")
+        ),
+    ] = None,
     tools: Annotated[
         Path | None,
         typer.Option(help="JSON list of functions that the model may call.", exists=True, dir_okay=False),

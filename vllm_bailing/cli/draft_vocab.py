@@ -19,10 +19,10 @@ def draft_vocab(
     size: Annotated[int, typer.Option(help="How many tokens to keep, the most frequent ones.", min=1)] = 32768,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("draft_vocab.json"),
 ) -> None:
-    """Choose the tokens that an MTP draft may propose, by their frequency in a text.
+    """Choose the tokens that an MTP draft may propose.
 
-    Pass the file to vLLM by --additional-config '{"bailing_draft_vocab": "draft_vocab.json"}'. Answers stay what they
-    are; a draft reads less and is accepted a little less often.
+    They are the most frequent ones of a text. Pass the file to vLLM by --additional-config '{"bailing_draft_vocab":
+    "draft_vocab.json"}'. Answers stay what they are; a draft reads less and is accepted a little less often.
     """
     from vllm_bailing.tools.draft_vocab import choose_tokens, write_tokens
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,13 +52,26 @@ TENSOR_PARALLEL_SIZE = typer.Option(
 )
 
 
-def dtype(values: str) -> Any:
+def one_of(*values: str) -> Callable[[str], list[str]]:
+    """For a shell that completes words: those of `values` that begin as what was typed."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
+def known_gpus(incomplete: str) -> list[str]:
+    """As `one_of`, of the names that `plan --gpu` knows."""
+    from vllm_bailing.planning.gpus import GPUS
+
+    return one_of("auto", *GPUS)(incomplete)
+
+
+def dtype(values: str, *names: str) -> Any:
     """The option `--dtype`, which takes bf16 as well as bfloat16; commands translate it by `units`.
 
     Args:
         values: Help text: what the command takes.
+        names: What a shell completes.
     """
-    return typer.Option("--dtype", help=values)
+    return typer.Option("--dtype", help=values, autocompletion=one_of(*names))
 
 
 def json_object(flag: str, text: str) -> dict[str, Any]:

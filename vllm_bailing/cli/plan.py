@@ -38,16 +38,32 @@ def _size(*spellings: str, help: str) -> Any:
 
 def plan(
     model: Annotated[str, typer.Argument(help="A hub name, a folder or a config.json.")],
-    gpu: Annotated[str, typer.Option(help="Such as H100, auto or cpu; any other with --memory-gib and --bandwidth.")],
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help="Such as H100, auto or cpu; any other with --memory-gib and --bandwidth.",
+            autocompletion=options.known_gpus,
+        ),
+    ],
     gpus: Annotated[int | None, typer.Option(help="How many in each node; 1, or with auto all, if left out.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Nodes; 1, or for more than 8 --gpus nodes of 8.")] = None,
-    goal: Annotated[str, typer.Option(help="throughput or latency; what sizes are chosen for.")] = "throughput",
+    goal: Annotated[
+        str,
+        typer.Option(
+            help="throughput or latency; what sizes are chosen for.",
+            autocompletion=options.one_of("throughput", "latency"),
+        ),
+    ] = "throughput",
     context: Annotated[int | None, typer.Option(help="Tokens of a request; the model's window if left out.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 32,
     dtype: Annotated[
-        str | None, options.dtype("bf16, fp16, fp32, fp8, int8 or int4; the checkpoint's if left out.")
+        str | None,
+        options.dtype(
+            "bf16, fp16, fp32, fp8, int8 or int4; the checkpoint's if left out.",
+            *("bf16", "fp16", "fp32", "fp8", "int8", "int4"),
+        ),
     ] = None,
-    kv_dtype: Annotated[str, typer.Option(help="auto or fp8.")] = "auto",
+    kv_dtype: Annotated[str, typer.Option(help="auto or fp8.", autocompletion=options.one_of("auto", "fp8"))] = "auto",
     draft_tokens: options.DraftTokens = 0,
     draft_model: options.DraftModel = None,
     max_loras: Annotated[int | None, _size("--max-loras", help="LoRA adapters in one batch.")] = None,
@@ -77,7 +93,7 @@ def plan(
         bool, typer.Option("--list-gpus", callback=_list_gpus, is_eager=True, help="Print known GPUs and exit.")
     ] = False,
 ) -> None:
-    """Will it fit, how much context and how many requests, and with which commands?
+    """Will it fit, how many requests, and with which commands?
 
     Works from the configuration alone; sizes of parallelism are chosen if they are left out. Memory beside weights and
     KV cache is an estimate; the speeds are bounds that no deployment can pass, not promises. Exit code 1 if it does not
@@ -168,18 +184,20 @@ def show_plan(plan: Plan) -> None:
     console.print(table)
     color = {"fits": "green", "tight": "yellow", "no": "red"}[plan.verdict]
     console.print(
-        f"KV cache: {plan.kv_bytes_per_token / 1024:g} KiB per token and GPU, room for {plan.kv_tokens} tokens"
+        f"KV cache: {plan.kv_bytes_per_token / 1024:g} KiB per token and GPU, room for {plan.kv_tokens:,} tokens"
     )
-    console.print(f"[{color}]{plan.verdict}[/{color}]: {plan.concurrency} requests of {plan.context} tokens", end="")
+    console.print(
+        f"[{color}]{plan.verdict}[/{color}]: {plan.concurrency:,} requests of {plan.context:,} tokens", end=""
+    )
     console.print(f" ({plan.reason})" if plan.reason else "", soft_wrap=True)
     if plan.verdict != "no":
         console.print(
-            f"at most {plan.largest_context} tokens each at {plan.concurrency} requests, "
-            f"or {plan.largest_concurrency} requests of {plan.context} tokens"
+            f"at most {plan.largest_context:,} tokens each at {plan.concurrency:,} requests, "
+            f"or {plan.largest_concurrency:,} requests of {plan.context:,} tokens"
         )
         for bound in (plan.single, plan.batch):
             console.print(
-                f"bound at batch {bound.batch}: {bound.tokens_per_s:.0f} tokens/s "
+                f"bound at batch {bound.batch:,}: {bound.tokens_per_s:,.0f} tokens/s "
                 f"({bound.step_bytes / 1e9:.1f} GB per step and GPU, by {bound.limit})",
                 soft_wrap=True,
             )

@@ -20,11 +20,12 @@ def quantize(
         list[str] | None, typer.Option(help="Modules to leave alone, a name or re:PATTERN; repeatable.")
     ] = None,
 ) -> None:
-    """Quantize the linear layers of MODEL into OUT, one file at a time, without calibration data.
+    """Quantize the linear layers of MODEL into OUT.
 
-    Attention, dense and shared MLPs and experts are quantized, those of MTP layers too; router, embeddings, head, norms
-    and eh_proj stay as they are. The result is in the compressed-tensors format, which vLLM reads. Needs no GPU, and
-    memory for the largest file of the checkpoint, twice. Exit code 2: it could not be quantized.
+    One file at a time, without calibration data. Attention, dense and shared MLPs and experts are quantized, those of
+    MTP layers too; router, embeddings, head, norms and eh_proj stay as they are. The result is in the
+    compressed-tensors format, which vLLM reads. Needs no GPU, and memory for the largest file of the checkpoint, twice.
+    Exit code 2: it could not be quantized.
     """
     from vllm_bailing.errors import QuantizeError
     from vllm_bailing.tools.quantize import quantize

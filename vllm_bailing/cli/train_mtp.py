@@ -72,10 +72,10 @@ def train_mtp(
     plan: Annotated[
         bool, typer.Option("--plan", help="Only say what it needs of --gpu; a config.json will do as TARGET.")
     ] = False,
-    gpu: Annotated[str, typer.Option(help="For --plan, such as H100.")] = "H100",
+    gpu: Annotated[str, typer.Option(help="For --plan, such as H100.", autocompletion=options.known_gpus)] = "H100",
     gpus: Annotated[int, typer.Option(min=1, help="For --plan: how many.")] = 1,
 ) -> None:
-    """Train an MTP layer for TARGET on its own answers, and write it as a small checkpoint.
+    """Train an MTP layer for TARGET on its own answers.
 
     TARGET stays as it is: it answers the prompts, and the layer learns to draft what it says. A tenth of the prompts
     is held out, and acceptance on them printed. OUT.work keeps what --resume needs, and is removed at the end. Exit

@@ -23,7 +23,7 @@ def tune(
     model: Annotated[str, typer.Argument(help="A hub name, a folder or a config.json; no weights are read.")],
     tensor_parallel_size: Annotated[int, options.TENSOR_PARALLEL_SIZE] = 1,
     dtype: Annotated[
-        str | None, options.dtype("bf16, or fp8 in blocks of 128 x 128; the checkpoint's if left out.")
+        str | None, options.dtype("bf16, or fp8 in blocks of 128 x 128; the checkpoint's if left out.", "bf16", "fp8")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the table.")] = Path("tables"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Tune again what is there already.")] = False,
@@ -34,10 +34,10 @@ def tune(
     moe_backend: Annotated[str, typer.Option(help="As you will give it to `vllm serve`.")] = "auto",
     as_json: options.AsJson = False,
 ) -> None:
-    """Make the table of tile sizes that vLLM's fused experts lack for a model on this GPU.
+    """Make the table of tile sizes of a model for this GPU.
 
-    Nothing else should run on the GPU. An interrupted run continues where it stopped. Exit code 1: it failed; 2: it
-    could not start.
+    vLLM's fused experts read it, and have none for most models. Nothing else should run on the GPU. An interrupted run
+    continues where it stopped. Exit code 1: it failed; 2: it could not start.
     """
     from vllm_bailing.config import read_config
     from vllm_bailing.errors import TuneError
