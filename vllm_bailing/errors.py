@@ -11,7 +11,7 @@ The text of a message stands where it is raised: search for its words. What is w
 - with a parallel layout that the model cannot be divided by in `model.py` and `mtp.py`;
 - with a request in `parsers.py` and `control_tokens.py`;
 - with the input of a command in the command's file of `cli/`, `tools/`, `planning/`, `bench/`, `tuning/`,
-  `balance/` or `training/`.
+  `balance/`, `training/` or `report/`.
 
 A message is one sentence on one line: what came, what was wanted, what to do next. A wrong value in a config.json is a
 plain ValueError, which is what transformers and vLLM expect of a configuration class.
@@ -112,6 +112,10 @@ class TuneError(RuntimeError):
 
 class DemoError(RuntimeError):
     """The demo cannot go on; the message is shown to the user as is."""
+
+
+class ReportError(RuntimeError):
+    """A report cannot be made; the message is shown to the user as is."""
 
 
 class QuantizeError(RuntimeError):

@@ -41,6 +41,7 @@ WITHOUT = {
     "vllm_bailing.planning.plan": ["vllm"],
     "vllm_bailing.planning.training": ["vllm"],
     "vllm_bailing.training.run": ["vllm"],
+    "vllm_bailing.report.page": ["vllm", "torch"],
     "vllm_bailing.cli": ["vllm", "torch", "transformers"],
 }
 # Modules that registration imports, or that must answer at once: torch comes when it computes. (transformers imports
@@ -53,6 +54,7 @@ WITHOUT_TORCH += " planning/serve planning/roofline planning/training tools/doct
 WITHOUT_TORCH += " planning/cpu tools/doctor_processor cli/plan_cpu"
 WITHOUT_TORCH += " tools/quantize tools/draft_vocab tools/info tools/prompts cli/__init__"
 WITHOUT_TORCH += " balance/recording balance/report balance/simulate balance/trace cli/balance"
+WITHOUT_TORCH += " report/inputs report/live report/sections report/pictures report/page"
 
 
 MARKS = ("Differs:  ", "Upstream: ", "Remove:   ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -53,6 +54,7 @@ def with_option(name: str) -> set[str]:
 def test_options_stand_where_they_are_expected():
     assert with_option("--tensor-parallel-size") == {"plan", "tune", "bench compare"}
     assert with_option("--dtype") == {"plan", "tune", "verify", "bench compare"}
+    assert with_option("--url") == {"doctor", "verify", "report", "chat", "bench mtp", "balance"}
     tables = {"info", "doctor", "plan", "verify", "chat", "tune", "bench mtp", "bench compare", "balance"}
     assert with_option("--json") == tables
     assert with_option("--engine") == {"verify", "bench mtp", "bench compare", "train-mtp", "balance"}
@@ -93,7 +95,7 @@ def test_a_data_type_has_a_short_and_a_full_name_everywhere(short, full, monkeyp
         plans.append(json.loads(plan.stdout)["dtype"])
         assert invoke("tune", DEMO, "--dtype", spelling).exit_code == 2
         assert invoke("verify", DEMO, "--dtype", spelling).exit_code == 2
-        assert invoke("bench", "compare", "demo", "--dtype", spelling).exit_code == 1
+        assert invoke("bench", "compare", "demo", "--dtype", spelling).exit_code == 2
     assert plans == [short, short]
     assert given == 2 * [short, full, full]  # as each of the three takes it
 
@@ -105,17 +107,46 @@ def test_a_file_without_prompts_is_refused(words, tmp_path):
     assert done.exit_code == 2 and "is empty; write one user message a line" in done.stderr
 
 
+# ---- completion ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("plan --gpu H1", {"H100"}),
+        ("plan --gpu R", {"RTX4090"}),
+        ("plan --go", {"--goal"}),
+        ("plan --goal l", {"latency"}),
+        ("plan --dtype f", {"fp16", "fp32", "fp8"}),
+        ("chat-template ", {"ring"}),
+        ("bench compare fl", {"flash-4L", "flash-8L"}),
+        ("demo --k", {"--keep"}),
+        ("rep", {"report"}),
+    ],
+)
+def test_a_shell_completes_words_without_vllm(typed, offered):
+    code = "import sys; from vllm_bailing import cli\ntry:\n    cli.main()\nfinally:\n"
+    code += "    print('heavy', *{'torch', 'vllm', 'transformers', 'rich'} & set(sys.modules), file=sys.stderr)"
+    words = f"vllm-bailing {typed}"
+    env = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1), "_VLLM_BAILING_COMPLETE": "complete_bash"}
+    command = [sys.executable, "-c", f"import sys; sys.argv[0] = 'vllm-bailing'\n{code}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env})
+    assert done.stderr == "heavy\n" and offered <= set(done.stdout.split()), done
+    assert all(word.startswith(typed.rpartition(" ")[2]) for word in done.stdout.split())
+
+
 # ---- help ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("words", [*WORDS, pytest.param((), id="itself"), pytest.param(("bench",), id="bench")])
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_fits_into_80_columns(words, flag):
+    """And no word of it is cut off."""
     from typer.testing import CliRunner
 
     done = CliRunner().invoke(app, [*words, flag], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
     assert done.exit_code == 0 and done.stdout.startswith("Usage: ")
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert max(map(len, done.stdout.splitlines())) <= 80 and "..." not in done.stdout.partition("Commands:")[2]
     options = {option for part in getattr(COMMANDS.get(words), "params", ()) for option in part.opts if "-" in option}
     assert all(option in done.stdout for option in options)
 
@@ -245,6 +276,29 @@ def test_a_plan_that_cannot_be_written_is_one_line(tmp_path):
     done = invoke("plan", DEMO, "--gpu", "H100", "--config", tmp_path / "missing" / "serve.yaml")
     (line,) = done.stderr.splitlines()
     assert done.exit_code == 2 and "missing/serve.yaml: No such file or directory; name another file" in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "--gpu", "H100"),
+        ("tune", "--dry-run", "--device-name", "NVIDIA_H20"),
+        ("bench", "mtp"),
+        ("bench", "compare"),
+        ("draft-vocab", "--text", __file__),
+        ("quantize", "out"),
+        ("verify",),
+        ("train-mtp", "--plan"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("place", ["nowhere/at/all", "./nowhere"])
+def test_a_path_that_is_nowhere_is_one_line_before_anything_starts(words, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command, names = words[0], 2 if words[0] == "bench" else 1
+    done = invoke(*words[:names], place, *words[names:])
+    (line,) = done.stderr.strip().splitlines()
+    assert done.exit_code == 2 and command in line and f"{place} is no folder" in line and "name on the hub" in line
 
 
 def test_gpus_are_listed_without_a_model():

@@ -13,6 +13,8 @@ from typing import Any
 from vllm_bailing.bench.statistics import AGAIN, IN_TREE, PLUGIN
 from vllm_bailing.errors import shown
 
+_MOST_BARS = 100
+
 
 @contextmanager
 def figure_at(
@@ -117,7 +119,9 @@ def plot_comparison(report: dict[str, Any], path: Path) -> None:
         for place, figure in enumerate(figures):
             noise = next(row["noise"] for row in rows if row["figure"] == figure)
             label = "noise floor" if place == 0 else None
-            axis.fill_between([place - 0.45, place + 0.45], 1 / noise, noise, color="grey", alpha=0.3, lw=0, label=label, zorder=0)
+            axis.fill_between(
+                [place - 0.45, place + 0.45], 1 / noise, noise, color="grey", alpha=0.3, lw=0, label=label, zorder=0
+            )
         for index, arm in enumerate(arms):
             x = [place + (index - (len(arms) - 1) / 2) * width for place in range(len(figures))]
             ratios = [row["ratio"] for row in rows if row["arm"] == arm]
@@ -136,25 +140,35 @@ def plot_comparison(report: dict[str, Any], path: Path) -> None:
 
 
 def plot_verify(report: dict[str, Any], path: Path) -> None:
-    """Deviation from the reference by prompt, in nats, with the limits.
+    """Deviation from the reference by prompt, in nats, and what decides as a share of its limit.
 
     Args:
-        report: Of `vllm-bailing verify`, from which this takes `prompts`, `tolerance` and `dtype`.
+        report: Of `vllm-bailing verify`, from which this takes `prompts`, and `measures` or `tolerance`.
     Raises:
         ImportError: Without matplotlib.
     """
-    with figure_at(path, (9, 3.0), panels=2) as (figure, panels):
+    means = [prompt["mean"] for prompt in report["prompts"]]
+    limit = (report.get("tolerance") or {}).get("mean")
+    decides = {name: came / most for name, (came, most) in report.get("measures", {}).items()}
+    with figure_at(path, (9, 3.0), panels=2 if decides else 1) as (figure, (left, *right)):
         from matplotlib.ticker import MaxNLocator
 
-        for panel, (key, title) in zip(
-            panels, (("mean", "mean |Δ log-probability|"), ("divergence", "mean KL divergence")), strict=True
-        ):
-            values, limit = [prompt[key] for prompt in report["prompts"]], report["tolerance"][key]
-            colors = ["tab:blue" if value <= limit else "tab:red" for value in values]
-            panel.bar(range(1, len(values) + 1), values, color=colors)
-            panel.axhline(limit, color=ink(), linewidth=0.8, linestyle="--", label=f"limit for {report['dtype']}")
-            panel.set(xlabel="prompt", ylabel="nats", title=title)
-            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-            panel.grid(axis="y", alpha=0.3)
-            panel.legend(fontsize="small")
+        places = range(1, len(means) + 1)
+        if len(means) <= _MOST_BARS:
+            left.bar(places, means)
+        else:
+            left.plot(places, means, linewidth=0.6)
+        if limit is not None:
+            left.axhline(limit, color=ink(), linewidth=0.8, linestyle="--")
+        title = "mean |Δ log-probability|" + ("" if limit is None else f" (dashed: limit {limit:g})")
+        left.set(xlabel="prompt", ylabel="nats", title=title, xlim=(0.4, len(means) + 0.6))
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for panel in right:
+            colors = ["tab:blue" if value <= 1 else "tab:red" for value in decides.values()]
+            panel.barh([name.replace("_", " ") for name in decides], list(decides.values()), color=colors)
+            panel.axvline(1, color=ink(), linewidth=0.8, linestyle="--")
+            panel.set(title="what decides, as a share of its limit")
+            panel.invert_yaxis()
+        for axis in (left, *right):
+            axis.grid(alpha=0.3)
         figure.tight_layout()

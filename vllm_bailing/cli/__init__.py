@@ -1,6 +1,6 @@
 """The command `vllm-bailing`: what belongs to it; each command has a file here for its options and its output.
 
-The work behind it is in `tools/`, or in a room of its own (`planning/`, `bench/`, `tuning/`, `balance/`).
+The work behind it is in `tools/`, or in a room of its own (`planning/`, `bench/`, `tuning/`, `balance/`, `report/`).
 
 Heavy packages are imported inside the command that needs them, so that `--help` and `--version` answer at once.
 """
@@ -24,6 +24,7 @@ from vllm_bailing.cli import (
     paths,
     plan,
     quantize,
+    report,
     train_mtp,
     tune,
     verify,
@@ -33,8 +34,7 @@ app = typer.Typer(
     name="vllm-bailing",
     help="BailingMoeV2 (Ling 2.0, Ring 2.0, Ling-1T) for vLLM.",
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich" if sys.stdout.isatty() else None,
+    rich_markup_mode=None,  # its boxes leave the texts a strip of 20 columns, and cut off the names of options
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -66,6 +66,7 @@ app.command()(draft_vocab.draft_vocab)
 app.command()(quantize.quantize)
 app.command()(train_mtp.train_mtp)
 app.command()(verify.verify)
+app.command()(report.report)
 app.command()(chat.chat)
 app.command()(tune.tune)
 app.command()(balance.balance)

@@ -61,7 +61,7 @@ def known_gpus(incomplete: str) -> list[str]:
     """As `one_of`, of the names that `plan --gpu` knows."""
     from vllm_bailing.planning.gpus import GPUS
 
-    return one_of("auto", *GPUS)(incomplete)
+    return one_of("auto", "cpu", *GPUS)(incomplete)
 
 
 def dtype(values: str, *names: str) -> Any:

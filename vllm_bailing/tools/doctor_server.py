@@ -39,11 +39,11 @@ def _checks(client: Any, base: str, model: str | None) -> Iterator[Check]:
     if health.status_code != 200:
         yield Check("server", False, f"{base}: HTTP {health.status_code}", "restart it: see the end of its log")
         return
-    vllm = _json(client.get("/version")).get("version")
+    vllm = json_of(client.get("/version")).get("version")
     yield Check("server", True, f"{base}, vLLM {shown(str(vllm))}" if vllm else f"{base}, not a vLLM server")
     metrics = client.get("/metrics").text
     yield _plugin(metrics)
-    models = _json(client.get("/v1/models")).get("data")
+    models = json_of(client.get("/v1/models")).get("data")
     names = {entry.get("id"): entry for entry in models or [] if isinstance(entry, dict)}
     if not names or (model and model not in names):
         known = ", ".join(shown(str(name)) for name in names) or "none"
@@ -56,7 +56,8 @@ def _checks(client: Any, base: str, model: str | None) -> Iterator[Check]:
     yield _token(client, name, metrics)
 
 
-def _json(response: Any) -> dict[str, Any]:
+def json_of(response: Any) -> dict[str, Any]:
+    """The object that a response holds; an empty one if it holds anything else."""
     try:
         found = response.json()
     except ValueError:
@@ -78,7 +79,7 @@ def _plugin(metrics: str) -> Check:
 
 def _chat(client: Any, name: str) -> Iterator[Check]:
     messages = [{"role": "user", "content": "Hi"}]
-    tokens = _json(client.post("/tokenize", json={"model": name, "messages": messages})).get("count")
+    tokens = json_of(client.post("/tokenize", json={"model": name, "messages": messages})).get("count")
     if isinstance(tokens, int):
         yield Check("chat template", True, f"makes {tokens} tokens of a message of one word")
     else:
@@ -117,10 +118,10 @@ def _token(client: Any, name: str, before: str) -> Check:
         if done > 0:  # a queue is no fault, and a probe must not end a server for it
             return Check("a token", None, f"still in the queue after {limit:g} s; {done:,.0f} others were computed")
         return Check("a token", False, f"no answer within {limit:g} s", "restart the server: its engine stands still")
-    usage = _json(response).get("usage") or {}
+    usage = json_of(response).get("usage") or {}
     if response.status_code == 200 and usage.get("completion_tokens") == 1:
         return Check("a token", True, f"generated in {response.elapsed.total_seconds():.1f} s")
-    error = _json(response).get("error") or {}
+    error = json_of(response).get("error") or {}
     reason = error.get("message") if isinstance(error, dict) else error
     detail = f"HTTP {response.status_code}: {shown(str(reason or 'no token'))}"
     return Check("a token", False, detail, "see the end of the server's log")
