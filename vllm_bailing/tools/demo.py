@@ -26,6 +26,7 @@ DEMO_FLAGS = (
     *("--served-model-name", DEMO_NAME),
     # A model this small answers at once either way; compiling it would only make the start longer.
     "--enforce-eager",
+    *("--kv-cache-memory-bytes", "1G"),  # on CPUs vLLM would take 92 % of the memory
     *("--enable-auto-tool-choice", "--tool-call-parser", "bailing", "--reasoning-parser", "bailing"),
 )
 DEMO_QUESTIONS = ("Who are you?", "How do I serve a model?", "What is the capital of France?")
@@ -127,7 +128,8 @@ def server_environment(options: Options) -> dict[str, str]:
     if options.is_demo:
         defaults["HF_HUB_OFFLINE"] = "1"
     if "cpu" in vllm_version():
-        defaults["VLLM_CPU_KVCACHE_SPACE"] = "1" if options.is_demo else "4"  # GiB
+        if not options.is_demo:  # which has a flag for it
+            defaults["VLLM_CPU_KVCACHE_SPACE"] = "4"  # GiB
         if not any(PARALLEL_FLAGS.match(flag) for flag in options.flags):
             # By itself vLLM leaves one core to its scheduler, which on two cores is half of them.
             defaults["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
