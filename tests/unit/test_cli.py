@@ -237,12 +237,12 @@ def test_the_reason_why_the_server_ended_is_read_from_its_log(log, words, tmp_pa
 def test_the_log_is_told_in_our_words(tmp_path):
     log, told = tmp_path / "log", []
     for line in (
-        "(APIServer pid=1) WARNING 11-26 20:17:23 [system_utils.py:255] Found ulimit of 20000 and failed to automatically",
+        "(APIServer pid=1) WARNING 11-26 20:17:23 [system_utils.py:255] Found ulimit of 20000 and failed",
         "(APIServer pid=1) INFO 11-26 20:18:19 [model.py:733] Resolved architecture: BailingMoeV2ForCausalLM",
-        "(EngineCore pid=2) INFO 11-26 20:19:15 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: model=x",
+        "(EngineCore pid=2) INFO 11-26 20:19:15 [core.py:133] Initializing a V1 LLM engine (v0.32.0)",
         "(Worker pid=3) INFO 11-26 20:19:45 [cpu_model_runner.py:68] Starting to load model demo...",
         "Loading safetensors checkpoint shards:  50% Completed | 1/2 [00:00<00:00,  7.08it/s]",
-        "(EngineCore pid=2) INFO 11-26 20:19:50 [core.py:402] init engine (profile, create kv cache, warmup model) took 1 s",
+        "(EngineCore pid=2) INFO 11-26 20:19:50 [core.py:402] init engine (profile, create kv cache) took 1 s",
         "(APIServer pid=1) INFO 11-26 20:19:52 [launcher.py:46] Route: /inference/v1/abort_requests, Methods: POST",
     ):
         with log.open("a") as file:
