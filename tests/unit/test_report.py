@@ -336,6 +336,7 @@ def test_what_cannot_be_read_written_or_reached_is_one_line(tmp_path):
         ((tmp_path,), "Is a directory; name a file with a result"),
         ((DRAFTED, "--out", tmp_path / "no" / "page.html"), "name another file"),
         ((DRAFTED, "--url", "localhost:9"), "--url http://localhost:9: "),
+        (("--model", "./nowhere"), "--model ./nowhere is no folder and no file on this machine"),
     ):
         done = invoke("report", *arguments)
         (line,) = done.stderr.splitlines()

@@ -29,11 +29,14 @@ def report(
     FILES is held against what the server reports. Exit code 2: a file or the server is not what it should be.
     """
     from vllm_bailing.errors import ReportError
+    from vllm_bailing.folders import nowhere
     from vllm_bailing.report import inputs, live, page
     from vllm_bailing.tools import doctor
 
     if not (files or model or url):
         raise typer.BadParameter("nothing to report on: name files with results, --model or --url")
+    if model and (reason := nowhere(model)):
+        raise output.fail("report", f"--model {reason}", 2)
     try:
         results = [inputs.read_result(file) for file in files or []]
         with output.working("looking at what is there"), output.output_aside():
