@@ -30,6 +30,7 @@ from vllm_bailing.bench import shapes
 from vllm_bailing.config import read_config
 from vllm_bailing.plugin.supported_versions import USE_INTREE
 from vllm_bailing.tools import verify
+from vllm_bailing.tools.verify_deployment import Prompt, Served, ask_offline
 
 HELD_OUT = ROOT / "tests" / "data" / "demo_heldout.jsonl"
 ENGINE = {"enforce_eager": True, "max_model_len": 1024, "dtype": "bfloat16"}
@@ -61,11 +62,11 @@ def conversations(step: int) -> list[list[int]]:
     return prompts
 
 
-def served(model: str, env: dict[str, str], options: dict[str, Any], prompts: list[list[int]]) -> list[verify.Served]:
+def served(model: str, env: dict[str, str], options: dict[str, Any], prompts: list[list[int]]) -> list[Served]:
     """What an engine in this process says."""
     os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", **env})
     os.dup2(2, 1)
-    return verify.ask_offline(model, {**ENGINE, **options}, prompts, 32)[0]
+    return ask_offline(model, {**ENGINE, **options}, [Prompt(ids, 32) for ids in prompts])[0]
 
 
 def ratio(rows: list[verify.Comparison], base: list[verify.Comparison]) -> list[float]:
@@ -88,8 +89,7 @@ def main(
         for arm, (env, options) in track(ARMS.items(), description="arms", console=Console(stderr=True)):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 told = pool.submit(served, plain, env, options, prompts).result()
-            rows = verify.reference_logprobs(DEMO, config, told, Path(folder) / arm)
-            found[arm] = [verify.compare(*row) for row in zip(told, *rows, strict=True)]
+            found[arm] = verify.compared(DEMO, config, told, Path(folder) / arm)
     table = Table("arm", "KL, nats", "of in-tree's (95 %)", "mean |Δ|", "same top-1")
     report: dict[str, Any] = {"conversations": len(prompts), "arms": {}}
     for arm, rows in found.items():

@@ -13,14 +13,13 @@ from tests.support.engine import run
 from vllm_bailing import DEMO
 from vllm_bailing.config import read_config
 from vllm_bailing.tools import verify
-from vllm_bailing.tools.verify import TOLERANCES
 
 YARN = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}
 
 
 @pytest.fixture(scope="module")
-def ids():
-    return verify.prompt_ids(DEMO, list(verify.DEFAULT_PROMPTS))
+def prompts():
+    return verify.prompts_of(DEMO, list(verify.DEFAULT_PROMPTS), 32, 1024, read_config(DEMO).vocab_size)
 
 
 def without_bias(tensors):
@@ -41,10 +40,10 @@ def round_router_logits():
     BailingMoeV2Gate.forward = rounded
 
 
-def _ask(folder, options, ids, patch):
+def _ask(folder, options, prompts, patch):
     if patch:
         patch()
-    return verify.ask_offline(str(folder), {"enforce_eager": True, "max_model_len": 512, **options}, ids, 32)[0]
+    return verify.ask_offline(str(folder), {"enforce_eager": True, "max_model_len": 512, **options}, prompts)[0]
 
 
 FAULTS = {
@@ -60,21 +59,17 @@ FAULTS = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_flagged(fault, dtype, ids, tmp_path):
+def test_planted_faults_are_flagged(fault, dtype, prompts, tmp_path):
     planted = FAULTS[fault]
     folder = DEMO
     if "change" in planted or "keys" in planted:
         folder = changed_demo(tmp_path / "faulty", planted.get("change"), **planted.get("keys", {}))
-    served = run(_ask, folder, {"dtype": dtype}, ids, planted.get("patch"))
+    served = run(_ask, folder, {"dtype": dtype}, prompts, planted.get("patch"))
     config = read_config(DEMO, planted.get("overrides"))
-    logprobs, likeliest = verify.reference_logprobs(DEMO, config, served, tmp_path / "work")
-    total = verify.overall([verify.compare(*row) for row in zip(served, logprobs, likeliest, strict=True)])
-    reason = verify.verdict(total, TOLERANCES[dtype])
-    if fault == "routing in bf16" and dtype == "bfloat16":
-        # Rounding of the router disappears among that of everything else: only a deployment in fp32 shows it.
-        assert not reason
-    else:
-        assert bool(reason) == (fault != "none"), total
+    report = verify.judged(DEMO, config, served, dtype, tmp_path / "work")
+    # Rounding of the router disappears among that of everything else: only a deployment in fp32 shows it.
+    right = fault == "none" or (fault == "routing in bf16" and dtype == "bfloat16")
+    assert bool(report["reason"]) != right, report["measures"]
 
 
 def test_without_a_server_only_the_report_is_printed(tmp_path):

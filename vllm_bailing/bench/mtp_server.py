@@ -7,29 +7,10 @@ from typing import Any
 from vllm_bailing.bench.mtp import acceptance_of, difference
 from vllm_bailing.errors import BenchError, shown
 from vllm_bailing.tools.chat import base_of, connect, http_client
+from vllm_bailing.tools.draft_counters import DRAFTS, counters
 from vllm_bailing.tools.prompts import Prompt
 
-_DRAFTS, _ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens_per_pos"
 _SECONDS = 30
-
-
-def counters(text: str) -> tuple[int, list[int]]:
-    """Drafts, and accepted tokens by position, of all engines behind a server.
-
-    Args:
-        text: What /metrics answers.
-    """
-    from prometheus_client.parser import text_string_to_metric_families
-
-    drafts, accepted = 0.0, dict[int, float]()
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == f"{_DRAFTS}_total":
-                drafts += sample.value
-            elif sample.name == f"{_ACCEPTED}_total":
-                position = int(sample.labels["position"])
-                accepted[position] = accepted.get(position, 0) + sample.value
-    return round(drafts), [round(accepted[position]) for position in sorted(accepted)]
 
 
 def read(url: str) -> tuple[int, list[int]]:
@@ -46,7 +27,7 @@ def read(url: str) -> tuple[int, list[int]]:
             text = client.get("/metrics").raise_for_status().text
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise BenchError(f"{address} does not answer ({shown(error)}); name a running vLLM server by --url") from None
-    if f"{_DRAFTS}_total" not in text:
+    if f"{DRAFTS}_total" not in text:
         raise BenchError(f"{address} counts no drafts; start the server with --speculative-config")
     return counters(text)
 

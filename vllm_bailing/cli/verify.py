@@ -20,6 +20,12 @@ def verify(
     ] = None,
     prompts: options.Prompts = None,
     max_tokens: Annotated[int, typer.Option(help="Length of the answers that are compared too.", min=1)] = 32,
+    words: Annotated[
+        int, typer.Option(help="Words of the vocabulary, in no order, that are asked besides.", min=0)
+    ] = 1024,
+    parts: Annotated[
+        bool, typer.Option(help="Read the checkpoint once more, to see which part of the model differs.")
+    ] = True,
     hf_overrides: options.HfOverrides = "{}",
     engine: options.Engine = "{}",
     fresh: Annotated[
@@ -34,8 +40,8 @@ def verify(
 
     Sends prompts, takes the log-probabilities of prompts and answers, and compares them with the plain PyTorch
     reference, which reads the checkpoint layer by layer: a 100B model needs a few GiB of memory, and the time to read
-    its files. Without --url, vLLM runs in this process, with the arguments of --engine. Exit code 0: it does; 1: it
-    does not; 2: could not be compared.
+    its files three times. Without --url, vLLM runs in this process, with the arguments of --engine. Exit code 0: it
+    does; 1: it does not; 2: could not be compared.
     """
     from rich.progress import Progress
 
@@ -65,6 +71,8 @@ def verify(
                 dtype=dtype and full_dtype(dtype),
                 prompts=options.lines_of(prompts),
                 max_tokens=max_tokens,
+                words=words,
+                parts=parts,
                 overrides=overrides,
                 engine=arguments,
                 fresh=fresh,
@@ -83,22 +91,22 @@ def verify(
 
 def show_report(report: dict[str, Any]) -> None:
     """What `tools.verify.run` returns."""
-    table = output.table("prompt", "tokens", "mean |Δ|", "max |Δ|", "KL", "same top-1", justify="right")
-    for title, row in [*((str(n), row) for n, row in enumerate(report["prompts"], 1)), ("all", report["overall"])]:
-        table.add_row(
-            title,
-            str(row["tokens"]),
-            *(f"{row[key]:.2g}" for key in ("mean", "max", "divergence")),
-            f"{100 * row['agreement']:.1f} %",
-            style="bold" if title == "all" else "",
-        )
+    from vllm_bailing.tools.verify_verdict import MEASURES
+
     console = output.console()
+    console.print(_deviations(report))
+    console.print("Δ: served minus reference log-probability, in nats.")
+    table = output.table(f"what decides, for {report['dtype']}", "came", "at most", justify="right")
+    for name, (value, limit) in report["measures"].items():
+        table.add_row(MEASURES[name], f"{value:.3g}", f"{limit:.3g}", style="" if value <= limit else "red")
     console.print(table)
-    limits = report["tolerance"]
-    console.print(
-        f"Δ: served minus reference log-probability, in nats. Limits for {report['dtype']}: "
-        f"mean |Δ| {limits['mean']:g}, mean KL {limits['divergence']:g}."
-    )
+    console.print("Sizes are in units of what this checkpoint's rounding does to a position.")
+    coverage = report["coverage"]
+    touched = f"{100 * coverage['vocabulary']:.3g} % of the vocabulary"
+    if coverage["experts"]:
+        worst = min(coverage["experts"])
+        touched += f", and at least {100 * worst:.3g} % of the experts of every layer"
+    console.print(f"The prompts touched {touched}.")
     if report["computes"]:
         console.print(f"[green]{report['deployment']} computes {report['checkpoint']}[/green]", soft_wrap=True)
     else:
@@ -106,5 +114,22 @@ def show_report(report: dict[str, Any]) -> None:
             f"[red]{report['deployment']} does not compute {report['checkpoint']}[/red]: {report['reason']}",
             soft_wrap=True,
         )
+    if report["looks_like"]:
+        console.print(f"It looks like {report['looks_like']}", soft_wrap=True)
     if report["not_checked"]:
         console.print(f"[yellow]Not checked:[/yellow] {report['not_checked']}", soft_wrap=True)
+
+
+def _deviations(report: dict[str, Any]) -> Any:
+    table = output.table("prompt", "tokens", "mean |Δ|", "max |Δ|", "KL", "same top-1", justify="right")
+    rows = [(str(number), row) for number, row in enumerate(report["prompts"], 1)]
+    rows += [("words", report["words"])] if report["words"] else []
+    for title, row in [*rows, ("all", report["overall"])]:
+        table.add_row(
+            title,
+            str(row["tokens"]),
+            *(f"{row[key]:.2g}" for key in ("mean", "max", "divergence")),
+            f"{100 * row['agreement']:.1f} %",
+            style="bold" if title == "all" else "",
+        )
+    return table

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_bailing.errors import ChatError, VerifyError, shown
+from vllm_bailing.tools.chat import connect, first_model, http_client
+from vllm_bailing.tools.draft_counters import ACCEPTED, DRAFTS, counters
 from vllm_bailing.units import dtype_name
 
+if TYPE_CHECKING:
+    from vllm import LLM
+
 TOP = 20  # log-probabilities per position, what vLLM's server allows by default
+Drafts = tuple[int, int]  # how many first ones, and how many of them were accepted
+WORDS = 1024  # of the vocabulary in the prompts that are no text
+_RUN = 256  # of them in a prompt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a deployment is asked: token ids, and how long its answer may be, which is compared too."""
+
+    token_ids: list[int]
+    max_tokens: int
 
 
 @dataclass(frozen=True)
@@ -21,24 +38,41 @@ class Served:
         token_ids: Prompt and answer.
         top: For every position but the first, log-probabilities by token id: the `TOP` most likely tokens
             and the token actually at that position.
+        prompt: Length of the prompt in it.
     """
 
     token_ids: list[int]
     top: list[dict[int, float]]
+    prompt: int
 
 
-def prompt_ids(folder: Path, texts: list[str]) -> list[list[int]]:
-    """Token ids of user messages, in the checkpoint's chat template where it has one."""
+def prompts_of(
+    folder: Path, texts: list[str], max_tokens: int, words: int, vocab_size: int, seed: int = 0
+) -> list[Prompt]:
+    """User messages in the checkpoint's chat template, where it has one, and words of the vocabulary in no order.
+
+    Texts of people use few of the words and favor some experts; words in no order reach rows of the embedding and of
+    the head, and experts, that no text does.
+
+    Args:
+        max_tokens: Length of the answers to the messages.
+        words: How many; all of them if the vocabulary has fewer.
+        vocab_size: Rows of the embedding, which may be more than the tokenizer has words.
+        seed: Of their choice.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     if tokenizer.chat_template:
         chats = [[{"role": "user", "content": text}] for text in texts]
         texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    prompts = [Prompt(tokenizer.encode(text, add_special_tokens=False), max_tokens) for text in texts]
+    known = range(min(len(tokenizer), vocab_size))
+    drawn = random.Random(seed).sample(known, min(words, len(known)))
+    return prompts + [Prompt(drawn[start : start + _RUN], 1) for start in range(0, len(drawn), _RUN)]
 
 
-def ask_server(url: str, model: str | None, prompts: list[list[int]], max_tokens: int) -> Iterator[Served]:
+def ask_server(url: str, model: str | None, prompts: list[Prompt]) -> Iterator[Served]:
     """What a running vLLM server computes for each of `prompts`, and for its greedy answer to it.
 
     Raises:
@@ -46,16 +80,14 @@ def ask_server(url: str, model: str | None, prompts: list[list[int]], max_tokens
     """
     from openai import OpenAIError
 
-    from vllm_bailing.tools.chat import connect, first_model
-
     client = connect(url, max_retries=1)
     try:
         name = model or first_model(client)
         for prompt in prompts:
             answer = client.completions.create(
                 model=name,
-                prompt=prompt,
-                max_tokens=max_tokens,
+                prompt=prompt.token_ids,
+                max_tokens=prompt.max_tokens,
                 temperature=0,
                 logprobs=TOP,
                 extra_body={"prompt_logprobs": TOP, "return_tokens_as_token_ids": True, "repetition_penalty": 1.0},
@@ -70,7 +102,7 @@ def ask_server(url: str, model: str | None, prompts: list[list[int]], max_tokens
             ):
                 likeliest = {int(label.removeprefix("token_id:")): value for label, value in row.items()}
                 top.append({**likeliest, token: logprob})
-            yield Served(prompt + answer_ids, top)
+            yield Served(prompt.token_ids + answer_ids, top, len(prompt.token_ids))
     except ChatError as error:
         raise VerifyError(f"{url}: {error}") from None
     # The library believes what it is sent: a web page, or JSON of another kind, ends somewhere in it or here.
@@ -79,39 +111,63 @@ def ask_server(url: str, model: str | None, prompts: list[list[int]], max_tokens
         raise VerifyError(f"{url} did not answer as a vLLM server does: {reason}") from None
 
 
-def ask_again(
-    url: str, model: str | None, prompts: list[list[int]], before: list[Served], max_tokens: int
-) -> Iterator[Served]:
+def ask_again(url: str, model: str | None, prompts: list[Prompt], before: list[Served]) -> Iterator[Served]:
     """As `ask_server`, for the very sequences of an earlier run, whatever the server answers now.
 
     Where its answer differs, as rounding alone may make it, it is asked for the log-probabilities of the earlier one.
 
     Args:
-        prompts, max_tokens: As for `ask_server` then.
+        prompts: As for `ask_server` then.
         before: What it gave then.
     """
-    for sequence, now in zip(before, ask_server(url, model, prompts, max_tokens), strict=True):
+    for sequence, now in zip(before, ask_server(url, model, prompts), strict=True):
         ids = sequence.token_ids
         if now.token_ids != ids:
-            (now,) = ask_server(url, model, [ids], 1)
-            now = Served(ids, now.top[: len(ids) - 1])
+            (now,) = ask_server(url, model, [Prompt(ids, 1)])
+            now = Served(ids, now.top[: len(ids) - 1], sequence.prompt)
         yield now
 
 
-def ask_offline(
-    folder: str, options: dict[str, Any], prompts: list[list[int]], max_tokens: int
-) -> tuple[list[Served], str]:
-    """What `vllm.LLM(folder, **options)` computes in this process, as `ask_server`, and its dtype."""
-    from vllm import LLM, SamplingParams
+def draft_counts(url: str) -> Drafts | None:
+    """First drafts of a server since its start, those of others' requests too; None if it shows none."""
+    import httpx
 
-    llm = LLM(folder, **{"max_logprobs": TOP, "skip_tokenizer_init": True, **options})
-    params = SamplingParams(max_tokens=max_tokens, temperature=0, logprobs=TOP, prompt_logprobs=TOP, detokenize=False)
+    try:
+        with http_client(url, 30) as client:
+            drafts, accepted = counters(client.get("/metrics").raise_for_status().text)
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
+        return None
+    return (drafts, accepted[0]) if accepted else None
+
+
+def ask_offline(folder: str, options: dict[str, Any], prompts: list[Prompt]) -> tuple[list[Served], str, Drafts | None]:
+    """What `vllm.LLM(folder, **options)` computes in this process, as `ask_server`, its dtype, and its first drafts."""
+    llm = engine(folder, options)
+    served = ask_engine(llm, prompts)
+    metrics: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}
+    accepted = metrics[ACCEPTED].values if ACCEPTED in metrics else []
+    drafts = (metrics[DRAFTS].value, accepted[0]) if accepted else None
+    return served, dtype_name(llm.llm_engine.model_config.dtype), drafts
+
+
+def engine(folder: str, options: dict[str, Any]) -> LLM:
+    """`vllm.LLM(folder, **options)`, which `ask_engine` can ask."""
+    from vllm import LLM
+
+    return LLM(folder, **{"max_logprobs": TOP, "skip_tokenizer_init": True, "disable_log_stats": False, **options})
+
+
+def ask_engine(llm: LLM, prompts: list[Prompt]) -> list[Served]:
+    """What `engine` computes, as `ask_server`."""
+    from vllm import SamplingParams
+
+    common: dict[str, Any] = {"temperature": 0, "logprobs": TOP, "prompt_logprobs": TOP, "detokenize": False}
+    params = [SamplingParams(max_tokens=prompt.max_tokens, **common) for prompt in prompts]
+    outputs = llm.generate([{"prompt_token_ids": prompt.token_ids} for prompt in prompts], params, use_tqdm=False)
     served = []
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     for prompt, output in zip(prompts, outputs, strict=True):
         answer: Any = output.outputs[0]
         rows: Any = [*(output.prompt_logprobs or [])[1:], *(answer.logprobs or [])]
         top = [{token: entry.logprob for token, entry in row.items()} for row in rows]
-        served.append(Served(prompt + list(answer.token_ids), top))
-    config = llm.llm_engine.model_config
-    return served, "fp8" if config.quantization else dtype_name(config.dtype)
+        served.append(Served(prompt.token_ids + list(answer.token_ids), top, len(prompt.token_ids)))
+    return served

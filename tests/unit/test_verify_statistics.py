@@ -1,0 +1,213 @@
+"""What `vllm-bailing verify` makes of differences: the reference's rounding and derivatives, statistics, and words."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.checkpoints import make_checkpoint
+from vllm_bailing import DEMO
+from vllm_bailing.config import read_config
+from vllm_bailing.reference import BailingMoeV2ForCausalLM
+from vllm_bailing.tools import verify_statistics, verify_verdict
+from vllm_bailing.tools.verify_deployment import prompts_of
+from vllm_bailing.tools.verify_reference import Asked, Reference, Rounding, TensorReader, dithered
+from vllm_bailing.tools.verify_statistics import Differences, Shift
+from vllm_bailing.tools.verify_verdict import MEASURES, DraftCheck, judge, limit
+
+SEQUENCES = [
+    [(7 * i * i + 3 * i + start) % 256 for i in range(length)] for start, length in ((1, 40), (5, 24), (9, 33))
+]
+POSITIONS = sum(len(ids) - 1 for ids in SEQUENCES)
+ASKED = Asked.of(SEQUENCES, [[(11 * place + 13 * one) % 256 for one in range(20)] for place in range(POSITIONS)])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("verify") / "model", num_nextn_predict_layers=1)
+
+
+def reference(checkpoint, work):
+    return Reference(checkpoint, read_config(checkpoint), ASKED, work, Rounding("bfloat16"))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 7), (torch.float16, 10)])
+def test_dithering_is_as_large_as_rounding_and_has_no_direction(dtype, bits):
+    torch.manual_seed(0)
+    x = torch.randn(100_000)
+    rounding, error = x.to(dtype).float() - x, dithered(x, bits) - x
+    assert float(error.std()) == pytest.approx(float(rounding.std()), rel=0.02)
+    assert abs(float(error.mean())) < 4 * float(error.std()) / math.sqrt(len(x))
+    assert float((error / x).abs().max()) <= verify_statistics.roundoff(str(dtype).removeprefix("torch."))
+
+
+PARTS = {  # what a tensor's scale is the scale of
+    "final norm": ["model.norm.weight"],
+    "embedding": ["model.word_embeddings.weight"],
+    "layer 0 MLP": ["model.layers.0.mlp.down_proj.weight"],
+    "layer 1 attention": ["model.layers.1.attention.dense.weight"],
+    "layer 1 query and key": ["model.layers.1.attention.query_layernorm.weight"],
+    "layer 1 norm before the MLP": ["model.layers.1.post_attention_layernorm.weight"],
+    "layer 1 router": ["model.layers.1.mlp.gate.weight"],
+    "layer 2 shared experts": ["model.layers.2.mlp.shared_experts.down_proj.weight"],
+    "layer 2 expert 3": ["model.layers.2.mlp.experts.3.down_proj.weight"],
+    "layer 2 routed experts": [f"model.layers.2.mlp.experts.{expert}.down_proj.weight" for expert in range(16)],
+}
+
+
+def scaled(names, factor):
+    """`TensorReader.tensor` and `.rows` with the tensors `names` times `factor`."""
+    tensor, rows = TensorReader.tensor, TensorReader.rows
+
+    def times(name, value):
+        return value * factor if name in names else value
+
+    return {
+        "tensor": lambda self, name: times(name, tensor(self, name)),
+        "rows": lambda self, name, *where: times(name, rows(self, name, *where)),
+    }
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_effect_of_a_part_is_the_derivative_by_its_scale(part, checkpoint, tmp_path, monkeypatch):
+    random = np.random.default_rng(0).standard_normal((2, POSITIONS, 20))
+    weights = (random - random.mean(-1, keepdims=True)).reshape(2, -1)
+    exact = reference(checkpoint, tmp_path / "exact")
+    exact.forward(copies=0)
+    effect = exact.effects(weights)[part].sum(1)
+    sums = []
+    for factor in (1.0001, 0.9999):
+        with monkeypatch.context() as patched:
+            for method, replaced in scaled(PARTS[part], factor).items():
+                patched.setattr(TensorReader, method, replaced)
+            sums.append(weights @ reference(checkpoint, tmp_path / str(factor)).forward(copies=0).logprobs)
+    # fp32: a difference of sums of 2000 values, over 0.0002
+    np.testing.assert_allclose(effect, (sums[0] - sums[1]) / 0.0002, rtol=0.03, atol=1)
+
+
+@pytest.mark.parametrize("part", ["final norm", "layer 1 attention", "layer 2 routed experts"])
+def test_a_planted_scale_is_found_and_measured(part, checkpoint, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        for method, replaced in scaled(PARTS[part], 1.03).items():
+            patched.setattr(TensorReader, method, replaced)
+        wrong = reference(checkpoint, tmp_path / "wrong").forward(copies=1).copies[0]
+    right = reference(checkpoint, tmp_path / "right")
+    computed = right.forward()
+    for served, is_wrong in ((wrong, True), (computed.copies[0], False)):
+        differences = Differences(served - computed.logprobs, computed.copies[1:] - computed.logprobs, ASKED.position)
+        shifts = verify_statistics.shifts(right.effects(verify_statistics.weights(differences)))
+        (found,) = (shift for shift in shifts if shift.part == part)
+        assert (abs(found.significance) > 5) == is_wrong, found
+        assert abs(found.size - 0.03 * is_wrong) < (0.015 if is_wrong else 4 * found.error)
+
+
+def test_accepted_drafts_are_those_of_the_whole_model(checkpoint, tmp_path):
+    found = reference(checkpoint, tmp_path / "work")
+    found.forward(copies=0)
+    model = BailingMoeV2ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    wanted = [0, 0]
+    for ids in SEQUENCES:
+        with torch.no_grad():
+            given = torch.tensor([ids])
+            states = model.model(given).last_hidden_state[:, :-1]
+            drafts = model.mtp_logits(states, given[:, 1:])[0].argmax(-1).tolist()
+        for at in range(20, len(ids)):  # the answer begins at 19: what follows its first token is drafted
+            wanted[0] += drafts[at - 2] == ids[at]
+            wanted[1] += 1
+    assert found.accepted_drafts([19, 19, 19]) == tuple(wanted)
+
+
+# ---- statistics -----------------------------------------------------------------------------------------------
+
+
+def random_differences(positions=400, width=21, seed=0):
+    random = np.random.default_rng(seed)
+    scale = random.uniform(0.01, 0.2, positions).repeat(width)
+    position = np.arange(positions).repeat(width)
+    noise = random.standard_normal((5, positions * width)) * scale
+    return Differences(noise[0], noise[1:], position)
+
+
+def test_sizes_are_in_units_of_the_expected_rounding():
+    right = random_differences()
+    found = verify_statistics.sizes(right)
+    assert found["median"] == pytest.approx(1, abs=0.05) and found["mean"] == pytest.approx(1, abs=0.05)
+    assert found["worst position"] < 2 and found["worst token"] < 6
+    served = right.served.copy()
+    served[21 * 7 : 21 * 8] *= 20  # a position
+    served[21 * 9 + 3] = 30 * right.expected[9]  # a token
+    odd = verify_statistics.sizes(Differences(served, right.rounded, right.position))
+    assert odd["median"] == pytest.approx(found["median"], rel=0.01)
+    assert odd["worst position"] > 12 and odd["worst token"] > 25
+
+
+def test_values_in_any_order_within_a_position():
+    right = random_differences(positions=50)
+    order = np.random.default_rng(1).permutation(len(right.served))
+    order = order[np.argsort(right.position[order], kind="stable")]
+    mixed = Differences(right.served[order], right.rounded[:, order], right.position[order])
+    assert verify_statistics.sizes(mixed) == pytest.approx(verify_statistics.sizes(right))
+
+
+def test_one_position_cannot_decide_the_direction():
+    right = random_differences()
+    served = right.served.copy()
+    served[:21] += 100 * np.arange(21)
+    weights = verify_statistics.weights(Differences(served, right.rounded, right.position))
+    shares = np.abs(weights[0]).reshape(400, 21).sum(1) * right.expected
+    assert shares[0] < 6 * np.median(shares)
+    np.testing.assert_allclose(weights.reshape(2, 400, 21).sum(-1), 0, atol=1e-6 * np.abs(weights).max())
+
+
+def test_a_shift_is_the_sum_over_its_error():
+    score, information = np.array([3.0, 4.0, -1.0]), np.array([2.0, 0.0, 1.0])
+    (found,) = verify_statistics.shifts({"layer 0 MLP": np.stack([score, information])})
+    assert found.size == pytest.approx(6 / 5) and found.error == pytest.approx(math.sqrt(26) / 5)
+    assert found.significance == pytest.approx(6 / math.sqrt(26))
+    alike = {f"layer {n} router": np.roll(np.stack([score, information]), n, axis=1) for n in (1, 2)}
+    assert verify_statistics.shifts(alike)[0].part == "router of all layers"
+
+
+# ---- the verdict ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "fp8"])
+@pytest.mark.parametrize("measure", MEASURES)
+def test_each_measure_alone_speaks_against_a_deployment(measure, dtype):
+    shifts = [Shift("layer 7 expert 12", 0.05, 0.001, 50.0)]
+    good = {name: limit(dtype, name) for name in MEASURES}
+    assert judge(good, [], dtype) == ("", "")
+    for value in (1.01 * good[measure], math.inf, math.nan):
+        reason, looks_like = judge({**good, measure: value}, shifts, dtype)
+        assert reason.startswith(MEASURES[measure]) and " and " not in reason and looks_like
+    if measure == "significance":
+        assert looks_like == "expert 12 in layer 7: +5.0 % ± 0.1 %"
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("rotary of all layers", "the rotary embedding (theta, width, scaling) of all layers: -4.0 % ± 0.1 %"),
+        ("layer 12 router", "the router in layer 12: -4.0 % ± 0.1 %"),
+        ("final norm", "the final norm, or the scale of the logits: -4.0 % ± 0.1 %"),
+    ],
+)
+def test_parts_are_named_in_words(part, said):
+    assert verify_verdict.described(Shift(part, -0.04, 0.001, -40)) == said
+
+
+def test_drafts_that_are_never_accepted_speak_against_the_mtp_layer():
+    good = {name: limit("bfloat16", name) for name in MEASURES}
+    assert judge(good, [], "bfloat16", DraftCheck(80, 60, 120, 160)) == ("", "")
+    reason, looks_like = judge(good, [], "bfloat16", DraftCheck(80, 2, 120, 160))
+    assert "2% of the first drafts were accepted, and 75%" in reason and looks_like == "the MTP layer"
+
+
+def test_the_prompts_have_every_word_of_a_small_vocabulary():
+    vocab = read_config(DEMO).vocab_size
+    prompts = prompts_of(DEMO, ["Hello"], 32, 1024, vocab)
+    assert {token for prompt in prompts for token in prompt.token_ids} == set(range(vocab))
+    assert [prompt.max_tokens for prompt in prompts] == [32, 1, 1, 1, 1]

@@ -1,0 +1,569 @@
+"""The plain reference over a checkpoint of any size: log-probabilities, their rounding, what each part does to them.
+
+One layer's attention, router and shared experts and one routed expert are in memory at a time, beside the hidden states
+of all prompts, so that a machine which cannot serve a checkpoint can verify it. Forward, each layer sees the prompts
+exactly (fp32) and in a few copies whose values are rounded at random as finely as the deployment rounds; the copies'
+differences are those of a right deployment. Backward, the layers are read once more, and each multiplies what its parts
+give by numbers that are one: the derivatives of a sum of log-probabilities by these numbers say which part could have
+made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vllm_bailing import reference
+from vllm_bailing.checkpoint import Checkpoint
+from vllm_bailing.checkpoint_audit import Audit
+from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.dequantize import Dequantizer
+from vllm_bailing.errors import CheckpointError
+from vllm_bailing.tensor_names import EMBEDDING, HEAD
+from vllm_bailing.tools.verify_statistics import MANTISSA
+
+COPIES = 4
+_ROWS = 16384  # of the head at once
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What a deployment rounds.
+
+    Attributes:
+        dtype: Of its activations.
+        inputs: Of what its quantized layers multiply: "fp8", "int8", or None for `dtype`.
+    """
+
+    dtype: str
+    inputs: str | None = None
+
+    @classmethod
+    def of(cls, config: BailingMoeV2Config, dtype: str) -> Rounding:
+        """Of a deployment that computes in `dtype`; "fp8" is bf16 with what quantized layers multiply in fp8."""
+        if dtype == "fp8":
+            return cls("bfloat16", "fp8")
+        return cls(dtype, None if config.stored_quantization_config else _rounded_inputs(config))
+
+
+def _rounded_inputs(config: BailingMoeV2Config) -> str | None:
+    """What the kernels of a quantized checkpoint round their inputs to, by its `quantization_config`."""
+    stored = getattr(config, "quantization_config", None) or {}
+    if stored.get("quant_method") == "fp8":
+        return "fp8"
+    groups = [group.get("input_activations") for group in stored.get("config_groups", {}).values()]
+    kinds = {"fp8" if group.get("type") == "float" else "int8" for group in groups if group}
+    return "int8" if "int8" in kinds else next(iter(kinds), None)
+
+
+def dithered(x: Tensor, bits: int) -> Tensor:
+    """`x` with errors as large as those of rounding to `bits` bits of mantissa, and at random."""
+    _, exponent = torch.frexp(x)
+    return x + torch.ldexp(torch.rand_like(x) - 0.5, exponent - 1 - bits)
+
+
+def _dithered_input(x: Tensor, inputs: str) -> Tensor:
+    if inputs == "fp8":
+        return dithered(x, 3)
+    return x + (torch.rand_like(x) - 0.5) * x.abs().amax(-1, keepdim=True) / 127  # a scale for each token
+
+
+# ---- the checkpoint's tensors ---------------------------------------------------------------------------------
+
+
+class TensorReader:
+    """A checkpoint's tensors one by one, in fp32, quantized ones as what they stand for.
+
+    Raises:
+        CheckpointError: If the files are damaged or do not fit the configuration.
+    """
+
+    def __init__(self, folder: Path, config: BailingMoeV2Config) -> None:
+        self.config, self.checkpoint = config, Checkpoint(folder).published(config)
+        if not self.checkpoint.tensors and not self.checkpoint.damage:
+            raise CheckpointError(f"{folder} has no safetensors files; give the folder that the server was started on")
+        stored = stored_quantization(config)
+        Audit.of_target(config, quantized=stored is not None, folder=str(folder)).check(self.checkpoint)
+        self._plain = None if stored is None else Dequantizer(stored, torch.float32)
+        self._parts: dict[str, list[str]] = {}
+        for name in self.checkpoint.tensors:
+            self._parts.setdefault(name.rpartition(".")[0], []).append(name)
+        self._open = contextlib.ExitStack()
+        self._files: dict[Path, Any] = {}
+
+    def close(self) -> None:
+        """Let go of the files, whose pages would otherwise stay in memory."""
+        self._open.close()
+        self._files.clear()
+
+    def _file(self, path: Path) -> Any:
+        from safetensors import safe_open
+
+        if path not in self._files:
+            self._files[path] = self._open.enter_context(safe_open(path, framework="pt"))
+        return self._files[path]
+
+    def tensor(self, name: str) -> Tensor:
+        """`name` as a whole."""
+        if name in self.checkpoint.tensors and self._plain is None:
+            return self.checkpoint.tensors[name].read(self._file).float()
+        parts = self._parts[name.rpartition(".")[0]]
+        stored = [(part, self.checkpoint.tensors[part].read(self._file)) for part in parts]
+        return dict(self._plain.plain(stored) if self._plain else stored)[name].float()
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """Rows `start` to `end` of the matrix `name`; embedding and head are never quantized row-wise."""
+        if name not in self.checkpoint.tensors or self.is_quantized(name):
+            return self.tensor(name)[start:end]
+        stored = self.checkpoint.tensors[name]
+        return self._file(stored.file).get_slice(stored.name)[start : min(end, stored.shape[0])].float()
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the matrix `name` is stored quantized."""
+        return self.checkpoint.has_scales(name.rpartition(".")[0])
+
+    def fill(self, module: nn.Module, prefix: str) -> nn.Module:
+        """`module`, made on the meta device, with the tensors that are called `prefix`.*."""
+        state = {}
+        for name, empty in module.state_dict().items():
+            full = f"{prefix}.{name}"
+            absent = name.endswith("expert_bias") and full not in self.checkpoint.tensors
+            state[name] = torch.zeros(empty.shape) if absent else self.tensor(full)
+        module.load_state_dict(state, assign=True)
+        return module.requires_grad_(False)
+
+
+def stored_quantization(config: BailingMoeV2Config) -> dict[str, Any] | None:
+    """The `quantization_config` of the checkpoint's files, if they are quantized."""
+    return config.stored_quantization_config or getattr(config, "quantization_config", None)
+
+
+class _Experts(nn.Module):
+    """Routed experts that are read when they are called, and once more by a backward pass through them."""
+
+    def __init__(self, reader: TensorReader, prefix: str, prepare: Callable[[nn.Module, str], object]) -> None:
+        super().__init__()
+        self.reader, self.prefix, self.prepare = reader, prefix, prepare
+
+    def __getitem__(self, expert: int) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            config, prefix = self.reader.config, f"{self.prefix}.{expert}"
+            with torch.device("meta"):
+                empty = reference.BailingMoeV2MLP(config.hidden_size, config.moe_intermediate_size)
+            module = self.reader.fill(empty, prefix)
+            self.prepare(module, prefix)
+            return module(x)
+
+        return lambda x: checkpoint(run, x, use_reentrant=False) if torch.is_grad_enabled() else run(x)
+
+
+def _layer(
+    reader: TensorReader, index: int, prepare: Callable[[nn.Module, str], object] = lambda module, prefix: None
+) -> Any:
+    """Decoder layer `index` in fp32; `prepare` gets it and each of its experts, with the prefix of its names."""
+    config, prefix = reader.config, f"model.layers.{index}"
+    is_mtp = index in config.mtp_layer_ids
+    with torch.device("meta"):
+        layer = (reference.BailingMoeV2MTPLayer if is_mtp else reference.BailingMoeV2DecoderLayer)(config, index)
+    if index >= config.first_k_dense_replace:
+        experts = _Experts(reader, f"{prefix}.mlp.experts", prepare)
+        layer.mlp.experts = experts  # pyright: ignore[reportAttributeAccessIssue]
+    reader.fill(layer, prefix)
+    prepare(layer, prefix)
+    return layer
+
+
+class _Rounded:
+    """Hooks that round at random what the modules of a layer take and give."""
+
+    def __init__(self, reader: TensorReader, rounding: Rounding) -> None:
+        self.reader, self.bits, self.inputs = reader, MANTISSA[rounding.dtype], rounding.inputs
+        # A plain checkpoint that is served with quantized layers has its weights rounded at the start.
+        self.at_start = self.inputs is not None and stored_quantization(reader.config) is None
+
+    def __call__(self, module: nn.Module, prefix: str) -> None:
+        for name, part in module.named_modules():
+            if isinstance(part, (nn.Linear, reference.BailingMoeV2RMSNorm)):
+                part.register_forward_hook(lambda _m, _args, output: dithered(output, self.bits))
+            if isinstance(part, nn.Linear):
+                quantized = self.at_start or self.reader.is_quantized(f"{prefix}.{name}.weight")
+                if self.at_start:
+                    part.weight.data = dithered(part.weight.data, 3)
+                # The others' inputs come from a norm and are rounded already.
+                computed = name.endswith(("dense", "down_proj"))
+                part.register_forward_pre_hook(lambda _m, args, q=quantized, c=computed: self._input(args[0], q, c))
+        if isinstance(module, reference.BailingMoeV2DecoderLayer):
+            # The residual stream is rounded after the attention too.
+            stream: list[Tensor] = []
+            module.register_forward_pre_hook(lambda _m, args: stream.__setitem__(slice(None), args[:1]))
+            module.attention.register_forward_hook(lambda _m, _args, out: self._added(stream[0], out))
+
+    def _input(self, x: Tensor, quantized: bool, computed: bool) -> Tensor:
+        x = dithered(x, self.bits) if computed else x
+        return _dithered_input(x, self.inputs) if quantized and self.inputs else x
+
+    def _added(self, stream: Tensor, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        return dithered(stream + output[0], self.bits) - stream, *output[1:]
+
+
+# ---- forward --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Sequences, and the token ids whose log-probabilities are wanted at each position but a sequence's first.
+
+    Attributes:
+        sequences: Token ids.
+        position: Of every wanted value, counted over all sequences: int64 [V].
+        token: Its token id: int64 [V].
+    """
+
+    sequences: list[list[int]]
+    position: np.ndarray
+    token: np.ndarray
+
+    @classmethod
+    def of(cls, sequences: list[list[int]], wanted: list[list[int]]) -> Asked:
+        """Of a list of token ids for each position."""
+        position = np.repeat(np.arange(len(wanted)), [len(ids) for ids in wanted])
+        return cls(sequences, position, np.fromiter((one for ids in wanted for one in ids), np.int64, len(position)))
+
+    @property
+    def positions(self) -> int:
+        """How many, over all sequences."""
+        return sum(len(ids) - 1 for ids in self.sequences)
+
+    def mask(self) -> Tensor:
+        """[B, T], 0 at padding."""
+        lengths = torch.tensor([len(ids) for ids in self.sequences])
+        return (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long()
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What the reference gives.
+
+    Attributes:
+        logprobs: Of the wanted values, exact: float64 [V].
+        copies: The same of the rounded copies: float64 [copies, V].
+        likeliest: Token id for each position.
+        experts: Of every MoE layer, the share of its experts that a token went to.
+    """
+
+    logprobs: np.ndarray
+    copies: np.ndarray
+    likeliest: np.ndarray
+    experts: list[float]
+
+
+class Reference:
+    """The reference over some sequences.
+
+    Args:
+        work: Folder for the hidden states after every layer, from which an interrupted run continues, and from which
+            the backward pass begins at each layer.
+        progress: Called with the number of steps that are done.
+    Raises:
+        CheckpointError: As from `TensorReader`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: BailingMoeV2Config,
+        asked: Asked,
+        work: Path,
+        rounding: Rounding,
+        progress: Callable[[int], object] = lambda done: None,
+    ) -> None:
+        self.reader, self.config, self.asked, self.work = TensorReader(folder, config), config, asked, work
+        self.rounding, self.progress, self.mask = rounding, progress, asked.mask()
+        work.mkdir(parents=True, exist_ok=True)
+
+    def _around(self, repeats: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Any]:
+        """Cosines, sines and mask of the attention, for so many repetitions of the sequences."""
+        mask = self.mask.repeat(repeats, 1)
+        if positions is None:
+            positions = reference.BailingMoeV2ForCausalLM._positions(mask, mask.shape[1], 0, mask.device)
+        return *reference.rotary_cos_sin(self.config, positions), reference.attention_mask_4d(
+            mask, mask.shape[1], 0, mask.device
+        )
+
+    @torch.no_grad()
+    def forward(self, copies: int = COPIES) -> Computed:
+        """All layers and the head; `copies` is how many rounded ones run beside the exact one."""
+        bits, experts = MANTISSA[self.rounding.dtype], {}
+        done, rounded, experts = self._resumed() or (0, None, {})
+        exact = self._state(done) if done else self._embedded()
+        if rounded is None:
+            rounded = exact.repeat(copies, 1, 1)
+        around, around_copies = self._around(1), self._around(max(copies, 1))
+        for index in range(done, self.config.num_hidden_layers):
+            self.progress(index)
+            if index == 0:
+                self._keep_state(0, exact)
+            exact, routing = _layer(self.reader, index)(exact, *around)
+            if routing is not None:
+                seen = routing[0][self.mask.flatten().bool()].unique().numel()
+                experts[index] = seen / self.config.num_experts
+            if copies:
+                rounded = self._rounded_layer(index, rounded, around_copies)
+            self.reader.close()
+            self._keep_state(index + 1, exact)
+            self._keep_rounded(index + 1, rounded, experts)
+        self.progress(self.config.num_hidden_layers)
+        norm = self._norm()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(self.config.num_hidden_layers)
+            rows = [self._predicting(norm(exact))]
+            rows += [dithered(self._predicting(norm(each)), bits) for each in rounded.chunk(copies)] if copies else []
+            logprobs, likeliest = self._head(torch.stack(rows), bits)
+        self.reader.close()
+        return Computed(logprobs[0], logprobs[1:], likeliest, [experts[index] for index in sorted(experts)])
+
+    def _rounded_layer(self, index: int, rounded: Tensor, around: tuple[Tensor, Tensor, Any]) -> Tensor:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(index)
+            layer = _layer(self.reader, index, _Rounded(self.reader, self.rounding))
+            return dithered(layer(rounded, *around)[0], MANTISSA[self.rounding.dtype])
+
+    @torch.no_grad()
+    def accepted_drafts(self, prompts: list[int]) -> tuple[int, int]:
+        """How many first drafts of the MTP layer the answers agree with, and of how many; after `forward`.
+
+        Args:
+            prompts: Length of the prompt in each sequence; the rest is the answer.
+        """
+        state = self._norm()(self._state(self.config.num_hidden_layers))[:, :-1]
+        layer = _layer(self.reader, self.config.num_hidden_layers)
+        joined = layer.join(self._embedded()[:, 1:], state)
+        cos, sin, mask = self._around(1)
+        shorter = None if mask is None else mask[..., :-1, :-1]
+        output = layer.final_layernorm(layer(joined, cos[:, :, :-1], sin[:, :, :-1], shorter)[0])
+        # A row drafts what follows the token after its own; the first draft follows the first answered token.
+        rows = [(n, at) for n, ids in enumerate(self.asked.sequences) for at in range(prompts[n] - 1, len(ids) - 2)]
+        hidden_states = torch.stack([output[row] for row in rows]) / self._head_norm()
+        best, drafts = torch.full((len(rows),), -math.inf), torch.zeros(len(rows), dtype=torch.long)
+        for start, weight in self._chunks():
+            top, place = (hidden_states @ weight.T).max(-1)
+            drafts = torch.where(top > best, place + start, drafts)
+            best = torch.maximum(best, top)
+        self.reader.close()
+        answered = [self.asked.sequences[n][at + 2] for n, at in rows]
+        return int((drafts == torch.tensor(answered)).sum()), len(rows)
+
+    def _norm(self) -> nn.Module:
+        norm = reference.BailingMoeV2RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+        norm.weight.data = self.reader.tensor("model.norm.weight")
+        return norm.requires_grad_(False)
+
+    def _embedded(self) -> Tensor:
+        hidden_states = torch.zeros(*self.mask.shape, self.config.hidden_size)
+        rows = {one: self.reader.rows(EMBEDDING, one, one + 1)[0] for ids in self.asked.sequences for one in set(ids)}
+        for number, ids in enumerate(self.asked.sequences):
+            hidden_states[number, : len(ids)] = torch.stack([rows[token] for token in ids])
+        return hidden_states
+
+    def _predicting(self, hidden_states: Tensor) -> Tensor:
+        """[B, T, H] to [N, H]: what precedes each of the positions."""
+        return torch.cat([hidden_states[row, : len(ids) - 1] for row, ids in enumerate(self.asked.sequences)])
+
+    @property
+    def _head_name(self) -> str:
+        return EMBEDDING if self.config.tie_word_embeddings else HEAD
+
+    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
+        for start in range(0, self.config.vocab_size, _ROWS):
+            yield start, self.reader.rows(self._head_name, start, start + _ROWS)
+
+    def _head_norm(self) -> Tensor | float:
+        """What the channels are divided by: the length of the head's columns with norm_head."""
+        if not self.config.norm_head:
+            return 1.0
+        return torch.as_tensor(sum(rows.pow(2).sum(0) for _, rows in self._chunks())).sqrt().clamp(min=1e-7)
+
+    def _head(self, hidden_states: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities [C, V] of the wanted values and the most likely ids [N], for `hidden_states` [C, N, H].
+
+        The first of C is exact, the others' logits are rounded.
+        """
+        hidden_states = hidden_states / self._head_norm()
+        count, positions = hidden_states.shape[:2]
+        normalizer = torch.full((count, positions), -math.inf)
+        best, likeliest = torch.full((positions,), -math.inf), torch.zeros(positions, dtype=torch.long)
+        named = torch.zeros(count, len(self.asked.token))
+        position, token = torch.from_numpy(self.asked.position), torch.from_numpy(self.asked.token)
+        for start, rows in self._chunks():
+            here = (token >= start) & (token < start + len(rows))
+            for copy in range(count):
+                logits = hidden_states[copy] @ rows.T  # [N, rows]
+                logits = logits if copy == 0 else dithered(logits, bits)
+                normalizer[copy] = torch.logaddexp(normalizer[copy], logits.logsumexp(-1))
+                named[copy, here] = logits[position[here], token[here] - start]
+                if copy == 0:
+                    top, place = logits.max(-1)
+                    likeliest = torch.where(top > best, place + start, likeliest)
+                    best = torch.maximum(best, top)
+        return (named - normalizer[:, position]).double().numpy(), likeliest.numpy()
+
+    # ---- what is kept between the layers
+
+    def _resumed(self) -> tuple[int, Tensor, dict[int, float]] | None:
+        import json
+
+        from safetensors import safe_open
+
+        file = self.work / "rounded.safetensors"
+        if not file.is_file():
+            return None
+        with safe_open(file, framework="pt") as opened:
+            told = opened.metadata()
+            experts = {int(layer): share for layer, share in json.loads(told["experts"]).items()}
+            return int(told["layers"]), opened.get_tensor("rounded"), experts
+
+    def _keep_rounded(self, layers: int, rounded: Tensor, experts: dict[int, float]) -> None:
+        import json
+
+        from safetensors.torch import save_file
+
+        new = self.work / "rounded.safetensors.new"
+        save_file({"rounded": rounded.contiguous()}, new, {"layers": str(layers), "experts": json.dumps(experts)})
+        new.replace(self.work / "rounded.safetensors")
+
+    def _keep_state(self, layer: int, exact: Tensor) -> None:
+        from safetensors.torch import save_file
+
+        save_file({"exact": exact.contiguous()}, self.work / f"exact-{layer}.safetensors")
+
+    def _state(self, layer: int) -> Tensor:
+        from safetensors.torch import load_file
+
+        return load_file(self.work / f"exact-{layer}.safetensors")["exact"]
+
+    # ---- backward
+
+    def effects(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """What each part of the model contributes to sums of log-probabilities, by derivative.
+
+        Args:
+            weights: [W, V], each of W sums' factors of the wanted values; those of a position must sum to zero.
+        Returns:
+            By part, such as "layer 3 attention": [W, positions of the inputs, flat], whose sum is the derivative of the
+            weighted sum by the relative size of what the part gives.
+        """
+        count, found = len(weights), {}
+        grad, found["final norm"] = self._head_backward(weights)
+        for index in reversed(range(self.config.num_hidden_layers)):
+            self.progress(2 * self.config.num_hidden_layers - index)
+            with torch.enable_grad():
+                grad = self._layer_backward(index, grad, count, found)
+            self.reader.close()
+        state = self._state(0).repeat(count, 1, 1)
+        found["embedding"] = self._by_sum((grad * state).sum(-1), count)
+        return found
+
+    def _by_sum(self, values: Tensor, count: int) -> np.ndarray:
+        """[W * B, T] to [W, positions that are no padding]."""
+        return values.view(count, -1)[:, self.mask.flatten().bool()].double().numpy()
+
+    @torch.no_grad()
+    def _head_backward(self, weights: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Gradient [W * B, T, H] by the last layer's output, and the effect of the final norm."""
+        last = self._state(self.config.num_hidden_layers)
+        norm = self._norm()
+        position, token = torch.from_numpy(self.asked.position), torch.from_numpy(self.asked.token)
+        factors = torch.from_numpy(weights).float()
+        pulled = torch.zeros(len(weights), self.asked.positions, self.config.hidden_size)
+        for start, rows in self._chunks():
+            here = ((token >= start) & (token < start + len(rows))).nonzero()[:, 0]
+            for some in here.split(65536):
+                values = rows[token[some] - start]
+                for number, factor in enumerate(factors):
+                    pulled[number].index_add_(0, position[some], factor[some, None] * values)
+        pulled = pulled / self._head_norm()
+        whole = torch.zeros(len(weights), *last.shape)
+        place = 0
+        for row, ids in enumerate(self.asked.sequences):
+            whole[:, row, : len(ids) - 1] = pulled[:, place : place + len(ids) - 1]
+            place += len(ids) - 1
+        with torch.enable_grad():
+            given = last.requires_grad_()
+            output = norm(given)
+            grads = [torch.autograd.grad(output, given, each, retain_graph=True)[0] for each in whole]
+        effect = (whole * output.detach()).sum(-1)
+        return torch.cat(grads), self._by_sum(effect.flatten(0, 1), len(weights))
+
+    def _layer_backward(self, index: int, grad: Tensor, count: int, found: dict[str, np.ndarray]) -> Tensor:
+        """Gradient by the layer's input, from that by its output; adds the effects of its parts to `found`."""
+        probes: dict[str, Tensor] = {}
+        chosen: list[Tensor] = []
+        layer = _layer(self.reader, index, lambda module, prefix: _probe(module, probes, chosen))
+        state = self._state(index).repeat(count, 1, 1).requires_grad_()
+        cos, sin, mask = self._around(count, self._turned(index, count, probes))
+        output, _ = layer(state, cos, sin, mask)
+        names = list(probes)
+        grads = torch.autograd.grad(output, [state, *(probes[name] for name in names)], grad, allow_unused=True)
+        shape = (state.shape[0], state.shape[1])
+        for name, each in zip(names, grads[1:], strict=True):
+            if each is None:
+                continue
+            if name == "expert":
+                self._by_expert(index, each, chosen[0], count, found)
+                each = each.sum(-1)
+            title = f"layer {index} {'routed experts' if name == 'expert' else name}"
+            found[title] = self._by_sum(each.reshape(shape), count)
+        return grads[0]
+
+    def _turned(self, index: int, count: int, probes: dict[str, Tensor]) -> Tensor:
+        mask = self.mask.repeat(count, 1)
+        positions = reference.BailingMoeV2ForCausalLM._positions(mask, mask.shape[1], 0, mask.device)
+        probes["rotary"] = torch.ones(positions.shape, requires_grad=True)
+        return positions * probes["rotary"]
+
+    def _by_expert(self, index: int, grad: Tensor, chosen: Tensor, count: int, found: dict[str, np.ndarray]) -> None:
+        """Effects of the single experts, from those of the K that each token went to."""
+        for expert in chosen.unique().tolist():
+            of_it = (grad * (chosen == expert)).sum(-1)
+            found[f"layer {index} expert {expert}"] = self._by_sum(of_it.view(-1, self.mask.shape[1]), count)
+
+
+def _probe(module: nn.Module, probes: dict[str, Tensor], chosen: list[Tensor]) -> None:
+    """Hooks that multiply what the parts of a layer give by ones, kept in `probes` by the part's name."""
+    if not isinstance(module, reference.BailingMoeV2DecoderLayer):
+        return
+
+    def one(name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        probes[name] = like.new_ones(shape, requires_grad=True)
+        return probes[name]
+
+    def output(part: nn.Module, name: str) -> None:
+        part.register_forward_hook(lambda _m, _args, out: out * one(name, out, (*out.shape[:-1], 1)))
+
+    def gate_output(_module: nn.Module, _args: Any, out: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        chosen.append(out[0])
+        return out[0], out[1] * one("expert", out[1], tuple(out[1].shape)), out[2]
+
+    attention, mlp = module.attention, module.mlp
+    output(attention.dense, "attention")
+    output(module.post_attention_layernorm, "norm before the MLP")
+    if isinstance(attention.query_layernorm, reference.BailingMoeV2RMSNorm):
+        attention.query_layernorm.register_forward_hook(
+            lambda _m, _args, out: out * one("query and key", out, (out.shape[0], 1, out.shape[2], 1))
+        )
+    if isinstance(mlp, reference.BailingMoeV2SparseMoe):
+        mlp.gate.register_forward_hook(gate_output)
+        mlp.gate.register_forward_pre_hook(lambda _m, args: args[0] * one("router", args[0], (len(args[0]), 1)))
+        if mlp.shared_experts is not None:
+            output(mlp.shared_experts, "shared experts")
+    else:
+        output(mlp, "MLP")

@@ -1,0 +1,149 @@
+"""What separates a fault from rounding, in the differences between a deployment and the reference.
+
+Two questions. *How large* are the differences, position by position, in units of what the reference's own rounding does
+to that position (`sizes`)? And *which way* do they point: by how much would each part of the model have to give more or
+less to make them (`shifts`)? Rounding points nowhere. The second is Rao's score test with a variance that is estimated
+from the observed contributions themselves, so that it needs no model of the noise.
+
+Source: C. R. Rao, Large sample tests of statistical hypotheses (1948); H. White, A heteroskedasticity-consistent
+covariance matrix estimator (1980).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+# Bits of mantissa that are kept; "fp8" is bf16 with what quantized layers multiply in fp8.
+MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7}
+_CLIP = 4.0  # units of the expected rounding, beyond which a position has no more weight
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Served minus reference log-probability of V values at N positions, in nats.
+
+    Attributes:
+        served: The differences [V].
+        rounded: Those of right deployments, as the reference makes them [copies, V].
+        position: Of each value, rising from 0 [V].
+    """
+
+    served: np.ndarray
+    rounded: np.ndarray
+    position: np.ndarray
+
+    def _mean(self, values: np.ndarray) -> np.ndarray:
+        return np.bincount(self.position, values) / np.bincount(self.position)
+
+    def centered(self, values: np.ndarray) -> np.ndarray:
+        """`values` less their mean at their position."""
+        return values - self._mean(values)[self.position]
+
+    @property
+    def expected(self) -> np.ndarray:
+        """Root mean square of the rounding at each position [N]; never far below that of the positions around it."""
+        size = np.sqrt(self._mean((self.rounded**2).mean(0)))
+        return np.maximum(size, 0.25 * np.median(size))
+
+    @property
+    def size(self) -> np.ndarray:
+        """Root mean square of the differences at each position, in units of `expected` [N]."""
+        return np.sqrt(self._mean(self.served**2)) / self.expected
+
+
+def roundoff(dtype: str) -> float:
+    """The most that rounding to `dtype` changes a number, relative to it."""
+    return 2.0 ** -(MANTISSA.get(dtype, 7) + 1)
+
+
+def measures(differences: Differences, shifts: list[Shift], dtype: str) -> dict[str, float]:
+    """`sizes`, and as `significance` the largest of a shift that rounding of one number could not make."""
+    found = sizes(differences)
+    if shifts:
+        found["significance"] = max(
+            (abs(one.significance) for one in shifts if abs(one.size) > roundoff(dtype)), default=1.0
+        )
+    return found
+
+
+def sizes(differences: Differences) -> dict[str, float]:
+    """How large the differences are, in units of the expected rounding.
+
+    Returns:
+        `median` and `mean` (root mean square, clipped) over the positions, and `worst position` and `worst token`,
+        the latter against what its position has besides.
+    """
+    size, position = differences.size, differences.position
+    order = np.lexsort((differences.served, position))
+    starts = np.searchsorted(position, np.arange(len(size)))
+    middle = differences.served[order][starts + np.bincount(position) // 2]
+    apart = np.abs(differences.served - middle[position])
+    spread = apart[np.lexsort((apart, position))][starts + np.bincount(position) // 2]
+    scale = np.maximum(differences.expected, 1.48 * spread)
+    return {
+        "median": float(np.median(size)),
+        "mean": float(np.sqrt(np.mean(np.minimum(size, _CLIP) ** 2))),
+        "worst position": float(size.max()),
+        "worst token": float((apart / scale[position]).max()),
+    }
+
+
+def weights(differences: Differences, seed: int = 0) -> np.ndarray:
+    """The two sums that `Reference.effects` is asked for: [2, V].
+
+    The first is the score: the differences, each weighed by how exactly its position is known. The second has the same
+    weights and random signs: what its parts contribute, squared and added, is the information on each part.
+    """
+    position = differences.position
+    precision = 1 / (differences.expected * np.sqrt(np.bincount(position)))
+    clip = np.minimum(1, _CLIP / np.maximum(differences.size, 1e-9))
+    score = differences.centered(differences.served) * (clip * precision**2)[position]
+    signs = np.random.default_rng(seed).choice((-1.0, 1.0), len(position))
+    return np.stack([score, differences.centered(signs) * (np.sqrt(clip) * precision)[position]])
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How much more a part of the model seems to give than it should.
+
+    Attributes:
+        part: Such as "layer 3 attention".
+        size: Relative: 0.01 is one percent too much.
+        error: Standard error of `size`.
+        significance: `size / error`.
+    """
+
+    part: str
+    size: float
+    error: float
+    significance: float
+
+
+def shifts(effects: dict[str, np.ndarray]) -> list[Shift]:
+    """The shift of each part, and of all parts of a kind together, from `Reference.effects` of `weights`."""
+    found, together = [], {}
+    for part, (score, information) in effects.items():
+        found.append(_shift(part, score, information))
+        kind = kind_of(part)
+        if part.startswith("layer ") and kind != "expert":
+            before = together.get(kind, (0.0, 0.0, 0))
+            together[kind] = (before[0] + score, before[1] + information, before[2] + 1)
+    found += [_shift(f"{kind} of all layers", *sums[:2]) for kind, sums in together.items() if sums[2] > 1]
+    return sorted(found, key=lambda shift: -abs(shift.significance))
+
+
+def _shift(part: str, score: np.ndarray, information: np.ndarray) -> Shift:
+    total, spread = float(score.sum()), math.sqrt(float((score**2).sum()))
+    known = float((information**2).sum())
+    if spread == 0 or known == 0:
+        return Shift(part, 0.0, math.inf, 0.0)
+    return Shift(part, total / known, spread / known, total / spread)
+
+
+def kind_of(part: str) -> str:
+    """What a part is, without its layer and number."""
+    return re.sub(r"^layer \d+ | \d+$| of all layers$", "", part)

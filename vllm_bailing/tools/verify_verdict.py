@@ -1,0 +1,116 @@
+"""Whether differences are rounding, and what they look like if not, by what right deployments were measured to do."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from vllm_bailing.tools.verify_statistics import Shift, kind_of, roundoff
+
+# What right deployments gave: lists by dtype and measure. Made by scripts/bench/bench_verify.py.
+RIGHT = Path(__file__).parent.parent / "assets" / "verify.json"
+MEASURES = {
+    "median": "median size of the differences",
+    "mean": "mean size of the differences",
+    "worst position": "largest size at a position",
+    "worst token": "largest size of a single token's difference",
+    "significance": "standard errors by which a part of the model is off",
+}
+_WORDS = {
+    "final norm": "the final norm, or the scale of the logits",
+    "embedding": "the embedding",
+    "rotary": "the rotary embedding (theta, width, scaling)",
+    "query and key": "the norms of query and key, or the scale of the attention",
+    "attention": "the attention (its projections, or the norm before it)",
+    "norm before the MLP": "the norm before the MLP",
+    "MLP": "the dense MLP",
+    "router": "the router",
+    "routed experts": "the routed experts, or routed_scaling_factor",
+    "shared experts": "the shared experts",
+    "expert": "expert",
+}
+
+
+@dataclass(frozen=True)
+class DraftCheck:
+    """First drafts of the MTP layer: those that a deployment made, and those of the reference for the same answers.
+
+    Attributes:
+        drafts, accepted: Of the deployment.
+        agreeing, positions: Of the reference: drafts that agree with the answers, and all.
+    """
+
+    drafts: int
+    accepted: int
+    agreeing: int
+    positions: int
+
+    @property
+    def reason(self) -> str:
+        """What speaks against the deployment's MTP layer; empty if nothing does."""
+        came, expected = self.accepted / self.drafts, self.agreeing / self.positions
+        spread = math.sqrt(expected * (1 - expected) * (1 / self.drafts + 1 / self.positions))
+        if came >= expected - 4 * spread - 0.05:
+            return ""
+        return f"{came:.0%} of the first drafts were accepted, and {expected:.0%} of the reference's agree"
+
+
+@functools.cache
+def right_deployments() -> dict[str, dict[str, list[float]]]:
+    """What was measured of right deployments, by dtype and measure."""
+    return json.loads(RIGHT.read_text(encoding="utf-8"))["right"]
+
+
+def limit(dtype: str, measure: str) -> float:
+    """The most that a right deployment gives: five standard deviations above the mean of what was measured.
+
+    Of logarithms, and half as much again as the largest in any case: other machines round in other places.
+    """
+    measured = right_deployments()
+    values = measured.get(dtype, measured["bfloat16"])[measure]  # sizes are in units of the rounding that is expected
+    logs = [math.log(value) for value in values]
+    return max(math.exp(mean(logs) + 5 * stdev(logs)), 1.5 * max(values))
+
+
+def judge(
+    measures: dict[str, float], shifts: list[Shift], dtype: str, drafts: DraftCheck | None = None
+) -> tuple[str, str]:
+    """What speaks against a deployment, and what it looks like; both empty if nothing does.
+
+    Args:
+        measures, shifts: Of `verify_statistics`.
+        dtype: What the deployment computes in.
+    """
+    above = [name for name, value in measures.items() if not value <= limit(dtype, name)]  # also if it is no number
+    reasons = [f"{MEASURES[name]} {measures[name]:.3g} is above {limit(dtype, name):.3g}" for name in above]
+    looks = [_look(above, shifts, dtype)] if above else []
+    if drafts and drafts.reason:
+        reasons.append(drafts.reason)
+        looks.append("the MTP layer")
+    return " and ".join(reasons), "; ".join(looks)
+
+
+def _look(above: list[str], shifts: list[Shift], dtype: str) -> str:
+    if "significance" in above:
+        sure = [one for one in shifts if abs(one.significance) > limit(dtype, "significance")]
+        return described(next(one for one in sure if abs(one.size) > roundoff(dtype)))
+    if "median" in above:
+        return f"coarser rounding than {dtype}'s everywhere (quantized weights?), or many parts at once"
+    if above == ["worst token"]:
+        return "rows of the head"
+    return "something that few tokens meet: rows of the embedding, a rarely used expert, the choice of experts"
+
+
+def described(shift: Shift) -> str:
+    """A shift in words."""
+    kind = kind_of(shift.part)
+    where = re.sub(r"^layer (\d+) .*", r" in layer \1", shift.part) if shift.part.startswith("layer ") else ""
+    where = where or (" of all layers" if shift.part.endswith("all layers") else "")
+    number = shift.part.rpartition(" ")[2] if kind == "expert" else ""
+    words = " ".join(filter(None, (_WORDS[kind], number)))
+    return f"{words}{where}: {100 * shift.size:+.1f} % ± {100 * shift.error:.1f} %"
