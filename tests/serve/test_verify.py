@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from tests.support.checkpoints import changed_demo, with_two_experts_swapped
 from tests.support.commands import invoke, run_command
@@ -27,6 +28,22 @@ def test_a_server_is_verified(dtype, request, tmp_path):
     done = run_command("verify", other, "--url", f"{server.url}/v1", "--dtype", dtype, cache=tmp_path / "cache")
     assert done.returncode == 1 and f"does not compute {other}" in done.stdout, done.stdout + done.stderr
     assert "\033" not in done.stdout
+
+
+def with_another_mtp_layer(tensors):
+    for name in tensors:
+        if name.endswith("eh_proj.weight"):
+            tensors[name] = torch.zeros_like(tensors[name])
+
+
+def test_drafts_are_compared_too(mtp_server, tmp_path):
+    other = changed_demo(tmp_path / "other", with_another_mtp_layer)
+    for model, computes in ((DEMO, True), (other, False)):
+        options = ("--dtype", "float32", "--words", "64", "--no-parts", "--json")
+        done = invoke("verify", model, "--url", mtp_server.url, *options, XDG_CACHE_HOME=str(tmp_path / "cache"))
+        report = json.loads(done.stdout)
+        assert report["computes"] == computes and report["drafts"]["drafts"] > 50, report
+        assert ("MTP layer" in report["looks_like"]) != computes and not report["not_checked"]
 
 
 def with_another_template(model):
@@ -63,6 +80,6 @@ def test_another_tokenizer_or_template_is_a_fault(change, said, plain_server, tm
         template = (DEMO / "chat_template.jinja").read_text()
         assert tokenizer_difference(plain_server.url, None, model, template) == ""
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    options = ("--dtype", "float32", "--max-tokens", "1", "--json")
+    options = ("--dtype", "float32", "--max-tokens", "1", "--words", "64", "--no-parts", "--json")
     done = invoke("verify", model, "--url", plain_server.url, *options, **cache)
     assert done.exit_code == 1 and said in json.loads(done.stdout)["reason"]

@@ -458,8 +458,8 @@ class Reference:
         Args:
             weights: [W, V], each of W sums' factors of the wanted values; those of a position must sum to zero.
         Returns:
-            By part, such as "layer 3 attention": [W, positions of the inputs, flat], whose sum is the derivative of the
-            weighted sum by the relative size of what the part gives.
+            By part, such as "layer 3 attention": [W, tokens], whose sum is the derivative of the weighted sum by the
+            relative size of what the part gives. The tokens are those of the input, or that went to the expert.
         """
         count, found = len(weights), {}
         grad, found["final norm"] = self._head_backward(weights)
@@ -531,10 +531,13 @@ class Reference:
         return positions * probes["rotary"]
 
     def _by_expert(self, index: int, grad: Tensor, chosen: Tensor, count: int, found: dict[str, np.ndarray]) -> None:
-        """Effects of the single experts, from those of the K that each token went to."""
+        """Effects of the single experts at the tokens that went to them, from those of the K of each token."""
+        is_token = self.mask.flatten().bool()
         for expert in chosen.unique().tolist():
-            of_it = (grad * (chosen == expert)).sum(-1)
-            found[f"layer {index} expert {expert}"] = self._by_sum(of_it.view(-1, self.mask.shape[1]), count)
+            is_its = chosen == expert
+            its_tokens = is_its.any(-1).view(count, -1).any(0) & is_token
+            effect = (grad * is_its).sum(-1).view(count, -1)[:, its_tokens]
+            found[f"layer {index} expert {expert}"] = effect.double().numpy()
 
 
 def _probe(module: nn.Module, probes: dict[str, Tensor], chosen: list[Tensor]) -> None:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Bits of mantissa that are kept; "fp8" is bf16 with what quantized layers multiply in fp8.
-MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7}
+# Bits of mantissa that are kept. One less for fp32, in which finer errors than its own would vanish.
+MANTISSA = {"float32": 22, "float16": 10, "bfloat16": 7}
 _CLIP = 4.0  # units of the expected rounding, beyond which a position has no more weight
 
 
@@ -43,20 +43,24 @@ class Differences:
         """`values` less their mean at their position."""
         return values - self._mean(values)[self.position]
 
+    def at_positions(self, values: np.ndarray) -> np.ndarray:
+        """Root mean square of `values` at each position [N]."""
+        return np.sqrt(self._mean(values**2))
+
     @property
     def expected(self) -> np.ndarray:
         """Root mean square of the rounding at each position [N]; never far below that of the positions around it."""
         size = np.sqrt(self._mean((self.rounded**2).mean(0)))
-        return np.maximum(size, 0.25 * np.median(size))
+        return np.maximum(size, max(0.25 * np.median(size), 1e-9))
 
     @property
     def size(self) -> np.ndarray:
         """Root mean square of the differences at each position, in units of `expected` [N]."""
-        return np.sqrt(self._mean(self.served**2)) / self.expected
+        return self.at_positions(self.served) / self.expected
 
 
 def roundoff(dtype: str) -> float:
-    """The most that rounding to `dtype` changes a number, relative to it."""
+    """The most that rounding to `dtype` changes a number, relative to it; "fp8" computes in bf16 besides."""
     return 2.0 ** -(MANTISSA.get(dtype, 7) + 1)
 
 
@@ -74,10 +78,12 @@ def sizes(differences: Differences) -> dict[str, float]:
     """How large the differences are, in units of the expected rounding.
 
     Returns:
-        `median` and `mean` (root mean square, clipped) over the positions, and `worst position` and `worst token`,
-        the latter against what its position has besides.
+        `median` and `mean` (root mean square, clipped) over the positions; `worst position`, in units of the worst of
+        the copies, in which a token may go to other experts too; and `worst token`, against what its position has
+        besides.
     """
     size, position = differences.size, differences.position
+    worst = max(differences.at_positions(copy).max() for copy in differences.rounded)
     order = np.lexsort((differences.served, position))
     starts = np.searchsorted(position, np.arange(len(size)))
     middle = differences.served[order][starts + np.bincount(position) // 2]
@@ -87,7 +93,7 @@ def sizes(differences: Differences) -> dict[str, float]:
     return {
         "median": float(np.median(size)),
         "mean": float(np.sqrt(np.mean(np.minimum(size, _CLIP) ** 2))),
-        "worst position": float(size.max()),
+        "worst position": float(differences.at_positions(differences.served).max() / worst),
         "worst token": float((apart / scale[position]).max()),
     }
 
