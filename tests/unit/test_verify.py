@@ -272,7 +272,7 @@ def test_what_cannot_be_compared_is_one_line(arguments, message, tmp_path):
 
 def test_a_process_of_its_own_says_no_more_either(tmp_path):
     done = run_command("verify", DEMO, "--dtype", "int3", cache=tmp_path)
-    message = "--dtype int3 is not known; use one of float32, bfloat16, float16, fp8"
+    message = "--dtype int3 is not known; use one of bfloat16, float16, float32, fp8"
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 

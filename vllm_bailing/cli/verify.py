@@ -98,9 +98,9 @@ def show_report(report: dict[str, Any]) -> None:
     console.print("Δ: served minus reference log-probability, in nats.")
     table = output.table(f"what decides, for {report['dtype']}", "came", "at most", justify="right")
     for name, (value, limit) in report["measures"].items():
-        table.add_row(MEASURES[name], f"{value:.3g}", f"{limit:.3g}", style="" if value <= limit else "red")
+        table.add_row(MEASURES[name], f"{value:.2f}", f"{limit:.2f}", style="" if value <= limit else "red")
     console.print(table)
-    console.print("Sizes are in units of what this checkpoint's rounding does to a position.")
+    console.print("Differences are in units of this checkpoint's own rounding, significance in standard errors.")
     coverage = report["coverage"]
     touched = f"{100 * coverage['vocabulary']:.3g} % of the vocabulary"
     if coverage["experts"]:

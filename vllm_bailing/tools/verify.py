@@ -334,6 +334,7 @@ def judged(
     progress("reference", steps * (1 + parts), steps * (1 + parts))
     comparisons = _by_prompt(served, computed)
     measures = verify_statistics.measures(differences, shifts, dtype)
+    most = verify_verdict.limits(dtype, measures, shifts)
     reason, looks_like = verify_verdict.judge(measures, shifts, dtype, checked)
     used = len({token for one in served for token in one.token_ids})
     return {
@@ -341,7 +342,7 @@ def judged(
         "prompts": [asdict(comparison) for comparison in comparisons[:texts]],
         "words": asdict(overall(comparisons[texts:])) if comparisons[texts:] else None,
         "overall": asdict(overall(comparisons)),
-        "measures": {name: [value, verify_verdict.limit(dtype, name)] for name, value in measures.items()},
+        "measures": {name: [value, most[name]] for name, value in measures.items()},
         "shifts": [asdict(shift) for shift in shifts[:5]],
         "coverage": {"vocabulary": used / config.vocab_size, "experts": computed.experts},
         "reason": reason,

@@ -14,12 +14,13 @@ from vllm_bailing.tools.verify_statistics import Shift, kind_of, roundoff
 
 # What right deployments gave: lists by dtype and measure. Made by scripts/bench/bench_verify.py.
 RIGHT = Path(__file__).parent.parent / "assets" / "verify.json"
+_PARTS = 81  # of the demo, on which they were measured
 MEASURES = {
-    "median": "median size of the differences",
-    "mean": "mean size of the differences",
-    "worst position": "largest size at a position",
-    "worst token": "largest size of a single token's difference",
-    "significance": "standard errors by which a part of the model is off",
+    "median": "median difference",
+    "mean": "mean difference",
+    "worst position": "largest difference of a position",
+    "worst token": "largest difference of a token",
+    "significance": "significance of a part's shift",
 }
 _WORDS = {
     "final norm": "the final norm, or the scale of the logits",
@@ -67,15 +68,26 @@ def right_deployments() -> dict[str, dict[str, list[float]]]:
     return json.loads(RIGHT.read_text(encoding="utf-8"))["right"]
 
 
-def limit(dtype: str, measure: str) -> float:
+def limit(dtype: str, measure: str, parts: int = 0) -> float:
     """The most that a right deployment gives: five standard deviations above the mean of what was measured.
 
     Of logarithms, and half as much again as the largest in any case: other machines round in other places.
+
+    Args:
+        parts: How many parts the largest shift was sought among; the largest of more normal numbers is larger.
     """
     measured = right_deployments()
     values = measured.get(dtype, measured["bfloat16"])[measure]  # sizes are in units of the rounding that is expected
     logs = [math.log(value) for value in values]
-    return max(math.exp(mean(logs) + 5 * stdev(logs)), 1.5 * max(values))
+    most = max(math.exp(mean(logs) + 5 * stdev(logs)), 1.5 * max(values))
+    if measure == "significance" and parts > _PARTS:
+        most = math.sqrt(most**2 + 2 * math.log(parts / _PARTS))
+    return most
+
+
+def limits(dtype: str, measures: dict[str, float], shifts: list[Shift]) -> dict[str, float]:
+    """`limit` of each of `measures`."""
+    return {name: limit(dtype, name, len(shifts)) for name in measures}
 
 
 def judge(
@@ -87,8 +99,9 @@ def judge(
         measures, shifts: Of `verify_statistics`.
         dtype: What the deployment computes in.
     """
-    above = [name for name, value in measures.items() if not value <= limit(dtype, name)]  # also if it is no number
-    reasons = [f"{MEASURES[name]} {measures[name]:.3g} is above {limit(dtype, name):.3g}" for name in above]
+    most = limits(dtype, measures, shifts)
+    above = [name for name, value in measures.items() if not value <= most[name]]  # also if it is no number
+    reasons = [f"{MEASURES[name]}: {measures[name]:.2f} is above {most[name]:.2f}" for name in above]
     looks = [_look(above, shifts, dtype)] if above else []
     if drafts and drafts.reason:
         reasons.append(drafts.reason)
@@ -98,8 +111,8 @@ def judge(
 
 def _look(above: list[str], shifts: list[Shift], dtype: str) -> str:
     if "significance" in above:
-        sure = [one for one in shifts if abs(one.significance) > limit(dtype, "significance")]
-        return described(next(one for one in sure if abs(one.size) > roundoff(dtype)))
+        off = [one for one in shifts if abs(one.size) > roundoff(dtype)]
+        return described(max(off, key=lambda shift: abs(shift.significance)))
     if "median" in above:
         return f"coarser rounding than {dtype}'s everywhere (quantized weights?), or many parts at once"
     if above == ["worst token"]:
