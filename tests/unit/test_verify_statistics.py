@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,7 +99,8 @@ def test_a_planted_scale_is_found_and_measured(part, checkpoint, tmp_path, monke
     right = reference(checkpoint, tmp_path / "right")
     computed = right.forward()
     for served, is_wrong in ((wrong, True), (computed.copies[0], False)):
-        differences = Differences(served - computed.logprobs, computed.copies[1:] - computed.logprobs, ASKED.position)
+        less = served - computed.logprobs, computed.copies[1:] - computed.logprobs
+        differences = Differences(*less, ASKED.position, ASKED.token, ASKED.given)
         shifts = verify_statistics.shifts(right.effects(verify_statistics.weights(differences)))
         (found,) = (shift for shift in shifts if shift.part == part)
         assert (abs(found.significance) > 5) == is_wrong, found
@@ -128,29 +131,40 @@ def random_differences(positions=400, width=21, seed=0):
     scale = random.uniform(0.01, 0.2, positions).repeat(width)
     position = np.arange(positions).repeat(width)
     noise = random.standard_normal((5, positions * width)) * scale
-    return Differences(noise[0], noise[1:], position)
+    token = random.integers(0, 200, positions * width)
+    return Differences(noise[0], noise[1:], position, token, np.arange(positions) % (positions // 2))
 
 
 def test_sizes_are_in_units_of_the_expected_rounding():
     right = random_differences()
     found = verify_statistics.sizes(right)
     assert found["median"] == pytest.approx(1, abs=0.05) and found["mean"] == pytest.approx(1, abs=0.05)
-    assert 0.5 < found["worst position"] < 1.5 and found["worst token"] < 6
+    assert found["worst input"] < 2 and found["worst output"] < 3
     served = right.served.copy()
-    served[21 * 7 : 21 * 8] *= 20  # a position
-    served[21 * 9 + 3] = 30 * right.expected[9]  # a token
-    odd = verify_statistics.sizes(Differences(served, right.rounded, right.position))
-    assert odd["median"] == pytest.approx(found["median"], rel=0.01)
-    largest = max(right.at_positions(copy).max() for copy in right.rounded)
-    assert odd["worst position"] == pytest.approx(right.at_positions(served)[[7, 9]].max() / largest)
-    assert odd["worst token"] > 25
+    served[21 * 7 : 21 * 8] *= 20  # after token 7, once
+    once = verify_statistics.sizes(replace(right, served=served))
+    assert once["median"] == pytest.approx(found["median"], rel=0.01) and once["worst input"] < 2
+    served[21 * 207 : 21 * 208] *= 20  # and again
+    assert verify_statistics.sizes(replace(right, served=served))["worst input"] > 12
+
+
+def test_a_token_that_is_off_everywhere_is_seen():
+    right = random_differences()
+    served = right.served + 15 * right.expected[right.position] * (right.token == 33)
+    assert verify_statistics.sizes(replace(right, served=served))["worst output"] > 8
+    first = np.flatnonzero(right.token == 33)[:1]
+    served = right.served.copy()
+    served[first] += 15
+    assert verify_statistics.sizes(replace(right, served=served))["worst output"] < 3
 
 
 def test_values_in_any_order_within_a_position():
     right = random_differences(positions=50)
     order = np.random.default_rng(1).permutation(len(right.served))
     order = order[np.argsort(right.position[order], kind="stable")]
-    mixed = Differences(right.served[order], right.rounded[:, order], right.position[order])
+    mixed = Differences(
+        right.served[order], right.rounded[:, order], right.position[order], right.token[order], right.given
+    )
     assert verify_statistics.sizes(mixed) == pytest.approx(verify_statistics.sizes(right))
 
 
@@ -158,7 +172,7 @@ def test_one_position_cannot_decide_the_direction():
     right = random_differences()
     served = right.served.copy()
     served[:21] += 100 * np.arange(21)
-    weights = verify_statistics.weights(Differences(served, right.rounded, right.position))
+    weights = verify_statistics.weights(replace(right, served=served))
     shares = np.abs(weights[0]).reshape(400, 21).sum(1) * right.expected
     assert shares[0] < 6 * np.median(shares)
     np.testing.assert_allclose(weights.reshape(2, 400, 21).sum(-1), 0, atol=1e-6 * np.abs(weights).max())
@@ -219,4 +233,6 @@ def test_the_prompts_have_every_word_of_a_small_vocabulary():
     vocab = read_config(DEMO).vocab_size
     prompts = prompts_of(DEMO, ["Hello"], 32, 1024, vocab)
     assert {token for prompt in prompts for token in prompt.token_ids} == set(range(vocab))
-    assert [prompt.max_tokens for prompt in prompts] == [32, 1, 1, 1, 1]
+    assert [prompt.max_tokens for prompt in prompts] == [32] + 8 * [1]
+    words = Counter(token for prompt in prompts[1:] for token in prompt.token_ids)
+    assert set(words.values()) == {2}

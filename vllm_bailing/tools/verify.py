@@ -323,7 +323,8 @@ def judged(
     )
     computed = reference.forward()
     came = np.array([value for one in served for row in one.top for value in row.values()])
-    differences = Differences(came - computed.logprobs, computed.copies - computed.logprobs, asked.position)
+    served_less, copies_less = came - computed.logprobs, computed.copies - computed.logprobs
+    differences = Differences(served_less, copies_less, asked.position, asked.token, asked.given)
     finite = bool(np.isfinite(came).all())
     shifts = []
     if parts and finite:

@@ -52,7 +52,8 @@ def prompts_of(
     """User messages in the checkpoint's chat template, where it has one, and words of the vocabulary in no order.
 
     Texts of people use few of the words and favor some experts; words in no order reach rows of the embedding and of
-    the head, and experts, that no text does.
+    the head, and experts, that no text does. Each comes twice: what is wrong with it is wrong both times, and what
+    rounding does to a place is not.
 
     Args:
         max_tokens: Length of the answers to the messages.
@@ -68,7 +69,9 @@ def prompts_of(
         texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     prompts = [Prompt(tokenizer.encode(text, add_special_tokens=False), max_tokens) for text in texts]
     known = range(min(len(tokenizer), vocab_size))
-    drawn = random.Random(seed).sample(known, min(words, len(known)))
+    order = random.Random(seed)
+    drawn = order.sample(known, min(words, len(known)))
+    drawn += order.sample(drawn, len(drawn))
     return prompts + [Prompt(drawn[start : start + _RUN], 1) for start in range(0, len(drawn), _RUN)]
 
 

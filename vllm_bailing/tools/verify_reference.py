@@ -243,6 +243,11 @@ class Asked:
         """How many, over all sequences."""
         return sum(len(ids) - 1 for ids in self.sequences)
 
+    @property
+    def given(self) -> np.ndarray:
+        """The last token before each position [N]."""
+        return np.array([token for ids in self.sequences for token in ids[:-1]])
+
     def mask(self) -> Tensor:
         """[B, T], 0 at padding."""
         lengths = torch.tensor([len(ids) for ids in self.sequences])

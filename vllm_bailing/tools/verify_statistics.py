@@ -30,11 +30,15 @@ class Differences:
         served: The differences [V].
         rounded: Those of right deployments, as the reference makes them [copies, V].
         position: Of each value, rising from 0 [V].
+        token: Whose log-probability each value is [V].
+        given: The last token before each position [N].
     """
 
     served: np.ndarray
     rounded: np.ndarray
     position: np.ndarray
+    token: np.ndarray
+    given: np.ndarray
 
     def _mean(self, values: np.ndarray) -> np.ndarray:
         return np.bincount(self.position, values) / np.bincount(self.position)
@@ -64,13 +68,16 @@ def roundoff(dtype: str) -> float:
     return 2.0 ** -(MANTISSA.get(dtype, 7) + 1)
 
 
+def beyond(shift: Shift, dtype: str) -> float:
+    """By how many standard errors a shift is larger than what rounding of every number in one direction could do."""
+    return (abs(shift.size) - roundoff(dtype)) / shift.error
+
+
 def measures(differences: Differences, shifts: list[Shift], dtype: str) -> dict[str, float]:
-    """`sizes`, and as `significance` the largest of a shift that rounding of one number could not make."""
+    """`sizes`, and as `significance` the largest of a part's shift, at least 1."""
     found = sizes(differences)
     if shifts:
-        found["significance"] = max(
-            (abs(one.significance) for one in shifts if abs(one.size) > roundoff(dtype)), default=1.0
-        )
+        found["significance"] = max(1.0, *(beyond(shift, dtype) for shift in shifts))
     return found
 
 
@@ -78,24 +85,30 @@ def sizes(differences: Differences) -> dict[str, float]:
     """How large the differences are, in units of the expected rounding.
 
     Returns:
-        `median` and `mean` (root mean square, clipped) over the positions; `worst position`, in units of the worst of
-        the copies, in which a token may go to other experts too; and `worst token`, against what its position has
-        besides.
+        `median` and `mean` (root mean square, clipped) over the positions; `worst input` and `worst output`, the
+        largest of a token: after it, and of its own log-probability against what the position has besides. A token
+        counts by the (lower) median of its places, of which there must be two: rounding may send one of them to other
+        experts.
     """
     size, position = differences.size, differences.position
-    worst = max(differences.at_positions(copy).max() for copy in differences.rounded)
-    order = np.lexsort((differences.served, position))
-    starts = np.searchsorted(position, np.arange(len(size)))
-    middle = differences.served[order][starts + np.bincount(position) // 2]
+    middle, _ = _lower_medians(differences.served, position)
     apart = np.abs(differences.served - middle[position])
-    spread = apart[np.lexsort((apart, position))][starts + np.bincount(position) // 2]
+    spread, _ = _lower_medians(apart, position)
     scale = np.maximum(differences.expected, 1.48 * spread)
+    inputs, input_places = _lower_medians(size, differences.given)
+    outputs, output_places = _lower_medians(apart / scale[position], differences.token)
     return {
         "median": float(np.median(size)),
         "mean": float(np.sqrt(np.mean(np.minimum(size, _CLIP) ** 2))),
-        "worst position": float(differences.at_positions(differences.served).max() / worst),
-        "worst token": float((apart / scale[position]).max()),
+        "worst input": float(inputs[input_places > 1].max(initial=0)),
+        "worst output": float(outputs[output_places > 1].max(initial=0)),
     }
+
+
+def _lower_medians(values: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lower median of the values of each key, by rising key, and how many it has."""
+    _, starts, counts = np.unique(np.sort(keys), return_index=True, return_counts=True)
+    return values[np.lexsort((values, keys))][starts + (counts - 1) // 2], counts
 
 
 def weights(differences: Differences, seed: int = 0) -> np.ndarray:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from vllm_bailing.tools.verify_statistics import Shift, kind_of, roundoff
+from vllm_bailing.tools.verify_statistics import Shift, beyond, kind_of
 
 # What right deployments gave: lists by dtype and measure. Made by scripts/bench/bench_verify.py.
 RIGHT = Path(__file__).parent.parent / "assets" / "verify.json"
@@ -18,8 +18,8 @@ _PARTS = 81  # of the demo, on which they were measured
 MEASURES = {
     "median": "median difference",
     "mean": "mean difference",
-    "worst position": "largest difference of a position",
-    "worst token": "largest difference of a token",
+    "worst input": "largest difference after a token",
+    "worst output": "largest difference of a token",
     "significance": "significance of a part's shift",
 }
 _WORDS = {
@@ -111,13 +111,12 @@ def judge(
 
 def _look(above: list[str], shifts: list[Shift], dtype: str) -> str:
     if "significance" in above:
-        off = [one for one in shifts if abs(one.size) > roundoff(dtype)]
-        return described(max(off, key=lambda shift: abs(shift.significance)))
+        return described(max(shifts, key=lambda shift: beyond(shift, dtype)))
     if "median" in above:
-        return f"coarser rounding than {dtype}'s everywhere (quantized weights?), or many parts at once"
-    if above == ["worst token"]:
-        return "rows of the head"
-    return "something that few tokens meet: rows of the embedding, a rarely used expert, the choice of experts"
+        return f"many parts at once, or coarser rounding than {dtype}'s everywhere (quantized weights?)"
+    if "worst input" in above:
+        return "rows of the embedding"
+    return "rows of the head" if "worst output" in above else f"many parts at once, or coarser rounding than {dtype}'s"
 
 
 def described(shift: Shift) -> str:
