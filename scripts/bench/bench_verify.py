@@ -2,9 +2,9 @@
 
     python scripts/bench/bench_verify.py --right 16
 
-Every arm serves the demo checkpoint as one engine, which is asked so many sets of prompts: held-out conversations and
-words in no order. Each set counts as a deployment. Writes vllm_bailing/assets/verify.json. What the engines answer is
-kept in --work, from where a run that was cut off goes on.
+Every arm serves the demo checkpoint as one engine, or as the plain model in transformers, and is asked so many sets of
+prompts: held-out conversations and words in no order. Each set counts as a deployment. Writes
+vllm_bailing/assets/verify.json. What the arms answer is kept in --work, from where a run that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -27,20 +27,23 @@ from rich.table import Table
 from vllm_bailing import DEMO
 from vllm_bailing.config import read_config
 from vllm_bailing.tools import verify
-from vllm_bailing.tools.verify_deployment import WORDS, Prompt, Served, ask_engine, engine, prompts_of
+from vllm_bailing.tools.verify_deployment import TOP, WORDS, Prompt, Served, ask_engine, engine, prompts_of
 from vllm_bailing.tools.verify_verdict import RIGHT
 
 HELD_OUT = ROOT / "tests" / "data" / "demo_heldout.jsonl"
 ENGINE = {"enforce_eager": True, "max_model_len": 512}
 MTP = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
-# Name: (dtype, further arguments)
-ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+# Name: (dtype, further arguments of vLLM; None for the plain model)
+ARMS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "bf16": ("bfloat16", {}),
     "bf16, drafts": ("bfloat16", MTP),
     "bf16, chunks of 64": ("bfloat16", {"max_num_batched_tokens": 64, "max_num_seqs": 32}),
     "bf16, 2 ranks": ("bfloat16", {"tensor_parallel_size": 2}),
     "fp16": ("float16", {}),
     "fp32": ("float32", {}),
+    "plain bf16": ("bfloat16", None),
+    "plain fp16": ("float16", None),
+    "plain fp32": ("float32", None),
 }
 
 
@@ -62,6 +65,35 @@ def ask(dtype: str, options: dict[str, Any], seeds: range, file: Path) -> None:
     for seed in seeds:
         with file.open("ab") as stream:
             pickle.dump(ask_engine(llm, prompts(seed)), stream)
+
+
+def ask_plain(dtype: str, seeds: range, file: Path) -> None:
+    """As `ask`, of the plain model in `dtype`."""
+    import torch
+
+    from vllm_bailing.reference import BailingMoeV2ForCausalLM
+
+    model = BailingMoeV2ForCausalLM.from_pretrained(DEMO, dtype=getattr(torch, dtype))
+    for seed in seeds:
+        with torch.no_grad():
+            answers = [_answer(model, prompt) for prompt in prompts(seed)]
+        with file.open("ab") as stream:
+            pickle.dump(answers, stream)
+
+
+def _answer(model: Any, prompt: Prompt) -> Served:
+    import torch
+
+    ids = prompt.token_ids
+    if prompt.max_tokens > 1:
+        given = torch.tensor([ids])
+        ids = model.generate(given, max_new_tokens=prompt.max_tokens, do_sample=False, pad_token_id=0)[0].tolist()
+    logprobs = model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+    top = [
+        {token: float(row[token]) for token in {*row.topk(TOP).indices.tolist(), next_token}}
+        for row, next_token in zip(logprobs, ids[1:], strict=True)
+    ]
+    return Served(ids, top, len(prompt.token_ids))
 
 
 def kept(file: Path) -> list[list[Served]]:
@@ -90,7 +122,8 @@ def main(
             missing = range(len(kept(file)), right)
             if missing:
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    pool.submit(ask, dtype, options, missing, file).result()
+                    work_of = (ask_plain, dtype) if options is None else (ask, dtype, options)
+                    pool.submit(*work_of, missing, file).result()
             found: dict[str, list[float]] = {}
             for number, served in enumerate(kept(file)[:right]):
                 report = verify.judged(DEMO, config, served, dtype, Path(scratch) / f"{arm}-{number}")

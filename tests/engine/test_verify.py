@@ -19,7 +19,7 @@ YARN = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_e
 
 @pytest.fixture(scope="module")
 def prompts():
-    return verify.prompts_of(DEMO, list(verify.DEFAULT_PROMPTS), 32, 1024, read_config(DEMO).vocab_size)
+    return verify.prompts_of(DEMO, list(verify.DEFAULT_PROMPTS), 32, 256, read_config(DEMO).vocab_size)
 
 
 def without_bias(tensors):
@@ -46,6 +46,10 @@ def _ask(folder, options, prompts, patch):
     return verify.ask_offline(str(folder), {"enforce_eager": True, "max_model_len": 512, **options}, prompts)[0]
 
 
+def with_a_norm_too_large(tensors):
+    tensors["model.norm.weight"] = (1.01 * tensors["model.norm.weight"].float()).bfloat16()
+
+
 FAULTS = {
     "none": {},
     # vLLM 0.13 to 0.22 lost it (issue 37633).
@@ -55,28 +59,41 @@ FAULTS = {
     "YaRN off": {"overrides": YARN},
     "routing in bf16": {"patch": round_router_logits},
 }
+SMALL_FAULTS = {
+    "the routed experts": {"keys": {"routed_scaling_factor": 2.4}},
+    "the final norm": {"change": with_a_norm_too_large},
+}
+
+
+def judged(planted, dtype, prompts, folder):
+    """The report on a deployment with a fault."""
+    served_folder = DEMO
+    if "change" in planted or "keys" in planted:
+        served_folder = changed_demo(folder / "faulty", planted.get("change"), **planted.get("keys", {}))
+    served = run(_ask, served_folder, {"dtype": dtype}, prompts, planted.get("patch"))
+    return verify.judged(DEMO, read_config(DEMO, planted.get("overrides")), served, dtype, folder / "work")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_flagged(fault, dtype, prompts, tmp_path):
-    planted = FAULTS[fault]
-    folder = DEMO
-    if "change" in planted or "keys" in planted:
-        folder = changed_demo(tmp_path / "faulty", planted.get("change"), **planted.get("keys", {}))
-    served = run(_ask, folder, {"dtype": dtype}, prompts, planted.get("patch"))
-    config = read_config(DEMO, planted.get("overrides"))
-    report = verify.judged(DEMO, config, served, dtype, tmp_path / "work")
+    report = judged(FAULTS[fault], dtype, prompts, tmp_path)
     # Rounding of the router disappears among that of everything else: only a deployment in fp32 shows it.
     right = fault == "none" or (fault == "routing in bf16" and dtype == "bfloat16")
     assert bool(report["reason"]) != right, report["measures"]
+
+
+@pytest.mark.parametrize("part", SMALL_FAULTS)
+def test_a_fault_smaller_than_rounding_is_flagged_and_named(part, prompts, tmp_path):
+    report = judged(SMALL_FAULTS[part], "bfloat16", prompts, tmp_path)
+    assert report["reason"].startswith("significance") and report["looks_like"].startswith(part), report
 
 
 def test_without_a_server_only_the_report_is_printed(tmp_path):
     """vLLM logs to standard output, and so does the process that it starts."""
     engine = json.dumps({"enforce_eager": True, "max_model_len": 512, "dtype": "float32"})
     done = run_command(
-        *("verify", DEMO, "--engine", engine, "--json", "--max-tokens", 4),
+        *("verify", DEMO, "--engine", engine, "--json", "--max-tokens", 4, "--words", 64),
         cache=tmp_path,
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
     )

@@ -204,7 +204,7 @@ def test_each_measure_alone_speaks_against_a_deployment(measure, dtype):
 
 
 def test_more_parts_have_a_larger_extreme():
-    few, many = (limit("bfloat16", "significance", parts) for parts in (81, 81 * 100))
+    few, many = (limit("bfloat16", "significance", parts) for parts in (83, 83 * 100))
     assert few == limit("bfloat16", "significance") and many == pytest.approx(math.sqrt(few**2 + 2 * math.log(100)))
     assert limit("bfloat16", "median", 8100) == limit("bfloat16", "median")
 
