@@ -24,7 +24,7 @@ def verify(
         int, typer.Option(help="Words of the vocabulary, in no order, that are asked besides.", min=0)
     ] = 1024,
     parts: Annotated[
-        bool, typer.Option(help="Read the checkpoint once more, to see which part of the model differs.")
+        bool, typer.Option(help="Go back through the checkpoint, to see which part of the model differs.")
     ] = True,
     hf_overrides: options.HfOverrides = "{}",
     engine: options.Engine = "{}",
@@ -40,7 +40,7 @@ def verify(
 
     Sends prompts, takes the log-probabilities of prompts and answers, and compares them with the plain PyTorch
     reference, which reads the checkpoint layer by layer: a 100B model needs a few GiB of memory, and the time to read
-    its files three times. Without --url, vLLM runs in this process, with the arguments of --engine. Exit code 0: it
+    its files four times. Without --url, vLLM runs in this process, with the arguments of --engine. Exit code 0: it
     does; 1: it does not; 2: could not be compared.
     """
     from rich.progress import Progress

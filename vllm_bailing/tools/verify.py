@@ -229,7 +229,7 @@ def run(
         prompts: User messages; `DEFAULT_PROMPTS` if left out.
         max_tokens: Length of the answers that are compared too.
         words: How many words of the vocabulary are asked besides.
-        parts: Read the checkpoint once more, backward, to see which part of the model differs.
+        parts: Go back through the checkpoint, to see which part of the model differs.
         overrides: As given to the deployment by `--hf-overrides`.
         engine: Without `url`, further arguments of `vllm.LLM`.
         fresh: Start again.
