@@ -48,7 +48,6 @@ def test_dithering_is_as_large_as_rounding_and_has_no_direction(dtype, bits):
 
 PARTS = {  # what a tensor's scale is the scale of
     "final norm": ["model.norm.weight"],
-    "embedding": ["model.word_embeddings.weight"],
     "layer 0 MLP": ["model.layers.0.mlp.down_proj.weight"],
     "layer 1 attention": ["model.layers.1.attention.dense.weight"],
     "layer 1 query and key": ["model.layers.1.attention.query_layernorm.weight"],
@@ -204,7 +203,7 @@ def test_each_measure_alone_speaks_against_a_deployment(measure, dtype):
 
 
 def test_more_parts_have_a_larger_extreme():
-    few, many = (limit("bfloat16", "significance", parts) for parts in (83, 83 * 100))
+    few, many = (limit("bfloat16", "significance", parts) for parts in (82, 82 * 100))
     assert few == limit("bfloat16", "significance") and many == pytest.approx(math.sqrt(few**2 + 2 * math.log(100)))
     assert limit("bfloat16", "median", 8100) == limit("bfloat16", "median")
 

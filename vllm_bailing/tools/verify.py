@@ -323,8 +323,7 @@ def judged(
     )
     computed = reference.forward()
     came = np.array([value for one in served for row in one.top for value in row.values()])
-    served_less, copies_less = came - computed.logprobs, computed.copies - computed.logprobs
-    differences = Differences(served_less, copies_less, asked.position, asked.token, asked.given)
+    differences = Differences.between(came, computed, asked)
     finite = bool(np.isfinite(came).all())
     shifts = []
     if parts and finite:

@@ -71,6 +71,12 @@ def dithered(x: Tensor, bits: int) -> Tensor:
     return x + torch.ldexp(torch.rand_like(x) - 0.5, exponent - 1 - bits)
 
 
+def cut(x: Tensor, bits: int) -> Tensor:
+    """As `dithered`, with errors of rounding toward zero, which are twice as large and make everything smaller."""
+    _, exponent = torch.frexp(x)
+    return x - torch.ldexp(x.sign() * torch.rand_like(x), exponent - 1 - bits)
+
+
 def _dithered_input(x: Tensor, inputs: str) -> Tensor:
     if inputs == "fp8":
         return dithered(x, 3)
@@ -183,18 +189,28 @@ def _layer(
 
 
 class _Rounded:
-    """Hooks that round at random what the modules of a layer take and give."""
+    """Hooks that round at random what the modules of a layer take and give.
 
-    def __init__(self, reader: TensorReader, rounding: Rounding) -> None:
+    Args:
+        toward_zero: As vLLM's own operations do in bf16 on CPUs without AVX-512; linear layers are PyTorch's.
+    """
+
+    def __init__(self, reader: TensorReader, rounding: Rounding, toward_zero: bool) -> None:
         self.reader, self.bits, self.inputs = reader, MANTISSA[rounding.dtype], rounding.inputs
+        self.round = cut if toward_zero else dithered
         # A plain checkpoint that is served with quantized layers has its weights rounded at the start.
         self.at_start = self.inputs is not None and stored_quantization(reader.config) is None
 
     def __call__(self, module: nn.Module, prefix: str) -> None:
+        in_experts = ".mlp.experts." in prefix
         for name, part in module.named_modules():
-            if isinstance(part, (nn.Linear, reference.BailingMoeV2RMSNorm)):
-                part.register_forward_hook(lambda _m, _args, output: dithered(output, self.bits))
+            if isinstance(part, reference.BailingMoeV2RMSNorm):
+                # Queries and keys are rounded again when they are turned.
+                times = 2 if name.endswith(("query_layernorm", "key_layernorm")) else 1
+                part.register_forward_hook(lambda _m, _args, output, n=times: self._times(output, n))
             if isinstance(part, nn.Linear):
+                given = self.round if in_experts else dithered
+                part.register_forward_hook(lambda _m, _args, output, f=given: f(output, self.bits))
                 quantized = self.at_start or self.reader.is_quantized(f"{prefix}.{name}.weight")
                 if self.at_start:
                     part.weight.data = dithered(part.weight.data, 3)
@@ -207,12 +223,17 @@ class _Rounded:
             module.register_forward_pre_hook(lambda _m, args: stream.__setitem__(slice(None), args[:1]))
             module.attention.register_forward_hook(lambda _m, _args, out: self._added(stream[0], out))
 
+    def _times(self, x: Tensor, times: int) -> Tensor:
+        for _ in range(times):
+            x = self.round(x, self.bits)
+        return x
+
     def _input(self, x: Tensor, quantized: bool, computed: bool) -> Tensor:
-        x = dithered(x, self.bits) if computed else x
+        x = self.round(x, self.bits) if computed else x
         return _dithered_input(x, self.inputs) if quantized and self.inputs else x
 
     def _added(self, stream: Tensor, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        return dithered(stream + output[0], self.bits) - stream, *output[1:]
+        return self.round(stream + output[0], self.bits) - stream, *output[1:]
 
 
 # ---- forward --------------------------------------------------------------------------------------------------
@@ -260,13 +281,15 @@ class Computed:
 
     Attributes:
         logprobs: Of the wanted values, exact: float64 [V].
-        copies: The same of the rounded copies: float64 [copies, V].
+        copies: The same of the copies that are rounded to the nearest: float64 [copies, V].
+        cut: The same of those that are rounded toward zero; as many in bf16, else none.
         likeliest: Token id for each position.
         experts: Of every MoE layer, the share of its experts that a token went to.
     """
 
     logprobs: np.ndarray
     copies: np.ndarray
+    cut: np.ndarray
     likeliest: np.ndarray
     experts: list[float]
 
@@ -306,12 +329,12 @@ class Reference:
 
     @torch.no_grad()
     def forward(self, copies: int = COPIES) -> Computed:
-        """All layers and the head; `copies` is how many rounded ones run beside the exact one."""
-        bits, experts = MANTISSA[self.rounding.dtype], {}
+        """All layers and the head; `copies` is how many rounded ones of a kind run beside the exact one."""
         done, rounded, experts = self._resumed() or (0, None, {})
         exact = self._state(done) if done else self._embedded()
+        kinds = (False, True) if self.rounding.dtype == "bfloat16" else (False,)  # whether toward zero
         if rounded is None:
-            rounded = exact.repeat(copies, 1, 1)
+            rounded = exact.repeat(copies * len(kinds), 1, 1)
         around, around_copies = self._around(1), self._around(max(copies, 1))
         for index in range(done, self.config.num_hidden_layers):
             self.progress(index)
@@ -322,7 +345,8 @@ class Reference:
                 seen = routing[0][self.mask.flatten().bool()].unique().numel()
                 experts[index] = seen / self.config.num_experts
             if copies:
-                rounded = self._rounded_layer(index, rounded, around_copies)
+                halves = zip(rounded.chunk(len(kinds)), kinds, strict=True)
+                rounded = torch.cat([self._rounded_layer(index, around_copies, *half) for half in halves])
             self.reader.close()
             self._keep_state(index + 1, exact)
             self._keep_rounded(index + 1, rounded, experts)
@@ -330,17 +354,21 @@ class Reference:
         norm = self._norm()
         with torch.random.fork_rng([]):
             torch.manual_seed(self.config.num_hidden_layers)
+            bits = MANTISSA[self.rounding.dtype]
             rows = [self._predicting(norm(exact))]
-            rows += [dithered(self._predicting(norm(each)), bits) for each in rounded.chunk(copies)] if copies else []
+            for number, each in enumerate(rounded.chunk(copies * len(kinds)) if copies else ()):
+                round_it = cut if number >= copies else dithered
+                rows.append(round_it(self._predicting(norm(each)), bits))
             logprobs, likeliest = self._head(torch.stack(rows), bits)
         self.reader.close()
-        return Computed(logprobs[0], logprobs[1:], likeliest, [experts[index] for index in sorted(experts)])
+        shares = [experts[index] for index in sorted(experts)]
+        return Computed(logprobs[0], logprobs[1 : copies + 1], logprobs[copies + 1 :], likeliest, shares)
 
-    def _rounded_layer(self, index: int, rounded: Tensor, around: tuple[Tensor, Tensor, Any]) -> Tensor:
+    def _rounded_layer(self, index: int, around: tuple[Tensor, Tensor, Any], rounded: Tensor, to_zero: bool) -> Tensor:
         with torch.random.fork_rng([]):
             torch.manual_seed(index)
-            layer = _layer(self.reader, index, _Rounded(self.reader, self.rounding))
-            return dithered(layer(rounded, *around)[0], MANTISSA[self.rounding.dtype])
+            hooks = _Rounded(self.reader, self.rounding, to_zero)
+            return hooks.round(_layer(self.reader, index, hooks)(rounded, *around)[0], hooks.bits)
 
     @torch.no_grad()
     def accepted_drafts(self, prompts: list[int]) -> tuple[int, int]:
@@ -473,8 +501,6 @@ class Reference:
             with torch.enable_grad():
                 grad = self._layer_backward(index, grad, count, found)
             self.reader.close()
-        state = self._state(0).repeat(count, 1, 1)
-        found["embedding"] = self._by_sum((grad * state).sum(-1), count)
         return found
 
     def _by_sum(self, values: Tensor, count: int) -> np.ndarray:

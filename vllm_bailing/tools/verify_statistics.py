@@ -14,8 +14,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from vllm_bailing.tools.verify_reference import Asked, Computed
 
 # Bits of mantissa that are kept. One less for fp32, in which finer errors than its own would vanish.
 MANTISSA = {"float32": 22, "float16": 10, "bfloat16": 7}
@@ -39,6 +43,20 @@ class Differences:
     position: np.ndarray
     token: np.ndarray
     given: np.ndarray
+
+    @classmethod
+    def between(cls, served: np.ndarray, computed: Computed, asked: Asked) -> Differences:
+        """Those of `served` log-probabilities [V] and what the reference computed, with its rounding.
+
+        If rounding toward zero explains them better, then from the mean of what that gives: it has a direction.
+        """
+        rest = asked.position, asked.token, asked.given
+        found = cls(served - computed.logprobs, computed.copies - computed.logprobs, *rest)
+        if len(computed.cut):
+            middle = computed.cut.mean(0)
+            other = cls(served - middle, computed.cut - middle, *rest)
+            found = min(found, other, key=lambda one: float(np.median(one.size)))
+        return found
 
     def _mean(self, values: np.ndarray) -> np.ndarray:
         return np.bincount(self.position, values) / np.bincount(self.position)

@@ -14,7 +14,7 @@ from vllm_bailing.tools.verify_statistics import Shift, beyond, kind_of
 
 # What right deployments gave: lists by dtype and measure. Made by scripts/bench/bench_verify.py.
 RIGHT = Path(__file__).parent.parent / "assets" / "verify.json"
-_PARTS = 83  # of the demo, on which they were measured
+_PARTS = 82  # of the demo, on which they were measured
 MEASURES = {
     "median": "median difference",
     "mean": "mean difference",
@@ -24,7 +24,6 @@ MEASURES = {
 }
 _WORDS = {
     "final norm": "the final norm, or the scale of the logits",
-    "embedding": "the embedding",
     "rotary": "the rotary embedding (theta, width, scaling)",
     "query and key": "the norms of query and key, or the scale of the attention",
     "attention": "the attention (its projections, or the norm before it)",
