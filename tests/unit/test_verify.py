@@ -99,7 +99,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(tmp_path):
     seen = []
     _, again = streamed(folder, sequences, work, progress=seen.append, **arguments)
     assert seen[0] == 2
-    for field in ("logprobs", "copies", "likeliest", "experts"):
+    for field in ("logprobs", "copies", "cut", "likeliest", "experts"):
         assert np.array_equal(getattr(again, field), getattr(whole, field)), field
     served = [Served([1, 2], [{2: -0.5, 3: -1.5}], 1)]
     verify.keep_served(work, served, "fp8", (5, 3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from vllm_bailing.config import read_config
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 from vllm_bailing.tools import verify_statistics, verify_verdict
 from vllm_bailing.tools.verify_deployment import prompts_of
-from vllm_bailing.tools.verify_reference import Asked, Reference, Rounding, TensorReader, dithered
+from vllm_bailing.tools.verify_reference import Asked, Computed, Reference, Rounding, TensorReader, cut, dithered
 from vllm_bailing.tools.verify_statistics import Differences, Shift
 from vllm_bailing.tools.verify_verdict import MEASURES, DraftCheck, judge, limit
 
@@ -44,6 +45,29 @@ def test_dithering_is_as_large_as_rounding_and_has_no_direction(dtype, bits):
     assert float(error.std()) == pytest.approx(float(rounding.std()), rel=0.02)
     assert abs(float(error.mean())) < 4 * float(error.std()) / math.sqrt(len(x))
     assert float((error / x).abs().max()) <= verify_statistics.roundoff(str(dtype).removeprefix("torch."))
+
+
+def test_cutting_makes_smaller_as_rounding_toward_zero_does():
+    torch.manual_seed(0)
+    x = torch.randn(100_000)
+    cut_off = (x.view(torch.int32) & ~0xFFFF).view(torch.float32)  # the upper half of fp32 is bf16
+    given, found = (cut_off - x) / x, (cut(x, 7) - x) / x
+    assert float(found.mean()) == pytest.approx(float(given.mean()), rel=0.02)
+    assert float(found.std()) == pytest.approx(float(given.std()), rel=0.02)
+    assert float(found.max()) <= 0
+
+
+def test_an_engine_that_rounds_toward_zero_is_compared_with_that():
+    served, exact = np.full(40, -1.2), np.full(40, -1.0)
+    noise = 0.01 * np.random.default_rng(0).standard_normal((4, 40))
+    position, token, given = np.arange(40) // 2, np.arange(40), np.arange(20)
+    asked = SimpleNamespace(position=position, token=token, given=given)
+    computed = Computed(exact, exact + noise, exact - 0.2 + noise, token, [])
+    found = Differences.between(served, computed, asked)
+    assert np.abs(found.served).max() < 0.02 and np.allclose(found.rounded.mean(0), 0)
+    found = Differences.between(exact + noise[0], computed, asked)
+    assert np.allclose(found.served, noise[0]) and np.allclose(found.rounded, noise)
+    assert len(Differences.between(served, replace(computed, cut=noise[:0]), asked).served) == 40
 
 
 PARTS = {  # what a tensor's scale is the scale of
