@@ -100,12 +100,12 @@ def show_report(report: dict[str, Any]) -> None:
     for name, (value, limit) in report["measures"].items():
         table.add_row(MEASURES[name], f"{value:.2f}", f"{limit:.2f}", style="" if value <= limit else "red")
     console.print(table)
-    console.print("Differences are in units of this checkpoint's own rounding, significance in standard errors.")
+    console.print("Differences are in units of what rounding does here, significance in standard errors.", soft_wrap=True)
     coverage = report["coverage"]
     touched = f"{100 * coverage['vocabulary']:.3g} % of the vocabulary"
     if coverage["experts"]:
         worst = min(coverage["experts"])
-        touched += f", and at least {100 * worst:.3g} % of the experts of every layer"
+        touched += f" and {100 * worst:.3g} % of the experts of each layer"
     console.print(f"The prompts touched {touched}.")
     if report["computes"]:
         console.print(f"[green]{report['deployment']} computes {report['checkpoint']}[/green]", soft_wrap=True)

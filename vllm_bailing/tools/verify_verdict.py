@@ -71,11 +71,13 @@ def right_deployments() -> dict[str, dict[str, list[float]]]:
 def limit(dtype: str, measure: str, parts: int = 0) -> float:
     """The most that a right deployment gives: the largest of what was measured, times the measure's factor.
 
+    What was measured in bf16 counts for all, since differences are in units of the rounding that is expected.
+
     Args:
         parts: How many parts the largest shift was sought among; the largest of more normal numbers is larger.
     """
     measured = right_deployments()
-    values = measured.get(dtype, measured["bfloat16"])[measure]  # sizes are in units of the rounding that is expected
+    values = measured["bfloat16"][measure] + measured.get(dtype, {}).get(measure, [])
     most = _FACTORS[measure] * max(values)
     if measure == "significance" and parts > _PARTS:
         most = math.sqrt(most**2 + 2 * math.log(parts / _PARTS))
