@@ -122,8 +122,10 @@ def main(
             missing = range(len(kept(file)), right)
             if missing:
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    work_of = (ask_plain, dtype) if options is None else (ask, dtype, options)
-                    pool.submit(*work_of, missing, file).result()
+                    if options is None:
+                        pool.submit(ask_plain, dtype, missing, file).result()
+                    else:
+                        pool.submit(ask, dtype, options, missing, file).result()
             found: dict[str, list[float]] = {}
             for number, served in enumerate(kept(file)[:right]):
                 report = verify.judged(DEMO, config, served, dtype, Path(scratch) / f"{arm}-{number}")
