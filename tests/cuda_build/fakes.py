@@ -122,6 +122,7 @@ class _Communicator:
     def __init__(self, cpu_group: Any = None, device: Any = None, device_group: Any = None, *_: Any, **__: Any) -> None:
         self.world_size = dist.get_world_size(device_group) if device_group is not None else 1
         self.disabled, self.use_all2all = True, False
+        self.all2all_manager = SimpleNamespace(world_size=self.world_size, rank=0)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -219,10 +220,12 @@ def forward(built: SimpleNamespace, model: Any = None, **extra: tuple[int, ...])
 
     model = model or built.model
     dtype = built.vllm_config.model_config.dtype
+    ranks = built.vllm_config.parallel_config.data_parallel_size
+    tokens = {"num_tokens": TOKENS, "num_tokens_across_dp": torch.full((ranks,), TOKENS) if ranks > 1 else None}
     with (
+        set_forward_context(None, built.vllm_config, **tokens),  # with real numbers, which it reads
         built.mode,
         torch.inference_mode(),
-        set_forward_context(None, built.vllm_config, num_tokens=TOKENS),
         GPU,
     ):
         inputs: dict[str, Any] = {name: torch.zeros(*shape, dtype=dtype) for name, shape in extra.items()}

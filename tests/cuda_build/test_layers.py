@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -82,7 +84,12 @@ def _skips_padding() -> bool:
     config = fakes.engine_config(
         FLASH, enforce_eager=True, distributed_executor_backend="mp", all2all_backend="deepep_v2", **DP2
     )
-    with fakes.on_gpus(config, is_processed=False) as built:
+    fused_moe = "vllm.model_executor.layers.fused_moe.all2all_utils"
+    stand_in = SimpleNamespace(maybe_roundup_layer_hidden_size=lambda size, *_, **__: size)  # of a package with kernels
+    with (
+        mock.patch(f"{fused_moe}.DeepEPV2PrepareAndFinalize", stand_in, create=True),
+        fakes.on_gpus(config, is_processed=False) as built,
+    ):
         return built.model.model.layers[-1].mlp.experts.router.skip_padding
 
 

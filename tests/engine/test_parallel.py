@@ -131,7 +131,6 @@ def data_parallel(ranks, cores="0|1", **options):
         ("plain", "0|1|0|1", EXPERTS),
         ("two_shared", "0|1|0|1", EXPERTS),
         ("mtp", "0|1|0|1", {**EXPERTS, **DIVIDED}),
-        ("plain", "0|1|0|1", {**EXPERTS, **DIVIDED, "enforce_eager": False}),
     ],
     ids=[
         "data",
@@ -143,7 +142,6 @@ def data_parallel(ranks, cores="0|1", **options):
         "sequences",
         "sequences, two shared",
         "sequences stay divided",
-        "sequences stay divided, compiled",
     ],
 )
 def test_ranks_have_requests_of_their_own(case, cores, options):
