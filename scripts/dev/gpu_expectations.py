@@ -165,8 +165,8 @@ def verdicts(report: dict[str, Any], recorded: dict[str, Any]) -> list[tuple[boo
             found.append((came == wanted, f"{arm}: {key} {wanted}; ran {came}"))
     by_figure = {(row["figure"], row["arm"]): row for row in report["rows"]}
     for batch in BATCHES:
-        rows = [by_figure.get((f"decode {batch}", arm)) for arm in (IN_TREE, PLUGIN)]
-        if None in rows:
+        rows = [by_figure[key] for arm in (IN_TREE, PLUGIN) if (key := (f"decode {batch}", arm)) in by_figure]
+        if len(rows) != 2:
             continue
         expected = [expectation(arms[arm], title, gpu, batch) for arm in (IN_TREE, PLUGIN)]
         for arm, row, one in zip((IN_TREE, PLUGIN), rows, expected, strict=True):

@@ -45,6 +45,7 @@ def generated(graph: Any, inputs: Any, vllm_config: Any) -> Counter[str]:
         raise _Stop
 
     settings = {"enable_auto_functionalized_v2": False, "force_disable_caches": True, "compile_threads": 1}
+    settings |= {"joint_graph_constant_folding": False}  # it makes tensors
     with (
         pass_context(Range(1, 2048)),
         config.patch(post_grad_custom_post_pass=manager, **settings),
@@ -120,7 +121,11 @@ def logged() -> Iterator[Counter[str]]:
 def inside_experts(built: Any, layer: Any, tokens: int) -> Counter[str]:
     """What the runner of `layer` calls for so many tokens, shared experts and the router included if it holds them."""
     from vllm.forward_context import set_forward_context
+    from vllm.utils import torch_utils
+    from vllm.v1.worker.workspace import init_workspace_manager
 
+    torch_utils._current_stream_tls.value = fakes.Stream()
+    init_workspace_manager(fakes.GPU)
     hidden_size = built.vllm_config.model_config.hf_config.hidden_size
     runner = layer.mlp.experts
     with (

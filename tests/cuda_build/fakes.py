@@ -35,7 +35,7 @@ TOKENS = 37
 # ---- torch, where it would look for a GPU ----------------------------------------------------------------------------
 
 
-class _Stream:
+class Stream:
     """In place of a stream or an event: takes every call."""
 
     device, cuda_stream, stream_id, device_index, device_type = GPU, 0, 0, 0, 1
@@ -43,7 +43,7 @@ class _Stream:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __enter__(self) -> _Stream:
+    def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *args: Any) -> None:
@@ -94,10 +94,10 @@ class _PlainImports(importlib.abc.MetaPathFinder):
 def pretend() -> None:
     """Change torch of this process for good."""
     cuda: Any = torch.cuda
-    cuda.Stream = cuda.Event = cuda.ExternalStream = _Stream
+    cuda.Stream = cuda.Event = cuda.ExternalStream = Stream
     cuda.stream = lambda stream: contextlib.nullcontext()
     for name in ("current_stream", "default_stream"):  # a function each, of which Dynamo keeps lists
-        setattr(cuda, name, lambda *_: _Stream())
+        setattr(cuda, name, lambda *_: Stream())
     for name in ("set_stream", "set_rng_state", "set_rng_state_all"):
         setattr(cuda, name, lambda *args, **kwargs: None)
     cuda.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8, device="cpu")

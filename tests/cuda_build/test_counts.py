@@ -73,11 +73,14 @@ def counted(arm: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
 def test_a_step_launches_what_was_recorded(title, arm, gpu, vllm_version, forked, pytestconfig):
     if gpu not in ("H100", "B200"):
         pytest.skip("counted for H100 and B200")
-    found = forked(counted, arm, *COUNTED[title])
-    assert found["runs"]["model"].startswith("vllm." if arm == IN_TREE else "vllm_bailing.")
     table = json.loads(RECORDED.read_text()) if RECORDED.is_file() else {}
     row = table.setdefault(vllm_version, {}).setdefault(gpu, {}).setdefault(title, {})
-    if pytestconfig.getoption("--write-kernels"):
+    is_recording = pytestconfig.getoption("--write-kernels")
+    if arm not in row and not is_recording:
+        pytest.skip("nothing is recorded for this release yet; --write-kernels records it")
+    found = forked(counted, arm, *COUNTED[title])
+    assert found["runs"]["model"].startswith("vllm." if arm == IN_TREE else "vllm_bailing.")
+    if is_recording:
         row[arm] = found
         RECORDED.write_text(json.dumps(table, indent=1) + "\n")
-    assert found == row.get(arm), "other counts than recorded; if that is right, add --write-kernels"
+    assert found == row[arm], "other counts than recorded; if that is right, add --write-kernels"
