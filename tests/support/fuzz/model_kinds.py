@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import json
 import math
@@ -113,10 +114,17 @@ _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", 
 _folders: dict[str, Path] = {}
 
 
+def _temporary(prefix: str) -> Path:
+    """A folder that goes when this process ends, and not when a fork of it does."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _small_checkpoint() -> Path:
     """Two files and their index."""
     if "small" not in _folders:
-        folder = Path(tempfile.mkdtemp(prefix="fuzz-small-"))
+        folder = _temporary("fuzz-small-")
         sizes = {"num_hidden_layers": 2, "num_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
         make_checkpoint(folder, shards=2, num_nextn_predict_layers=1, vocab_size=64, **sizes)
         _folders["small"] = folder
@@ -210,7 +218,7 @@ def _draft_checkpoint() -> Path:
     if "draft" not in _folders:
         from vllm_bailing.draft_target import DraftTarget
 
-        target, folder = _small_checkpoint(), Path(tempfile.mkdtemp(prefix="fuzz-draft-"))
+        target, folder = _small_checkpoint(), _temporary("fuzz-draft-")
         raw = json.loads((target / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**raw, "mtp_target": DraftTarget.at(target).to_json()}))
         write_tensors(folder, {name: one for name, one in read_tensors(target).items() if ".layers.2." in name})
@@ -403,7 +411,7 @@ KINDS = {
     "--hf-overrides": Kind(_make_overrides, _read_overrides, _judge_config),
     "index of the weights": Kind(_make_index, _read_weights, _judge_weights),
     "headers of the weights": Kind(_make_weights, _read_weights, _judge_weights),
-    "small MTP checkpoints": Kind(_make_draft, _read_draft, _judge_draft, ("/tmp/fuzz-small-",)),
+    "small MTP checkpoints": Kind(_make_draft, _read_draft, _judge_draft, (f"{tempfile.gettempdir()}/fuzz-small-",)),
     "quantization": Kind(_make_quantized, _read_quantized, _judge_quantized),
     "adapters": Kind(_make_adapter, _read_adapter, _judge_adapter, (str(DEMO),)),
 }
