@@ -73,10 +73,21 @@ def test_integers_are_refused_where_no_processor_of_this_kind_has_a_kernel(schem
         run(_start_without_avx512, model)
 
 
+def _start_without_kernels_for_experts(model, **options):
+    from vllm_bailing.plugin.kernels import cpu_quantized
+
+    cpu_quantized.lacking_for_quantized_experts = lambda: ["AVX-512 bf16"]
+    make_llm(model, **options)
+
+
 @pytest.mark.parametrize(
     ("scheme", "options", "fragments"),
     [
-        ("fp8", {}, ("no kernel for fp8 experts", '"dequantize": true')),
+        (
+            "fp8",
+            {},
+            ("no kernel for fp8 experts on this processor (it has ", "they need AVX-512 bf16", '"dequantize": true'),
+        ),
         ("w8a8", {}, ("no kernel for compressed-tensors experts", '"dequantize": true')),
         ("awq", {}, ("no kernel for", '"dequantize": true')),
         (None, {"quantization": "fp8"}, ("--quantization fp8", "leave it out")),
@@ -89,6 +100,6 @@ def test_a_scheme_without_a_kernel_is_refused_with_the_way_out(scheme, options, 
     if scheme:
         quantize(model, scheme)
     with pytest.raises(EngineError) as refusal:
-        run(make_llm, model, **options)
+        run(_start_without_kernels_for_experts, model, **options)
     for fragment in fragments:
         assert fragment in refusal.value.message
