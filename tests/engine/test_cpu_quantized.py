@@ -112,7 +112,8 @@ def test_experts_are_quantized_while_they_load(online, scheme, kernel, tmp_path)
     wanted, _ = plain_answer(plain, PROMPT)
     kernels, found = run(_served, tmp_path / "model", quantization=online)
     assert kernels == f"vllm_bailing.Proved{kernel}Experts"
-    assert (found[0][0] - wanted).abs().mean() <= NEAR
+    # vLLM computes scales of int8 in bf16, which moves some levels by one.
+    assert (found[0][0] - wanted).abs().mean() <= (1.5 if kernel == "Int8" else 1) * NEAR
 
 
 @pytest.mark.parametrize(

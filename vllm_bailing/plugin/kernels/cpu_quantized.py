@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from vllm import _custom_ops
 from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.utils import quant_utils
 from vllm.platforms import CpuArchEnum, current_platform
 
 from vllm_bailing.errors import DEQUANTIZE, SettingsError
@@ -110,6 +111,16 @@ def _proved_experts(parent: Any, scheme: str, problem_of: Callable[..., str]) ->
         @staticmethod
         def _supports_current_device() -> bool:
             return not obstacle()
+
+        @staticmethod
+        def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+            # vLLM's takes any size of groups, but not the name that groups of 32 have.
+            in_groups_of_32 = (
+                scheme == "int4"
+                and activation_key is None
+                and weight_key == getattr(quant_utils, "kInt4Static32", weight_key)
+            )
+            return in_groups_of_32 or parent._supports_quant_scheme(weight_key, activation_key)
 
         @staticmethod
         def _supports_routing_method(*_: Any) -> bool:
