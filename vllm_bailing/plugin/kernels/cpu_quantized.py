@@ -115,11 +115,8 @@ def _proved_experts(parent: Any, scheme: str, problem_of: Callable[..., str]) ->
         @staticmethod
         def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
             # vLLM's takes any size of groups, but not the name that groups of 32 have.
-            in_groups_of_32 = (
-                scheme == "int4"
-                and activation_key is None
-                and weight_key == getattr(quant_utils, "kInt4Static32", weight_key)
-            )
+            small_groups = (getattr(quant_utils, "kInt4Static32", "absent"), None)
+            in_groups_of_32 = scheme == "int4" and (weight_key, activation_key) == small_groups
             return in_groups_of_32 or parent._supports_quant_scheme(weight_key, activation_key)
 
         @staticmethod
