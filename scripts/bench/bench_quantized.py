@@ -26,7 +26,7 @@ from rich.table import Table
 from vllm_bailing import DEMO
 from vllm_bailing.config import read_config
 from vllm_bailing.tools.quantize import Scheme, quantize
-from vllm_bailing.tools.verify import TensorReader
+from vllm_bailing.tools.verify_tensors import TensorReader
 
 sys.path.insert(0, str(ROOT / "scripts" / "demo"))
 import train_demo  # pyright: ignore[reportMissingImports]

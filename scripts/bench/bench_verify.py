@@ -9,6 +9,7 @@ vllm_bailing/assets/verify.json. What the arms answer is kept in --work, from wh
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -122,10 +123,9 @@ def main(
             missing = range(len(kept(file)), right)
             if missing:
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    if options is None:
-                        pool.submit(ask_plain, dtype, missing, file).result()
-                    else:
-                        pool.submit(ask, dtype, options, missing, file).result()
+                    # An engine has options, the plain model none.
+                    job: Any = ask_plain if options is None else functools.partial(ask, options=options)
+                    pool.submit(job, dtype, seeds=missing, file=file).result()
             found: dict[str, list[float]] = {}
             for number, served in enumerate(kept(file)[:right]):
                 report = verify.judged(DEMO, config, served, dtype, Path(scratch) / f"{arm}-{number}")

@@ -100,7 +100,8 @@ def show_report(report: dict[str, Any]) -> None:
     for name, (value, limit) in report["measures"].items():
         table.add_row(MEASURES[name], f"{value:.2f}", f"{limit:.2f}", style="" if value <= limit else "red")
     console.print(table)
-    console.print("Differences are in units of what rounding does here, significance in standard errors.", soft_wrap=True)
+    text = "Differences are in units of what rounding does here, significance in standard errors."
+    console.print(text, soft_wrap=True)
     coverage = report["coverage"]
     touched = f"{100 * coverage['vocabulary']:.3g} % of the vocabulary"
     if coverage["experts"]:

@@ -91,7 +91,9 @@ def offer_quantized_layers(vllm_config: Any) -> None:
 @functools.cache
 def _classes(has_expert_map: bool) -> tuple[dict[str, type], type]:
     """Classes of experts by the names of those that they stand for, and one of linear layers in fp8."""
-    vllm_experts, linear = quantized_cpu_layers()
+    found = quantized_cpu_layers()
+    assert found is not None  # or there is an obstacle
+    vllm_experts, linear = found
     problems = {"int8": int8_problem, "fp8": fp8_problem, "int4": int4_problem}
     experts = {}
     for scheme, parent in vllm_experts.items():
@@ -220,7 +222,7 @@ def int8_problem(hidden_size: int, width: int) -> str:
     meaning = [level.float() * scale for level, scale in zip(levels, scales, strict=True)]
     packed = [torch.ops._C.convert_weight_packed(level) for level in levels]
     run = _fused(ops.CPUQuantMethod.INT8_W8A8, packed, scales, [None, None], None)
-    return experts_problem(run, *meaning, _TOLERANCE["int8"])
+    return experts_problem(run, meaning[0], meaning[1], _TOLERANCE["int8"])
 
 
 def _in_blocks(plain: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -243,7 +245,7 @@ def fp8_problem(hidden_size: int, width: int) -> str:
     levels, scales, meaning = zip(*(_in_blocks(weight, _BLOCK) for weight in plain), strict=True)
     packed = [torch.ops._C.convert_weight_packed(level) for level in levels]
     run = _fused(ops.CPUQuantMethod.FP8_W8A16, packed, list(scales), [None, None], [_BLOCK, _BLOCK])
-    return experts_problem(run, *meaning, _TOLERANCE["fp8"])
+    return experts_problem(run, meaning[0], meaning[1], _TOLERANCE["fp8"])
 
 
 @proof
@@ -288,7 +290,7 @@ def int4_problem(hidden_size: int, width: int, group: int = 0) -> str:
         ]
         packed, packed_zeros, packed_scales = (list(part) for part in zip(*converted, strict=True))
         run = _fused(ops.CPUQuantMethod.INT4_W4A8, packed, packed_scales, packed_zeros, None)
-        problem = experts_problem(run, *meaning, _TOLERANCE["int4"])
+        problem = experts_problem(run, meaning[0], meaning[1], _TOLERANCE["int4"])
         if problem:
             return f"{algorithm}: {problem}"
     return ""
