@@ -126,15 +126,15 @@ def _proved_experts(parent: Any, scheme: str, problem_of: Callable[..., str]) ->
             return True
 
         @staticmethod
-        def is_supported_config(cls: Any, moe_config: Any, *keys: Any) -> tuple[bool, str | None]:
+        def is_supported_config(experts: Any, moe_config: Any, *keys: Any) -> tuple[bool, str | None]:
             """As vLLM asks.
 
             Raises:
                 ValueError: Where vLLM would look on: there is no other class for CPUs.
             """
             hidden_size, width = moe_config.hidden_dim, moe_config.intermediate_size_per_partition
-            supported, reason = parent.is_supported_config(cls, moe_config, *keys)
-            if not cls._supports_quant_scheme(*keys[:2]):
+            supported, reason = parent.is_supported_config(experts, moe_config, *keys)
+            if not experts._supports_quant_scheme(*keys[:2]):
                 reason = f"it takes {_TAKES[scheme]}"
             elif supported:
                 reason = _size_problem(moe_config.in_dtype, hidden_size, width) or problem_of(hidden_size, width)
