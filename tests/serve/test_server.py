@@ -39,7 +39,7 @@ def test_a_server_that_is_told_to_stop_finishes_its_answers(tmp_path):
         stream = server.client.chat.completions.create(
             model="demo",
             messages=[{"role": "user", "content": f"Count to {number}."}],
-            max_tokens=300,
+            max_tokens=900,  # a while even of eight at once on a fast machine
             stream=True,
             extra_body={"ignore_eos": True},
         )
@@ -49,8 +49,10 @@ def test_a_server_that_is_told_to_stop_finishes_its_answers(tmp_path):
         listeners = [threading.Thread(target=listen, args=(number,)) for number in range(8)]
         for listener in listeners:
             listener.start()
+        deadline = time.monotonic() + 60
         while requests_under_way(server) < 8:
-            time.sleep(0.1)
+            assert time.monotonic() < deadline, "the eight were never under way together"
+            time.sleep(0.02)
         server.process.send_signal(signal.SIGTERM)
         for listener in listeners:
             listener.join(90)
