@@ -128,7 +128,7 @@ def test_2c_for_twice_as_many_it_would_gain_too_little():
     stages = 6 / (read_by_hand(40, 40, 6, 32768) + 2 * 8192 + ONE_T_END)
     assert stages / replicas == pytest.approx(1.078, abs=0.001)
     assert (found.layout, found.verdict) == ("2 replicas of TP 8", "tight")
-    assert found.reason.startswith("2 x 121495 tokens of KV cache hold 6 requests of 32768 tokens, not 12")
+    assert found.reason.startswith("2 x 121,495 tokens of KV cache hold 6 requests of 32,768 tokens, not 12")
 
 
 def test_3_one_t_in_bf16_needs_both_nodes():

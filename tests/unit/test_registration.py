@@ -418,7 +418,7 @@ print(json.dumps([new, imported, parsers, model_class.__module__]))
     own = {name for name in new if name.startswith("vllm_bailing")}
     parts = ("", ".excepthook", ".patches", ".register", ".supported_versions")
     plugin = {f"vllm_bailing.plugin{name}" for name in parts}
-    files = {f"vllm_bailing.{name}" for name in ("config", "errors", "folders", "rope", "validation")}
+    files = {f"vllm_bailing.{name}" for name in ("config", "errors", "folders", "json_files", "rope", "validation")}
     assert own == {"vllm_bailing"} | files | plugin
     registry = {"registry", "interfaces", "interfaces_base"}  # which `from vllm import ModelRegistry` needs
     settings = {"config"}  # checks of settings by architecture

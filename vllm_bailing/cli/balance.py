@@ -33,7 +33,7 @@ def balance(
     out: Annotated[Path, typer.Option(help="Where to write NAME.npz, NAME.json and NAME.png.")] = Path("balance"),
     as_json: options.AsJson = False,
 ) -> None:
-    """Which experts does this model pick for your prompts, and what would EPLB gain?
+    """Which experts does this model pick, and what would EPLB gain?
 
     Records the picks for prompts and greedy answers, here or from a server with --enable-return-routed-experts, and
     plays them against placements of the experts: in their order, and as vLLM's own load balancing places them. Other
