@@ -6,7 +6,9 @@ import os
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import huggingface_hub
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -16,8 +18,12 @@ from vllm_bailing.cli import app
 
 
 def invoke(*arguments: Any, **env: str) -> Result:
-    """The command in this process: its exit code, output and the exception that ended it."""
-    return CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "200", **env})
+    """The command in this process: its exit code, output and the exception that ended it.
+
+    The hub is never asked: where it cannot be reached, each question takes its time.
+    """
+    with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True):  # read from the environment once
+        return CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "200", **env})
 
 
 def run_command(*arguments: Any, cache: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:

@@ -253,7 +253,7 @@ def test_bad_input_is_one_line(arguments, words, recorded, tmp_path, monkeypatch
     demo = json.loads((DEMO / "config.json").read_text())
     (tmp_path / "dense" / "config.json").write_text(json.dumps({**demo, "first_k_dense_replace": 4}))
     model = [] if str(arguments[0]) in ("dense", "nowhere", str(FLASH)) else [DEMO]
-    done = invoke("balance", *model, *arguments, HF_HUB_OFFLINE="1")
+    done = invoke("balance", *model, *arguments)
     assert done.exit_code == 2 and words in " ".join(done.stderr.split()), (done.output, done.exception)
     assert done.stdout == "" and not list(tmp_path.glob("*.png"))
 

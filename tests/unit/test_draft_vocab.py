@@ -50,7 +50,7 @@ def test_what_no_vocabulary_can_be_made_of_is_one_line(arguments, words, tmp_pat
     model = DEMO
     if "--model" in arguments:
         arguments, model = arguments[:-2], arguments[-1]
-    done = invoke("draft-vocab", model, *arguments, HF_HUB_OFFLINE="1")
+    done = invoke("draft-vocab", model, *arguments)
     assert done.exit_code == 2 and words in " ".join(done.stderr.split()), (done.output, done.exception)
     assert list(tmp_path.rglob("*.json")) == []
 

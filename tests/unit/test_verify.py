@@ -219,9 +219,9 @@ def memory_of_the_reference(folder):
 
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path):
-    """8 layers of half a GB: two of them and what is computed is the most that may be used."""
+    """4 layers of half a GB: two of them and what is computed is the most that may be used."""
     config = BailingMoeV2Config(
-        vocab_size=2048, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16,
+        vocab_size=2048, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16,
         num_key_value_heads=4, moe_intermediate_size=512, num_experts=160, n_group=8, topk_group=4,
         num_experts_per_tok=8, first_k_dense_replace=0, routed_scaling_factor=2.5,
     )  # fmt: skip
@@ -230,7 +230,7 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path):
     (folder / "config.json").write_text(json.dumps({**config.to_dict(), "model_type": "bailing_moe"}))
     size = 2 * sum(math.prod(shape) for shape in main_tensors(config).values())
     layer = size / config.num_hidden_layers
-    assert size > 3.9e9
+    assert size > 1.9e9
     files, names = {}, sorted(main_tensors(config))
     for number in range(2):  # two files, each with half of the layers
         part = names[number * len(names) // 2 : (number + 1) * len(names) // 2]
