@@ -7,7 +7,7 @@ from typing import Any
 from vllm_bailing.bench.mtp import acceptance_of, difference
 from vllm_bailing.errors import BenchError, shown
 from vllm_bailing.tools.chat import base_of, connect, http_client
-from vllm_bailing.tools.draft_counters import DRAFTS, counters
+from vllm_bailing.tools.metrics import DRAFTS, counters
 from vllm_bailing.tools.prompts import Prompt
 
 _SECONDS = 30

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_bailing.errors import ReportError, shown
+from vllm_bailing.tools import metrics
 from vllm_bailing.tools.chat import base_of, http_client
 from vllm_bailing.tools.doctor import Check
 from vllm_bailing.tools.doctor_server import SECONDS, json_of, server
@@ -57,12 +58,12 @@ def ask(url: str, model: str | None = None, seconds: float = SECONDS) -> Live:
             raise ReportError(f"--url {shown(check.detail)}; {check.fix}")
     try:
         with http_client(url, seconds) as client:
-            metrics, models = client.get("/metrics").text, json_of(client.get("/v1/models"))
+            text, models = client.get("/metrics").text, json_of(client.get("/v1/models"))
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ReportError(f"--url {base_of(url)}: {shown(error) or type(error).__name__}") from None
     served = [entry for entry in models.get("data") or [] if isinstance(entry, dict)]
     (chosen, *_) = [entry for entry in served if entry.get("id") == model] or served
-    return Live(base_of(url), checks, str(chosen.get("id")), chosen.get("max_model_len"), **_of_metrics(metrics))
+    return Live(base_of(url), checks, str(chosen.get("id")), chosen.get("max_model_len"), **_of_metrics(text))
 
 
 def _of_metrics(text: str) -> dict[str, Any]:
@@ -93,16 +94,10 @@ def _of_metrics(text: str) -> dict[str, Any]:
 
 def _samples(text: str) -> dict[str, list[Any]]:
     """The samples of a text of metrics by name; none if it is something else."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    samples: dict[str, list[Any]] = {}
     try:
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                samples.setdefault(sample.name, []).append(sample)
+        return metrics.samples(text)
     except (ValueError, LookupError):
         return {}
-    return samples
 
 
 def _value(kind: Callable[[Any], Any], text: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_bailing.errors import ChatError, VerifyError, shown
 from vllm_bailing.tools.chat import connect, first_model, http_client
-from vllm_bailing.tools.draft_counters import ACCEPTED, DRAFTS, counters
+from vllm_bailing.tools.metrics import ACCEPTED, DRAFTS, counters
 from vllm_bailing.units import dtype_name
 
 if TYPE_CHECKING:
