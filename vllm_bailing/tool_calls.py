@@ -35,7 +35,7 @@ class ToolCall:
 
 Piece = str | ToolCall
 _TAG = regex.compile(r"</?tool_call>")
-_MARK = regex.compile(r'\\.|["{}\[\]]', regex.DOTALL)  # of JSON's structure; a backslash with what it escapes
+_MARK = regex.compile(r'\\(?:.|$)|["{}\[\]]', regex.DOTALL)  # of JSON's structure; a backslash with what it escapes
 _BETWEEN = regex.compile(r"[\s,:]*")  # between the values of a list or an object
 _SURPLUS = regex.compile(r"[\s,}\]]*")  # after a call: brackets that nothing opened
 _STRING = regex.compile(r'"(?:[^"\\]|\\.)*"', regex.DOTALL)
@@ -132,6 +132,7 @@ class _OpenCall:
         self.space = space
         self._parts: list[str] = []
         self._has_begun = self._quotes = False
+        self._escape = ""  # a backslash whose character has not come
         self._depth = self._size = self._checked = 0
 
     @property
@@ -147,8 +148,11 @@ class _OpenCall:
             if first and first not in "{[":
                 return False
             self._has_begun = bool(first)
+        text, self._escape = self._escape + text, ""
         for mark in _MARK.finditer(text):
-            if mark[0] == '"':
+            if mark[0] == "\\":
+                self._escape = mark[0]
+            elif mark[0] == '"':
                 self._quotes = not self._quotes
             elif not self._quotes and len(mark[0]) == 1:
                 self._depth += 1 if mark[0] in "{[" else -1

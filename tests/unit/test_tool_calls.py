@@ -61,6 +61,8 @@ CALLS = {
         [("f", '{"a": 1}')],
     ),
     tagged('{"type": "function", "name": "f", "parameters": {"a": 1}}'): ("", [("f", '{"a": 1}')]),
+    # A tag behind an escaped quotation mark, in a string
+    tagged(r'{"name": "f", "arguments": {"a": "\" <tool_call> \\"}}'): ("", [("f", r'{"a": "\" <tool_call> \\"}')]),
     # One brace too many, or too few
     '<tool_call>{"name": "f", "arguments": {"a": 1}}}</tool_call>': ("", [("f", '{"a": 1}')]),
     f'{tagged("""{"name": "f", "arguments": {"a": 1}}}""")} x {WEATHER}': ("x", [("f", '{"a": 1}'), ROME]),
@@ -127,7 +129,7 @@ values = st.recursive(
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=8)
     # (what could be taken for the end of a call)
-    | st.sampled_from(["</tool_call>", "<tool_call>", '"', "\\", "}", "\n", "<"]),
+    | st.lists(st.sampled_from(["</tool_call>", "<tool_call>", '"', "\\", "}", "\n", "<"]), max_size=4).map("".join),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
@@ -156,6 +158,8 @@ def written(draw):
 
 
 def in_parts(draw, text):
+    if draw(st.booleans()):
+        return list(text)
     places = sorted(draw(st.lists(st.integers(0, len(text)), max_size=6)))
     return [text[start:end] for start, end in itertools.pairwise([0, *places, len(text)])]
 
