@@ -17,9 +17,12 @@ GROUPS = {
     "answers of the demo": tuple(
         f"engine/test_{name}.py" for name in "mtp_answers mtp_checkpoints draft_vocab eagle3 quantized_demo".split()
     ),
-    "vLLM imported by the tests themselves": tuple(
-        f"unit/test_{name}.py" for name in "gpu_timer grammars parsers rope tuning_command tuning_table".split()
+    "vLLM imported by unit tests": tuple(
+        f"unit/test_{name}.py"
+        for name in "cpu_kernels expert_map gpu_timer gpus grammars parsers patches plan plan_serve rope "
+        "tuning_command tuning_table".split()
     ),
+    "vLLM's view of a configuration": ("engine/test_config_in_vllm.py",),
     "servers of the pages": ("project/test_docs.py",),
     "what modules import": ("project/test_import_rules.py",),
     "the built wheel": ("project/test_packaging.py",),

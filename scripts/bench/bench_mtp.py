@@ -87,7 +87,7 @@ def main(
     shapes.add_tokenizer(folder)
     engine = {"max_model_len": 1024, "enforce_eager": True}
     task = mtp.MtpTask(str(folder), engine, [1, 8], list(mtp.DEFAULT_PROMPTS), max_tokens, ignore_eos=True)
-    rows = mtp.summarize(runner.alternate(mtp.mtp_tasks(task, [0, 1, 2, 3]), rounds), report.NO_DRAFTS)
+    rows = mtp.summarize(runner.alternate(mtp.mtp_tasks(task, [0, 1, 2, 3]), rounds), mtp.NO_DRAFTS)
     measured = {
         "million_parameters": round(parameters),
         "config": CONFIG,

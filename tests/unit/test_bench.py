@@ -20,7 +20,7 @@ def measured(tokens, seconds, drafts=0, accepted=(), checksum=7):
 
 
 def test_arms_differ_in_the_speculative_configuration_alone():
-    tasks = mtp.mtp_tasks(TASK, [0, 2], draft={"model": "draft"})
+    tasks = mtp.mtp_tasks(TASK, [0, 2], drafts={"": {"model": "draft"}})
     assert tasks["0"] == TASK
     speculation = {"method": "mtp", "num_speculative_tokens": 2, "model": "draft"}
     assert tasks["2"].engine == {"dtype": "float32", "speculative_config": speculation}
@@ -159,13 +159,68 @@ def test_advice_names_the_fastest_that_won_every_round():
     told = mtp.advice(rows, "0")
     assert told[1] == "num_speculative_tokens=2: 1.50 times as fast"
     assert "without speculation" in told[8]
+    told = mtp.advice([row(1, "0", 1, 1), row(1, "2 lent", 1.3, 1.2), row(1, "2 own", 1.5, 1.4)], "0")
+    assert told[1] == "num_speculative_tokens=2 with own: 1.50 times as fast"
 
 
 def test_only_arms_that_speculate_get_the_draft_vocabulary():
     task = MtpTask("model", {"additional_config": {"other": 1}}, [1], ["Hi"], 8)
-    tasks = mtp.mtp_tasks(task, [0, 2], draft_vocab="ids.json")
+    tasks = mtp.mtp_tasks(task, [0, 2], drafts={"": {"draft_vocab": "ids.json"}})
     assert tasks["0"].engine == task.engine == {"additional_config": {"other": 1}}
     assert tasks["2"].engine["additional_config"] == {"other": 1, "bailing_draft_vocab": "ids.json"}
+    assert tasks["2"].engine["speculative_config"] == {"method": "mtp", "num_speculative_tokens": 2}
+
+
+def test_kinds_of_draft_are_arms_beside_each_other():
+    drafts = {"lent": {"model": "base"}, "small head": {"model": "own", "draft_vocab": "ids.json"}}
+    tasks = mtp.mtp_tasks(TASK, [0, 1, 2], drafts=drafts)
+    assert list(tasks) == ["0", "1 lent", "2 lent", "1 small head", "2 small head"]
+    models = [task.engine["speculative_config"]["model"] for name, task in tasks.items() if name != "0"]
+    assert models == ["base", "base", "own", "own"]
+    assert ["additional_config" in task.engine for task in tasks.values()] == [False, False, False, True, True]
+    results = {name: [{1: measured(100, 1.0, 10, (8, 4)[: len(task.engine) - 1])}] for name, task in tasks.items()}
+    rows = mtp.summarize(results | {"0": [{1: measured(100, 2.0)}]}, "0")
+    found = [(*mtp.of_arm(one["arm"]), one["ratio"]["median"]) for one in rows]
+    assert found == [(0, "", 1), (1, "lent", 2), (2, "lent", 2), (1, "small head", 2), (2, "small head", 2)]
+    deepest = mtp.deepest_of(rows)
+    assert {name: one["arm"] for name, one in deepest.items()} == {"lent": "2 lent", "small head": "2 small head"}
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (["--draft", "lent"], ["'lent' is not NAME=JSON"]),
+        (["--draft", "lent=[1]"], ["'[1]' is not a JSON object"]),
+        (["--draft", 'a={"model": "x"}', "--draft", 'a={"model": "y"}'], ["'a' is given twice"]),
+        (["--draft", 'a={"draft_vocab": "nowhere.json"}'], ["'nowhere.json' is no file", "draft-vocab"]),
+        (["--draft", 'a={"draft_vocab": 5}'], ["5 is no file"]),
+    ],
+)
+def test_kinds_of_draft_that_cannot_be_are_refused_before_an_engine_starts(options, fragments):
+    done = CliRunner().invoke(app, ["bench", "mtp", str(DEMO), *options], env={"COLUMNS": "200"})
+    assert done.exit_code == 2 and all(fragment in done.output for fragment in fragments), done.output
+
+
+def test_what_kinds_of_draft_gain_is_shown_side_by_side_within_80_columns(monkeypatch, tmp_path):
+    def ran(tasks, rounds):
+        return {name: [{1: measured(100, 1.0 if name == "0" else 0.5, 10, (8, 4))}] * rounds for name in tasks}
+
+    monkeypatch.setattr(runner, "alternate", ran)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["bench", "mtp", str(DEMO), "--draft-tokens", "2", "--out", "x"]
+    drafts = ["--draft", "lent={}", "--draft", 'quantized={"model": "elsewhere"}', "--draft", "of a long name={}"]
+    done = CliRunner().invoke(app, [*arguments, *drafts], env={"COLUMNS": "80"}, catch_exceptions=False)
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    table = [line.split() for line in lines[2:5]]
+    assert table == [
+        ["1", "0", "100", "(100-100)", "1", "2.20"],
+        ["1", "2", "lent", "200", "(200-200)", "2.00", "(2.00-2.00)", "2.20"],
+        ["1", "2", "quantized", "200", "(200-200)", "2.00", "(2.00-2.00)", "2.20"],
+    ]
+    assert any(line.split()[:2] == ["quantized", "30"] and "80 % (" in line for line in lines), done.output
+    assert "num_speculative_tokens=2 with lent: 2.00 times as fast" in done.output
+    assert (tmp_path / "x.png").is_file()
 
 
 def test_rounds_take_turns_and_show_how_far_they_are(monkeypatch, capsys):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
+from collections import Counter
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from tests.support.adapters import merged
 from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, without_its_end, write_tensors
@@ -146,11 +149,33 @@ def test_a_random_layer_to_begin_with(base, tmp_path):
 # ---- for a target with an adapter -------------------------------------------------------------------------------
 
 
+def check_draft_vocabulary(base, out, told, size):
+    """It has the special tokens, and of the answers' tokens those that come most often."""
+    kept, special = json.loads((out / "draft_vocab.json").read_text()), AutoTokenizer.from_pretrained(DEMO)
+    assert len(kept) == size and kept == sorted(set(kept)) and kept[-1] < len(special)
+    rows = [json.loads(line) for line in (base / "answers.jsonl").read_text().splitlines()]
+    counts = Counter(token for row in rows for token in row["token_ids"])
+    rest = set(kept) - set(special.all_special_ids)
+    assert len(rest) == 4 and rest <= counts.keys()
+    # (a tenth of the answers is held out and not counted)
+    assert (
+        min(counts[token] for token in rest) >= max(counts[one] for one in counts.keys() - set(kept)) - len(rows) // 5
+    )
+    shares = [sum(row["token_ids"].count(token) for token in kept) / len(row["token_ids"]) for row in rows]
+    (told_share,) = re.findall(rf"draft vocabulary: {size} tokens, ([0-9.]+) % of the held-out answers", told)
+    assert min(shares) <= float(told_share) / 100 <= max(shares) + 1e-4
+    assert f"""--additional-config '{{"bailing_draft_vocab": "{out}/draft_vocab.json"}}'""" in told
+
+
 def test_a_layer_for_a_target_with_an_adapter_is_that_for_the_merged_target(base, tmp_path):
     pytest.importorskip("peft")
     target = merged(DEMO, DEMO_ADAPTER, tmp_path / "target")
-    with_adapter = train(base, tmp_path / "out", "--adapter", DEMO_ADAPTER, target=DEMO)
+    vocabulary = len(set(AutoTokenizer.from_pretrained(DEMO).all_special_ids)) + 4
+    with_adapter = train(
+        base, tmp_path / "out", "--adapter", DEMO_ADAPTER, "--draft-vocab-size", vocabulary, target=DEMO
+    )
     assert with_adapter.exit_code == 0, with_adapter.stderr
+    check_draft_vocabulary(base, tmp_path / "out", with_adapter.stdout, vocabulary)
     served = f"--enable-lora --lora-modules {DEMO_ADAPTER.name}={DEMO_ADAPTER} --speculative-config"
     assert served in with_adapter.stdout
     assert train(base, tmp_path / "wanted", "--init", DEMO, target=target).exit_code == 0
@@ -161,6 +186,12 @@ def test_a_layer_for_a_target_with_an_adapter_is_that_for_the_merged_target(base
     assert differs[0] < 0.1 * differs[1], differs
     assert getattr(read_config(tmp_path / "out"), KEY) == DraftTarget.at(DEMO).to_json()
     assert f"with the adapter {DEMO_ADAPTER.name}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_without_a_tokenizer_there_is_no_draft_vocabulary(base, tmp_path):
+    done = train(base, tmp_path / "out", "--draft-vocab-size", 8)
+    assert_refused(done, "has no tokenizer that can be read")
+    assert "leave --draft-vocab-size out" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_an_adapter_that_will_not_do_is_refused(base, tmp_path, monkeypatch):

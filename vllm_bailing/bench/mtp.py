@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,8 @@ DEFAULT_PROMPTS = (
     "Describe thinking mode.",
     "What is Ling-flash-2.0?",
 )
+NO_DRAFTS = "0"  # the arm that does not speculate
+VOCABULARY = "draft_vocab"
 MIN_SECONDS = 3.0  # of a measurement with drafts; shorter ones mostly measure what else the machine does
 
 
@@ -135,32 +138,36 @@ def mtp_tasks(
     task: MtpTask,
     draft_tokens: list[int],
     acceptance: float | None = None,
-    draft: dict[str, Any] | None = None,
-    draft_vocab: str | None = None,
+    drafts: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, MtpTask]:
-    """`task` for each arm, which is a number of draft tokens; 0 does not speculate.
+    """`task` for each arm, which is a number of draft tokens of a kind of draft; 0 does not speculate.
 
     Args:
         acceptance: Chance of a draft token to be accepted after those before it; vLLM then draws instead of comparing,
             and answers mean nothing.
-        draft: Further keys of the speculative configuration, such as `model`.
-        draft_vocab: File of `vllm-bailing draft-vocab`, for the arms that speculate.
+        drafts: The kinds by name ("" alone if there is one): further keys of the speculative configuration, such as
+            `model`; and `VOCABULARY`, a file of `vllm-bailing draft-vocab`.
     """
-    tasks = {}
-    for count in draft_tokens:
-        speculation: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": count, **(draft or {})}
-        if acceptance is not None:
-            speculation["rejection_sample_method"] = "synthetic"
-            speculation["synthetic_acceptance_rates"] = [acceptance ** (i + 1) for i in range(count)]
-        engine = {**task.engine, "speculative_config": speculation} if count else task.engine
-        if count and draft_vocab is not None:
-            engine["additional_config"] = {**engine.get("additional_config", {}), DRAFT_VOCABULARY: draft_vocab}
-        tasks[str(count)] = replace(task, engine=engine, ignore_eos=task.ignore_eos or acceptance is not None)
+    synthetic: dict[str, Any] = {}
+    tasks = {NO_DRAFTS: replace(task, ignore_eos=task.ignore_eos or acceptance is not None)}
+    for name, keys in (drafts or {"": {}}).items():
+        for count in filter(None, draft_tokens):
+            if acceptance is not None:
+                rates = [acceptance ** (i + 1) for i in range(count)]
+                synthetic = {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
+            further = {key: value for key, value in keys.items() if key != VOCABULARY}
+            speculation = {"method": "mtp", "num_speculative_tokens": count, **further, **synthetic}
+            engine = {**task.engine, "speculative_config": speculation}
+            if VOCABULARY in keys:
+                engine["additional_config"] = {
+                    **engine.get("additional_config", {}), DRAFT_VOCABULARY: keys[VOCABULARY]
+                }  # fmt: skip
+            tasks[f"{count} {name}".strip()] = replace(tasks[NO_DRAFTS], engine=engine)
     return tasks
 
 
 def summarize(results: dict[str, list[dict[int, Measurement]]], baseline: str) -> list[dict[str, Any]]:
-    """One row per batch size and arm.
+    """One row per batch size and arm, an arm being a number of draft tokens and, if there are several, a kind of draft.
 
     Speed is the median over rounds with its range; `ratio` is that of the arm to `baseline` in the same round, median
     and range. `acceptance` has, per draft position, the share of drafts accepted up to there, and `interval` the 95 %
@@ -212,6 +219,21 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
+def of_arm(name: str) -> tuple[int, str]:
+    """Draft tokens per step of an arm of `mtp_tasks`, and the name of their kind, "" if there is one kind."""
+    count, _, draft = name.partition(" ")
+    return int(count), draft
+
+
+def deepest_of(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For each kind of draft, the row with most draft tokens, at the largest batch."""
+    deepest: dict[str, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: (of_arm(row["arm"])[0], row["batch_size"])):
+        if row["arm"] != NO_DRAFTS:
+            deepest[of_arm(row["arm"])[1]] = row
+    return deepest
+
+
 def advice(rows: list[dict[str, Any]], baseline: str) -> dict[int, str]:
     """For each batch size, which number of draft tokens to use, in words."""
     sentences = {}
@@ -221,5 +243,7 @@ def advice(rows: list[dict[str, Any]], baseline: str) -> dict[int, str]:
         if best is None or best["ratio"]["low"] <= 1:
             sentences[size] = "no number of draft tokens was faster in every round: serve without speculation"
         else:
-            sentences[size] = f"num_speculative_tokens={best['arm']}: {best['ratio']['median']:.2f} times as fast"
+            count, draft = of_arm(best["arm"])
+            choice = f"num_speculative_tokens={count}" + (f" with {draft}" if draft else "")
+            sentences[size] = f"{choice}: {best['ratio']['median']:.2f} times as fast"
     return sentences

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vllm_bailing.bench.mtp import of_arm
 from vllm_bailing.bench.statistics import AGAIN, IN_TREE, PLUGIN
 from vllm_bailing.errors import shown
 
@@ -78,17 +79,19 @@ def plot_mtp(report: dict[str, Any], path: Path) -> None:
     with figure_at(path, (9, 3.4), panels=2) as (figure, (left, right)):
         from matplotlib.ticker import MaxNLocator
 
-        sizes = list(dict.fromkeys(row["batch_size"] for row in report["rows"]))
-        for place, size in enumerate(sizes):
-            rows = [row for row in report["rows"] if row["batch_size"] == size]
-            medians, lows, highs = ([row["ratio"][key] for row in rows] for key in ("median", "low", "high"))
-            beside = side_by_side(place, len(sizes))
-            x, bars = [int(row["arm"]) + beside for row in rows], error_bars(medians, lows, highs)
-            left.errorbar(x, medians, yerr=bars, marker="o", capsize=3, label=f"batch {size}")
-            deepest = max((row["acceptance"] for row in rows), key=len)
-            shares = [100 * share for share in deepest]
+        rows = [(row["batch_size"], *of_arm(row["arm"]), row) for row in report["rows"]]
+        lines = dict.fromkeys((size, draft) for size, count, draft, _ in rows if count)
+        for place, (size, draft) in enumerate(lines):
+            counts, of_line = zip(
+                *((n, row) for at, n, name, row in rows if at == size and name in ("", draft)), strict=True
+            )
+            medians, lows, highs = ([row["ratio"][key] for row in of_line] for key in ("median", "low", "high"))
+            beside, label = side_by_side(place, len(lines)), ", ".join(filter(None, [f"batch {size}", draft]))
+            x, bars = [count + beside for count in counts], error_bars(medians, lows, highs)
+            left.errorbar(x, medians, yerr=bars, marker="o", capsize=3, label=label)
+            shares = [100 * share for share in max((row["acceptance"] for row in of_line), key=len)]
             positions = [position + beside for position in range(1, len(shares) + 1)]
-            right.plot(positions, shares, marker="o", label=f"batch {size}")
+            right.plot(positions, shares, marker="o", label=label)
         left.axhline(1, color="grey", linewidth=0.8)
         left.set(xlabel="draft tokens per step", ylabel="tokens/s, times no speculation", ylim=(0, None))
         right.set(xlabel="draft position", ylabel="accepted up to here, %", ylim=(0, 105))

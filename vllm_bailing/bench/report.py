@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_bailing.bench.in_tree import CompareTask
-from vllm_bailing.bench.mtp import Measurement, MtpTask, advice, summarize
+from vllm_bailing.bench.mtp import NO_DRAFTS, Measurement, MtpTask, advice, summarize
 from vllm_bailing.bench.shapes import SHAPES
 
-NO_DRAFTS = "0"  # the arm that does not speculate
 Report = dict[str, Any]
 
 

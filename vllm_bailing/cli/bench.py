@@ -33,6 +33,13 @@ def bench_mtp(
     ] = None,
     draft_model: options.DraftModel = None,
     draft_vocab: options.DraftVocab = None,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A kind of draft to compare, NAME=JSON: keys of vLLM's speculative configuration, and draft_vocab, a "
+            "file; repeatable."
+        ),
+    ] = None,
     url: Annotated[str | None, options.URL] = None,
     engine: options.Engine = "{}",
     out: options.ReportName = Path("bench-mtp"),
@@ -55,18 +62,37 @@ def bench_mtp(
         return
     lines = [asdict(prompt) for prompt in asked] or list(mtp.DEFAULT_PROMPTS)
     task = mtp.MtpTask(model, arguments, options.numbers(batch_size), lines, max_tokens)
-    draft = {"model": draft_model} if draft_model else None
-    vocabulary = str(draft_vocab.resolve()) if draft_vocab else None
-    tasks = mtp.mtp_tasks(task, counts, acceptance, draft, vocabulary)
+    drafts = _drafts(draft or [], draft_model, draft_vocab)
     try:
-        if not shapes.load_config(model).num_nextn_predict_layers and not draft_model and max(counts):
+        has_layer = shapes.load_config(model).num_nextn_predict_layers or all("model" in one for one in drafts.values())
+        if not has_layer and max(counts):
             raise BenchError(f"{model} has no MTP layer; name a checkpoint that has it by --draft-model")
+        tasks = mtp.mtp_tasks(task, counts, acceptance, drafts)
         results = runner.alternate(tasks, rounds)
     except BenchError as error:
         raise output.fail("bench", error, 2) from None
     measured = report.mtp_report(task, results, acceptance=acceptance, versions=_versions())
     written = report.write_report(measured, out, plots.plot_mtp)
     _show(measured, written, as_json, show_mtp)
+
+
+def _drafts(named: list[str], model: str | None, vocabulary: Path | None) -> dict[str, dict[str, Any]]:
+    """The kinds of draft to compare: those of --draft with --draft-model and --draft-vocab where they name none."""
+    from vllm_bailing.bench.mtp import VOCABULARY
+
+    common = ({"model": model} if model else {}) | ({VOCABULARY: str(vocabulary)} if vocabulary else {})
+    drafts = {}
+    for name, keys in (_named_object("--draft", text) for text in named):
+        if name in drafts:
+            raise typer.BadParameter(f"--draft {name!r} is given twice")
+        drafts[name] = common | keys
+    for keys in drafts.values() or [common]:
+        file = keys.get(VOCABULARY)
+        if file is not None and not (isinstance(file, str) and Path(file).is_file()):
+            raise typer.BadParameter(f"{VOCABULARY} {file!r} is no file; make one by `vllm-bailing draft-vocab`")
+        if file is not None:
+            keys[VOCABULARY] = str(Path(file).resolve())
+    return drafts or {"": common}
 
 
 def _prompts(file: Path | None) -> list[Prompt]:
@@ -96,6 +122,7 @@ def show_acceptance(kinds: dict[str, dict[str, Any]]) -> None:
     """Acceptance by kind of text and position, with its 95 % interval."""
     positions = max(len(one["acceptance"]) for one in kinds.values())
     table = output.table("text", "drafts", *(f"position {number}" for number in range(1, positions + 1)))
+    table.columns[0].no_wrap = False  # names of drafts and kinds may be long, and numbers stay whole
     for kind, one in kinds.items():
         pairs = zip(one["acceptance"], one["interval"], strict=True)
         shares = [f"{100 * share:.0f} % ({100 * low:.0f}-{100 * high:.0f})" for share, (low, high) in pairs]
@@ -196,24 +223,32 @@ def _named_object(option: str, text: str) -> tuple[str, dict[str, Any]]:
 
 def show_mtp(report: dict[str, Any]) -> None:
     """The report of `bench mtp`."""
+    from vllm_bailing.bench.mtp import NO_DRAFTS, deepest_of
+
     rows = report["rows"]
-    table = output.table("batch", "draft", "tokens/s", "times none", "step", "accepted")  # fits into 80 columns
+    named = any(deepest_of(rows))  # whose acceptance stands below only, so that it fits into 80 columns
+    table = output.table("batch", "draft", "tokens/s", "times none", "step", *([] if named else ["accepted"]))
     for row in rows:
         speed, ratio = row["tokens_per_second"], row["ratio"]
         table.add_row(
             str(row["batch_size"]),
             row["arm"],
             f"{speed['median']:.0f} ({speed['low']:.0f}-{speed['high']:.0f})",
-            f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if row["arm"] != "0" else "1",
+            f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if row["arm"] != NO_DRAFTS else "1",
             f"{row['acceptance_length']:.2f}",
-            " ".join(f"{100 * share:.0f}%" for share in row["acceptance"]),
+            *([] if named else [" ".join(f"{100 * share:.0f}%" for share in row["acceptance"])]),
         )
     console = output.console()
     console.print(table)
-    console.print("step: tokens that one step of the model yields; accepted: drafts, by position")
-    deepest = max(rows, key=lambda row: (len(row["acceptance"]), row["batch_size"]))
-    if deepest["acceptance"]:
-        show_acceptance({"all": deepest, **deepest["kinds"]})
+    console.print(
+        "step: tokens that one step of the model yields" + ("" if named else "; accepted: drafts, by position")
+    )
+    accepted: dict[str, dict[str, Any]] = {}
+    for draft, deepest in deepest_of(rows).items():
+        accepted[draft or "all"] = deepest
+        accepted |= {f"{draft} {kind}".strip(): found for kind, found in deepest["kinds"].items()}
+    if accepted:
+        show_acceptance(accepted)
     # Rounding depends on how many tokens are computed at once, so answers in bf16 may part where two tokens are close.
     differ = ", ".join(f"{row['arm']} at batch {row['batch_size']}" for row in rows if not row["same_answers"])
     console.print(f"answers differ with draft tokens {differ}" if differ else "all answers are the same")

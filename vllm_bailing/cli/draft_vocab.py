@@ -30,7 +30,7 @@ def draft_vocab(
         raise output.fail("draft-vocab", f"--out {out}: there is no folder {out.parent}; make it first", 2)
     try:
         chosen = choose_tokens(model, text, size)
-        write_tokens(out, chosen)
+        write_tokens(out, chosen.token_ids)
     except (ValueError, OSError) as error:
         raise output.fail("draft-vocab", error, 2) from None
     if size > chosen.vocabulary:

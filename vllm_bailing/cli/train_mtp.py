@@ -67,6 +67,10 @@ def train_mtp(
     adapter: Annotated[
         Path | None, typer.Option(help="Folder of the LoRA adapter that TARGET is served with, if it is.")
     ] = None,
+    draft_vocab_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Also choose so many tokens that drafts are made of, the most frequent ones."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     seed: int = 0,
     plan: Annotated[
@@ -96,7 +100,18 @@ def train_mtp(
         settings = trainer.Settings(steps, batch_size, learning_rate, trainer.Part(part.value), seed)
         sizes = (draft_tokens, max_tokens, max_length, samples, temperature)
         request = run.Request(
-            target, init, data, answers, out, settings, *sizes, generator.value, arguments, merge, adapter
+            target,
+            init,
+            data,
+            answers,
+            out,
+            settings,
+            *sizes,
+            generator.value,
+            arguments,
+            merge,
+            adapter,
+            draft_vocab_size,
         )
         with output.output_aside():
             result = run.train(request, Terminal(), resume)
@@ -180,5 +195,8 @@ def _show(result: Result) -> None:
     console = output.console()
     console.print(table)
     console.print("accepted up to a position, greedy, on held-out prompts; in brackets the 95 % interval")
+    if result.vocabulary:
+        size, share = result.vocabulary
+        console.print(f"draft vocabulary: {size:,} tokens, {100 * share:.2f} % of the held-out answers")
     output.show_files([result.request.out, *([result.request.merge] if result.request.merge else [])])
     typer.echo(result.request.serve_command)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm_bailing.config import register_with_transformers
 from vllm_bailing.errors import shown
@@ -58,13 +59,24 @@ def choose_tokens(model: str, files: Iterable[Path], size: int) -> ChosenTokens:
             counts.update(tokenizer.encode(line, add_special_tokens=False))
     if not counts:
         raise ValueError("--text is empty; name text like that which the model will write")
-    # Every answer ends with a special token, however rare these are in the text.
+    kept = most_frequent(counts, tokenizer, size)
+    return ChosenTokens(kept, len(tokenizer), coverage(counts, kept))
+
+
+def most_frequent(counts: Counter[int], tokenizer: Any, size: int) -> list[int]:
+    """The `size` most frequent token ids, ascending, all special ones of `tokenizer` among them.
+
+    Every answer ends with a special token, however rare these are in a text.
+    """
     special = [token for token in tokenizer.all_special_ids if token is not None]  # None: named, but in no vocabulary
-    kept = list(dict.fromkeys([*special, *(token for token, _ in counts.most_common(size))]))[:size]
-    covered = sum(counts[token] for token in kept)
-    return ChosenTokens(sorted(kept), len(tokenizer), covered / max(1, counts.total()))
+    return sorted(list(dict.fromkeys([*special, *(token for token, _ in counts.most_common(size))]))[:size])
 
 
-def write_tokens(file: Path, chosen: ChosenTokens) -> None:
+def coverage(counts: Counter[int], kept: Iterable[int]) -> float:
+    """Share of what was counted that `kept` holds, 0 to 1."""
+    return sum(counts[token] for token in kept) / max(1, counts.total())
+
+
+def write_tokens(file: Path, token_ids: list[int]) -> None:
     """Write the ids as `bailing_draft_vocab` of `--additional-config` reads them."""
-    file.write_text(json.dumps(chosen.token_ids) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(token_ids) + "\n", encoding="utf-8")

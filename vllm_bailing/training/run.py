@@ -6,9 +6,10 @@ import gc
 import json
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ from vllm_bailing.draft_target import DraftTarget
 from vllm_bailing.errors import TrainError, shown
 from vllm_bailing.json_files import write_json
 from vllm_bailing.planning.training import STATE_BYTES
+from vllm_bailing.plugin.options import DRAFT_VOCABULARY
+from vllm_bailing.tools.draft_vocab import coverage, most_frequent, write_tokens
 from vllm_bailing.tools.prompts import read_prompts
 from vllm_bailing.training import answers as answering
 from vllm_bailing.training import checks, files, states
@@ -36,6 +39,7 @@ from vllm_bailing.training.trainer import (
 )
 from vllm_bailing.units import GIB
 
+DRAFT_VOCAB_FILE = "draft_vocab.json"
 HELD_OUT, MOST_HELD_OUT = 0.1, 200  # of the prompts
 
 
@@ -48,6 +52,7 @@ class Request:
         adapter: Folder of the adapter that the target is served with; None for the target alone.
         engine: Further arguments of `vllm.LLM`.
         generator: "vllm" or "plain".
+        draft_vocab_size: Tokens of a draft vocabulary that is chosen on the answers, if one is wanted.
     """
 
     target: str
@@ -65,6 +70,7 @@ class Request:
     engine: dict[str, Any] = field(default_factory=dict)
     merge: Path | None = None
     adapter: Path | None = None
+    draft_vocab_size: int | None = None
 
     @property
     def work(self) -> Path:
@@ -81,7 +87,10 @@ class Request:
         """How the target is served with the layer."""
         speculation = {"method": "mtp", "model": str(self.out), "num_speculative_tokens": self.draft_tokens}
         adapter = f" --enable-lora --lora-modules {self.adapter.resolve().name}={self.adapter}" if self.adapter else ""
-        return f"vllm serve {self.target}{adapter} --speculative-config '{json.dumps(speculation)}'"
+        command = f"vllm serve {self.target}{adapter} --speculative-config '{json.dumps(speculation)}'"
+        if self.draft_vocab_size is not None:
+            command += f" --additional-config '{json.dumps({DRAFT_VOCABULARY: str(self.out / DRAFT_VOCAB_FILE)})}'"
+        return command
 
 
 class Show(Protocol):
@@ -104,6 +113,7 @@ class Result:
     Attributes:
         before, after: Acceptance on the held-out answers by kind, of the layer that it began with and of the result.
         history: What was logged, by step.
+        vocabulary: Tokens of the draft vocabulary, and their share of the held-out answers.
     """
 
     request: Request
@@ -112,6 +122,7 @@ class Result:
     after: dict[str, Acceptance]
     history: list[dict[str, float]]
     answers: int
+    vocabulary: tuple[int, float] | None = None
 
 
 def train(request: Request, show: Show, resume: bool = False) -> Result:
@@ -135,6 +146,10 @@ def train(request: Request, show: Show, resume: bool = False) -> Result:
     layer = files.published_layer(layer_state(draft), target.config)
     shutil.rmtree(request.layer, ignore_errors=True)
     files.write_draft(request.layer, layer, target.folder, made_for)
+    if request.draft_vocab_size is not None:
+        kept, share = _draft_vocabulary(examples, _tokenizer(request, target), request.draft_vocab_size)
+        write_tokens(request.layer / DRAFT_VOCAB_FILE, kept)
+        result = replace(result, vocabulary=(len(kept), share))
     if request.merge is not None:
         part = request.merge.with_name(f"{request.merge.name}.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -152,6 +167,8 @@ def _check(request: Request, target: checks.Source, resume: bool) -> None:
     if request.adapter is not None:
         require_peft("--adapter", "merge the adapter into the checkpoint")
         checks.check_adapter(request.adapter, target)
+    if request.draft_vocab_size is not None:
+        _tokenizer(request, target)
     checks.check_folder(request.out, "--out")
     if request.merge is not None:
         checks.check_folder(request.merge, "--merge")
@@ -243,19 +260,13 @@ def _check_room(request: Request, target: checks.Source, lengths: list[int], sho
 
 def _questions(request: Request, target: checks.Source, show: Show) -> list[answering.Question]:
     """The prompts of `--data` in tokens, for whose answers there is room; none without it."""
-    from transformers import AutoTokenizer
-
     if request.data is None:
         return []
     try:
         prompts = read_prompts(request.data)
     except ValueError as error:
         raise TrainError(f"--data {error}") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(target.folder), trust_remote_code=False)
-    except Exception as error:  # of any type, depending on the file that is wrong
-        reason = shown(error)
-        raise TrainError(f"{request.target} has no tokenizer that can be read ({reason}); give --answers") from None
+    tokenizer = _tokenizer(request, target)
     try:
         drawn = [(prompt.token_ids(tokenizer)[-request.max_length :], prompt.kind) for prompt in prompts]
     except ValueError as error:
@@ -266,6 +277,26 @@ def _questions(request: Request, target: checks.Source, show: Show) -> list[answ
     )
     _check_room(request, target, [len(one.token_ids) + request.max_tokens for one in questions], show)
     return questions
+
+
+def _tokenizer(request: Request, target: checks.Source) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(target.folder), trust_remote_code=False)
+    except Exception as error:  # of any type, depending on the file that is wrong
+        without = "leave --draft-vocab-size out" if request.data is None else "give --answers"
+        raise TrainError(f"{request.target} has no tokenizer that can be read ({shown(error)}); {without}") from None
+
+
+def _draft_vocabulary(examples: list[states.Example], tokenizer: Any, size: int) -> tuple[list[int], float]:
+    """The most frequent tokens of the answers to learn from, and their share of those that are held out."""
+    learned, held_out = (
+        Counter(token for one in examples if one.held_out == held for token in one.ids[one.first :])
+        for held in (False, True)
+    )
+    kept = most_frequent(learned, tokenizer, size)
+    return kept, coverage(held_out, kept)
 
 
 def load_target(target: checks.Source, adapter: Path | None) -> Any:
