@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from vllm_bailing.errors import shown
 from vllm_bailing.tools.chat import base_of, http_client
 from vllm_bailing.tools.doctor import Check
+from vllm_bailing.tools.metrics import DRAFTS, samples
 
 SECONDS = 30.0  # for an answer; an engine whose peer died takes requests and never answers
 METRIC = "bailing_plugin_info"  # published by `plugin.checks.publish_version`
+Counted = dict[str, list[Any]]  # of `metrics.samples`
 _TOOL = {"type": "function", "function": {"name": "noop", "parameters": {"type": "object", "properties": {}}}}
 
 
@@ -41,8 +42,8 @@ def _checks(client: Any, base: str, model: str | None) -> Iterator[Check]:
         return
     vllm = json_of(client.get("/version")).get("version")
     yield Check("server", True, f"{base}, vLLM {shown(str(vllm))}" if vllm else f"{base}, not a vLLM server")
-    metrics = client.get("/metrics").text
-    yield _plugin(metrics)
+    counted = _counted(client)
+    yield _plugin(counted)
     models = json_of(client.get("/v1/models")).get("data")
     names = {entry.get("id"): entry for entry in models or [] if isinstance(entry, dict)}
     if not names or (model and model not in names):
@@ -52,8 +53,8 @@ def _checks(client: Any, base: str, model: str | None) -> Iterator[Check]:
     name = model or next(iter(names))
     yield Check("model", True, f"{shown(str(name))}, window of {names[name].get('max_model_len', '?')} tokens")
     yield from _chat(client, name)
-    yield _drafts(metrics)
-    yield _token(client, name, metrics)
+    yield _drafts(counted)
+    yield _token(client, name, counted)
 
 
 def json_of(response: Any) -> dict[str, Any]:
@@ -65,10 +66,17 @@ def json_of(response: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _plugin(metrics: str) -> Check:
-    found = re.search(rf'^{METRIC}{{[^}}]*version="([^"]*)"', metrics, re.MULTILINE)
-    if found:
-        return Check("plugin", True, f"vllm-bailing {shown(found[1])}")
+def _counted(client: Any) -> Counted:
+    """The samples of /metrics; none if it shows something else, which is no fault of a server."""
+    try:
+        return samples(client.get("/metrics").text)
+    except ValueError:
+        return {}
+
+
+def _plugin(counted: Counted) -> Check:
+    for sample in counted.get(METRIC, []):
+        return Check("plugin", True, f"vllm-bailing {shown(sample.labels.get('version', '?'))}")
     return Check(
         "plugin",
         None,
@@ -93,19 +101,19 @@ def _chat(client: Any, name: str) -> Iterator[Check]:
         yield Check("tool calls", None, f"refused: the server was started without {flags}")
 
 
-def _drafts(metrics: str) -> Check:
-    drafted, accepted = (_count(metrics, f"spec_decode_num_{what}") for what in ("draft_tokens", "accepted_tokens"))
+def _drafts(counted: Counted) -> Check:
+    drafted, accepted = (_count(counted, f"spec_decode_num_{what}") for what in ("draft_tokens", "accepted_tokens"))
     if not drafted:
-        return Check("drafts", None, "none yet" if "vllm:spec_decode" in metrics else "none")
+        return Check("drafts", None, "none yet" if f"{DRAFTS}_total" in counted else "none")
     return Check("drafts", True, f"{accepted / drafted:.0%} of {drafted:,.0f} draft tokens were accepted")
 
 
-def _count(metrics: str, what: str) -> float:
+def _count(counted: Counted, what: str) -> float:
     """A counter of vLLM, over all engines."""
-    return sum(map(float, re.findall(rf"^vllm:{what}_total{{[^}}]*}} (\S+)$", metrics, re.MULTILINE)))
+    return sum(sample.value for sample in counted.get(f"vllm:{what}_total", []))
 
 
-def _token(client: Any, name: str, before: str) -> Check:
+def _token(client: Any, name: str, before: Counted) -> Check:
     import httpx
 
     # A prompt of one token id: it needs no tokenizer and no template.
@@ -113,7 +121,7 @@ def _token(client: Any, name: str, before: str) -> Check:
     try:
         response = client.post("/v1/completions", json=request)
     except httpx.ReadTimeout:
-        limit, after = client.timeout.read, client.get("/metrics").text
+        limit, after = client.timeout.read, _counted(client)
         done = sum(_count(after, what) - _count(before, what) for what in ("generation_tokens", "prompt_tokens"))
         if done > 0:  # a queue is no fault, and a probe must not end a server for it
             return Check("a token", None, f"still in the queue after {limit:g} s; {done:,.0f} others were computed")
