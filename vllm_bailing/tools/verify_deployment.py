@@ -57,7 +57,7 @@ def prompts_of(
 
     Args:
         max_tokens: Length of the answers to the messages.
-        words: How many; all of them if the vocabulary has fewer.
+        words: How many; those of a vocabulary that has fewer come again, in another order.
         vocab_size: Rows of the embedding, which may be more than the tokenizer has words.
         seed: Of their choice.
     """
@@ -70,7 +70,9 @@ def prompts_of(
     prompts = [Prompt(tokenizer.encode(text, add_special_tokens=False), max_tokens) for text in texts]
     known = range(min(len(tokenizer), vocab_size))
     order = random.Random(seed)
-    drawn = order.sample(known, min(words, len(known)))
+    drawn: list[int] = []
+    while len(drawn) < words:
+        drawn += order.sample(known, min(words - len(drawn), len(known)))
     drawn += order.sample(drawn, len(drawn))
     return prompts + [Prompt(drawn[start : start + _RUN], 1) for start in range(0, len(drawn), _RUN)]
 
