@@ -4,6 +4,7 @@
 #   scripts/gpu/rehearse.sh [VLLM_VERSION [GPU...]]     default: 0.33.0 H100 B200 H20 A100-80G L40S
 #
 #   OUT=dir                  folder for the logs (default: build/rehearsal)
+#   JOBS=n                   how many GPUs at a time, a core and 3 GB of memory each (default: as many as there are cores)
 #   PYTEST_ARGUMENTS="..."   more arguments of pytest, such as --write-kernels, which records the kernels that vLLM chose
 #
 # The environment takes 12 GB below ~/.cache/vllm-bailing/cuda and is made once. Needs gcc. GPUs have the names that
@@ -39,11 +40,19 @@ export FLASHINFER_WORKSPACE_BASE=$out/cache HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS
 export VLLM_USE_AOT_COMPILE=0 VLLM_DISABLE_COMPILE_CACHE=1
 # Importing Humming would start two compilers in every process.
 export HUMMING_DISABLE_PARALLEL_BUILD=1
+unset PYTHONDONTWRITEBYTECODE # where it is set, every process would compile vLLM anew: 20 s of work
 
 cd "$root"
 read -ra more <<<"${PYTEST_ARGUMENTS:-}"
+declare -A gpu_of=() start_of=() # by process
 failed=0
-for gpu in "${gpus[@]}"; do
+trap 'kill "${!gpu_of[@]}" 2>/dev/null || true' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+# start GPU: its tests, in the background.
+start() {
+    local gpu=$1 facts name capability gib
     facts=$("$python" - "$gpu" <<'PYTHON'
 import sys
 
@@ -56,15 +65,26 @@ print(gpu.driver_names[0], gpu.compute_capability.replace(".", ""), round(gpu.me
 PYTHON
     )
     { read -r name && read -r capability && read -r gib; } <<<"$facts"
-    start=$SECONDS log=$out/$gpu.log
-    printf '%-9s' "$gpu"
-    if FAKE_GPU_NAME=$name FAKE_GPU_CAPABILITY=$capability FAKE_GPU_GIB=$gib LD_PRELOAD=$machine/cudart.so \
+    FAKE_GPU_NAME=$name FAKE_GPU_CAPABILITY=$capability FAKE_GPU_GIB=$gib LD_PRELOAD=$machine/cudart.so \
         PYTHONPATH=$root/tests/cuda_build/machine/site "$python" -m pytest tests/cuda_build -p no:cacheprovider -n 0 -q \
-        --junitxml="$out/$gpu.xml" "${more[@]}" >"$log" 2>&1 </dev/null; then
-        outcome=ok
-    else
-        outcome="FAILED, see $log" failed=1
-    fi
-    printf ' %s; %s\n' "$(tail -n 1 "$log" | sed 's/ in .*//')" "$outcome, $((SECONDS - start)) s"
+        --durations=10 --junitxml="$out/$gpu.xml" "${more[@]}" >"$out/$gpu.log" 2>&1 </dev/null &
+    gpu_of[$!]=$gpu start_of[$!]=$SECONDS
+}
+
+# finish: waits for one of those that run, and prints what came of it.
+finish() {
+    local process=0 outcome=ok log
+    wait -n -p process "${!gpu_of[@]}" || outcome=FAILED failed=1
+    log=$out/${gpu_of[$process]}.log
+    [[ $outcome == ok ]] || outcome="FAILED, see $log"
+    printf '%-9s %s; %s, %d s\n' "${gpu_of[$process]}" "$(tail -n 1 "$log" | sed 's/ in .*//')" "$outcome" \
+        $((SECONDS - start_of[$process]))
+    unset "gpu_of[$process]"
+}
+
+for gpu in "${gpus[@]}"; do
+    ((${#gpu_of[@]} < ${JOBS:-$(nproc)})) || finish
+    start "$gpu"
 done
+while ((${#gpu_of[@]})); do finish; done
 ((failed == 0)) || fail "not everything is as it should be on vLLM $version"

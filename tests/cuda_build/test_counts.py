@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from typing import Any
 from unittest import mock
@@ -11,6 +10,7 @@ import pytest
 
 from tests.cuda_build import counting, fakes
 from tests.cuda_build.deployments import FLASH, FP8_BLOCK, MINI, TP4
+from tests.cuda_build.records import record, recorded
 from tests.support.paths import DATA
 from vllm_bailing.bench.statistics import IN_TREE, PLUGIN
 
@@ -73,8 +73,7 @@ def counted(arm: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
 def test_a_step_launches_what_was_recorded(title, arm, gpu, vllm_version, forked, pytestconfig):
     if gpu not in ("H100", "B200"):
         pytest.skip("counted for H100 and B200")
-    table = json.loads(RECORDED.read_text()) if RECORDED.is_file() else {}
-    row = table.setdefault(vllm_version, {}).setdefault(gpu, {}).setdefault(title, {})
+    row = recorded(RECORDED, vllm_version, gpu).get(title, {})
     is_recording = pytestconfig.getoption("--write-kernels")
     if arm not in row and not is_recording:
         pytest.skip("nothing is recorded for this release yet; --write-kernels records it")
@@ -82,5 +81,5 @@ def test_a_step_launches_what_was_recorded(title, arm, gpu, vllm_version, forked
     assert found["runs"]["model"].startswith("vllm." if arm == IN_TREE else "vllm_bailing.")
     if is_recording:
         row[arm] = found
-        RECORDED.write_text(json.dumps(table, indent=1) + "\n")
+        record(RECORDED, vllm_version, gpu, title, row)
     assert found == row[arm], "other counts than recorded; if that is right, add --write-kernels"

@@ -13,6 +13,7 @@ import pytest
 
 from tests.cuda_build import fakes
 from tests.cuda_build.deployments import BUILT, DP2, FLASH
+from tests.cuda_build.records import record, recorded
 from tests.support.paths import DATA
 
 TABLE = DATA / "cuda_build.json"
@@ -34,8 +35,10 @@ def _name(thing: Any) -> str:
 
 
 def _experts(layer: Any) -> str:
-    chosen = (value for key, value in vars(layer.quant_method).items() if key.endswith("_backend"))
-    return next((value.name for value in chosen if hasattr(value, "name")), _name(layer.quant_method))
+    method = vars(layer.quant_method)
+    chosen = (value.name for key, value in method.items() if key.endswith("_backend") and hasattr(value, "name"))
+    takes_adapters = "LoRA" in getattr(method.get("experts_cls"), "__name__", "")  # another kernel of the same name
+    return next(chosen, _name(layer.quant_method)) + " for adapters" * takes_adapters
 
 
 def _linear(layer: Any) -> str:
@@ -111,9 +114,7 @@ def test_every_layer_gets_the_kernel_of_the_table(
     if runs:
         wanted = (fakes.TOKENS, json.loads((fakes.CONFIGS / f"{name}.json").read_text())["hidden_size"])
         assert shape == (dict.fromkeys(("hidden_states", "residual"), wanted) if "PP" in title else wanted)
-    table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
-    rows = table.setdefault(vllm_version, {}).setdefault(gpu, {})
     if pytestconfig.getoption("--write-kernels"):
-        rows[title] = found
-        TABLE.write_text(json.dumps(table, indent=1) + "\n")
-    assert found == rows.get(title), "other kernels than recorded; if that is right, add --write-kernels"
+        record(TABLE, vllm_version, gpu, title, found)
+    in_table = recorded(TABLE, vllm_version, gpu).get(title)
+    assert found == in_table, "other kernels than recorded; if that is right, add --write-kernels"
