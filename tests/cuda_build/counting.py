@@ -8,6 +8,7 @@ kernels each launches is said in `scripts/dev/gpu_expectations.py`.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -116,6 +117,28 @@ def logged() -> Iterator[Counter[str]]:
         stack.enter_context(mock.patch.object(JITFunction, "run", launch))
         stack.enter_context(log)
         yield log.calls
+
+
+@contextlib.contextmanager
+def routed() -> Iterator[set[str]]:
+    """What the kernels of experts that are called inside get of the router, such as "float32 weights"."""
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
+
+    seen: set[str] = set()
+
+    def noting(call: Callable[..., Any], argument: str) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(call).bind(*args, **kwargs).arguments[argument]
+            seen.add(f"{str(given.dtype).removeprefix('torch.')} {argument.partition('_')[2]}")
+            return call(*args, **kwargs)
+
+        return noted
+
+    with (
+        mock.patch.object(FusedMoEKernel, "apply", noting(FusedMoEKernel.apply, "topk_weights")),
+        mock.patch.object(FusedMoEKernel, "apply_monolithic", noting(FusedMoEKernel.apply_monolithic, "router_logits")),
+    ):
+        yield seen
 
 
 def inside_experts(built: Any, layer: Any, tokens: int) -> Counter[str]:

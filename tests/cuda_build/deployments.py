@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
 from typing import Any
+
+from tests.support.configs import CONFIGS
 
 _W4A16 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True, "dynamic": False}
 
@@ -32,6 +35,7 @@ INT8 = _compressed("int-quantized", *_eight_bits("int"))
 
 MINI, MINI_BASE, FLASH, TRILLION = "Ling-mini-2.0", "Ling-mini-base-2.0", "Ling-flash-2.0", "Ling-1T"
 FP8_BLOCK = "Ling-flash-2.0-fp8-block"
+FP8_BLOCKS = {"quantization_config": json.loads((CONFIGS / f"{FP8_BLOCK}.json").read_text())["quantization_config"]}
 TP2, TP4, TP8 = ({"tensor_parallel_size": ranks} for ranks in (2, 4, 8))
 EP = {"enable_expert_parallel": True}
 DP2 = {**TP2, "data_parallel_size": 2, **EP}

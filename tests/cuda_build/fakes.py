@@ -165,6 +165,18 @@ def start_ranks(tensor_parallel: int, pipeline_parallel: int, data_parallel: int
     state.ensure_model_parallel_initialized(tensor_parallel, pipeline_parallel)
 
 
+@contextlib.contextmanager
+def _unset_scales() -> Iterator[None]:
+    """Numbers that are read from fake tensors are -1, which vLLM fills in for scales that a checkpoint lacks."""
+    read = torch.ops.aten._local_scalar_dense.default
+
+    def unset(mode: Any, func: Any, tensor: torch.Tensor) -> Any:
+        return -1.0 if tensor.dtype.is_floating_point else tensor.dtype != torch.bool and -1
+
+    with mock.patch.dict(fake_tensor.op_implementations_dict, {read: unset}):
+        yield
+
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +222,9 @@ def on_gpus(vllm_config: Any, is_processed: bool = True) -> Iterator[SimpleNames
         with mode, set_default_torch_dtype(dtype), GPU:
             model = initialize_model(vllm_config=vllm_config)
             if is_processed:
-                process_weights_after_loading(model, vllm_config.model_config, GPU)
+                # Inductor would compute constants on the GPU.
+                with torch.compiler.set_stance("force_eager"), _unset_scales():
+                    process_weights_after_loading(model, vllm_config.model_config, GPU)
         yield SimpleNamespace(model=model, mode=mode, vllm_config=vllm_config)
 
 

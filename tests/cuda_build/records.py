@@ -33,7 +33,7 @@ def record(file: Path, release: str, gpu: str, deployment: str, found: Any) -> N
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[tuple[IO[str], dict[str, Any]]]:
     """`file`, opened to be written anew, and what it holds."""
-    with open(file, "a+", encoding="utf-8") as handle:
+    with file.open("a+", encoding="utf-8") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         handle.seek(0)
         yield handle, json.loads(handle.read() or "{}")

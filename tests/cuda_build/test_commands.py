@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from tests.cuda_build import fakes
-from tests.cuda_build.deployments import CONFIGURED, MINI, MINI_BASE, W4A16, mtp
+from tests.cuda_build.deployments import CONFIGURED, FP8_BLOCKS, MINI, MINI_BASE, W4A16, mtp
 
 
 def test_doctor_finds_the_gpus_without_the_drivers_tool():
@@ -21,8 +22,8 @@ def test_doctor_finds_the_gpus_without_the_drivers_tool():
     assert f"{os.environ['FAKE_GPU_COUNT']} x {os.environ['FAKE_GPU_NAME']}" in done.stdout, done.stdout + done.stderr
 
 
-def _refused() -> str:
-    config = fakes.engine_config(MINI, W4A16, tensor_parallel_size=8, distributed_executor_backend="mp")
+def _refused(changes: dict[str, Any]) -> str:
+    config = fakes.engine_config(MINI, changes, tensor_parallel_size=8, distributed_executor_backend="mp")
     try:
         with fakes.on_gpus(config, is_processed=False):
             return ""
@@ -30,8 +31,9 @@ def _refused() -> str:
         return str(error)
 
 
-def test_groups_that_ranks_would_cut_are_refused_with_both_ways_out(forked):
-    message = forked(_refused)
+@pytest.mark.parametrize("changes", [W4A16, FP8_BLOCKS], ids=["W4A16", "fp8 blocks"])
+def test_groups_that_ranks_would_cut_are_refused_with_both_ways_out(changes, forked):
+    message = forked(_refused, changes)
     assert "\n" not in message and ".." not in message
     assert 0 < message.find("smaller --tensor-parallel-size") < message.find("dequantize")
 

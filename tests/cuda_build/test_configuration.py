@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.cuda_build import fakes
-from tests.cuda_build.deployments import BUILT, CONFIGURED
+from tests.cuda_build.deployments import BUILT, CONFIGURED, FP8_BLOCKS
 from tests.support.paths import ROOT
 
 DEPLOYMENTS = {**BUILT, **CONFIGURED}
@@ -57,13 +57,13 @@ def test_a_planned_deployment_is_configured(file, gpu, forked):
     if SAME_BUT_FOR_MEMORY.get(planned_for, planned_for) not in (gpu, gpu.partition("-")[0]):
         pytest.skip(f"planned for {planned_for}, this is {gpu}")
     name = flags["model"].rpartition("/")[2]
-    name = {"Ling-flash-2.0-FP8": "Ling-flash-2.0-fp8-block"}.get(name, name)
+    changes: dict[str, Any] = {"num_hidden_layers": 6}
+    if name.endswith("-FP8"):
+        name, changes = name.removesuffix("-FP8"), {**changes, **FP8_BLOCKS}
     options = {
         key.replace("-", "_"): json.loads(value) if str(value).startswith("{") else value
         for key, value in flags.items()
         if key not in NOT_OF_AN_ENGINE
     }
-    if not (fakes.CONFIGS / f"{name}.json").is_file():
-        pytest.skip(f"tests/data/configs has no {name}.json")
-    found = forked(decisions, name, {"num_hidden_layers": 6}, options)
+    found = forked(decisions, name, changes, options)
     assert (found["platform"], found["class"]) == ("cuda", "vllm_bailing.model")

@@ -49,10 +49,13 @@ def _of_layers(layers: int, name: str, options: dict[str, Any]) -> tuple[Counter
         worker.vllm_config, worker.get_model, worker.model_runner = config, lambda: built.model, None
         facts = worker.bailing_facts()
         last = built.model.model.layers[-1]
+        with counting.routed() as routed:
+            experts = {str(batch): dict(counting.inside_experts(built, last, batch)) for batch in BATCHES}
         found = {
             "runs": {key: facts[key] for key in ("model", "experts", "attention")},
             "router": str(last.mlp.gate.weight.dtype).removeprefix("torch."),
-            "experts": {str(batch): dict(counting.inside_experts(built, last, batch)) for batch in BATCHES},
+            "routed": " ".join(sorted(routed)),
+            "experts": experts,
         }
     (graph,) = graphs
     return graph, found
@@ -79,6 +82,8 @@ def test_a_step_launches_what_was_recorded(title, arm, gpu, vllm_version, forked
         pytest.skip("nothing is recorded for this release yet; --write-kernels records it")
     found = forked(counted, arm, *COUNTED[title])
     assert found["runs"]["model"].startswith("vllm." if arm == IN_TREE else "vllm_bailing.")
+    # fp32 from the gate to the weights of the experts, or to the logits by which TRT-LLM's choose.
+    assert arm == IN_TREE or found["routed"] in ("float32 weights", "float32 logits")
     if is_recording:
         row[arm] = found
         record(RECORDED, vllm_version, gpu, title, row)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +28,13 @@ def errors():
 @pytest.mark.parametrize("scheme", LIMITS)
 def test_the_kernel_computes_the_experts(scheme, errors):
     assert errors[scheme] <= LIMITS[scheme]
+
+
+def test_the_experts_that_round_the_routers_weights_are_named():
+    """What README and the change log say of "fp32 from the gate to the weights of the experts"."""
+    import flashinfer
+
+    library = (Path(flashinfer.__path__[0]) / "fused_moe" / "core.py").read_text()
+    rounds = "``expert_weights`` tensor is always ``bfloat16``" in " ".join(library.split())
+    for page, words in (("README.md", "[but for TRT-LLM's experts]"), ("CHANGELOG.md", "TRT-LLM's experts")):
+        assert (words in (ROOT / page).read_text()) == rounds, page

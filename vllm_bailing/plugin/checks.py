@@ -277,8 +277,9 @@ def adding_the_remedy(vllm_config: Any) -> Iterator[None]:
     except (ValueError, NotImplementedError) as error:
         if vllm_config.quant_config is None:
             raise
-        reason = shown(error).rstrip(".")
-        way = "start with a smaller --tensor-parallel-size; or " if "tensor_parallel_size" in reason else ""
+        reason = shown(error, longest=1000).rstrip(".")
+        is_cut = vllm_config.parallel_config.tensor_parallel_size > 1 and "divisible" in reason  # as vLLM puts it
+        way = "start with a smaller --tensor-parallel-size; or " if is_cut else ""
         is_stored = getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None
         remedy = DEQUANTIZE if is_stored else "leave --quantization out"
         raise SettingsError(f"{vllm_config.model_config.quantization}: {reason}; {way}{remedy}") from error
