@@ -486,7 +486,7 @@ class BailingMoeV2ForCausalLM(
         self.config, self.vllm_config = config, vllm_config
         self.quant_config = vllm_config.quant_config
         patch_for_model(vllm_config)
-        check_ranks_agree(vllm_config)
+        check_ranks_agree(vllm_config, type(self))
         offer_quantized_layers(vllm_config)
         with adding_the_remedy(vllm_config):
             self.model = BailingMoeV2Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))

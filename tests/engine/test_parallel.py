@@ -7,14 +7,17 @@ from datetime import timedelta
 from unittest import mock
 
 import pytest
+import torch
 
 from tests.support.adapters import adapted, make_adapter, merged
 from tests.support.balancing import balanced
 from tests.support.cases import CASES, load_case
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer
+from tests.support.conversations import prompt_ids, spread
 from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, generate, run, run_in_turn
 from tests.support.server import free_port
 from tests.support.speculation import mtp
+from vllm_bailing import DEMO
 
 EXPERTS = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
 DIVIDED = {"additional_config": {"bailing_sequence_parallel": True}}
@@ -46,6 +49,19 @@ def test_ranks_share_the_experts_of_compiled_models():
     options = {**EXPERTS, "enforce_eager": False}
     (answer,) = run_in_turn(generate, model, [expected["input_ids"].tolist()], env=TWO_RANKS, **options)
     check(answer, expected)
+
+
+def test_ranks_share_experts_in_bf16_as_exactly_as_one_has_them(plain):
+    prompts = [prompt_ids(plain, row) for row in spread(4)]
+    wanted = [plain.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).detach() for ids in prompts]
+
+    def deviation(**options):
+        answers = run_in_turn(generate, DEMO, prompts, dtype="bfloat16", **options)
+        return torch.cat([(table - exact).abs().flatten() for (table, _), exact in zip(answers, wanted, strict=True)])
+
+    alone, shared = deviation(), deviation(env=TWO_RANKS, **EXPERTS)
+    assert 0 < shared.mean() <= 1.5 * alone.mean()  # another order of sums, where a wrong expert is nats away
+    assert shared.max() <= 2 * alone.max()
 
 
 def test_ranks_share_the_experts_of_a_draft():
@@ -162,6 +178,13 @@ def of_another_version(*args, **kwargs):
         return generate(*args, **kwargs)
 
 
+def without_comparison(*args, **kwargs):
+    from vllm_bailing import model
+
+    with mock.patch.object(model, "check_ranks_agree", lambda *_: None):
+        return generate(*args, **kwargs)
+
+
 def impatient(*args, **kwargs):
     from vllm_bailing.plugin import agreement
 
@@ -178,8 +201,12 @@ def impatient(*args, **kwargs):
         ),
         ({"options": {"dtype": "bfloat16"}}, "--dtype 'torch.float32' and 'torch.bfloat16'"),
         ({"job": of_another_version}, "and '0.0.1'; install the same packages"),
+        (
+            {"env": {"VLLM_BAILING_USE_INTREE": "1"}},
+            "model class 'vllm_bailing.model.BailingMoeV2ForCausalLM' and 'vllm.model_executor.models.bailing_moe.",
+        ),
     ],
-    ids=["settings", "dtype", "version"],
+    ids=["settings", "dtype", "version", "class"],
 )
 def test_ranks_that_differ_are_all_refused(other, message):
     model, expected = load_case("plain")
@@ -190,11 +217,10 @@ def test_ranks_that_differ_are_all_refused(other, message):
         assert message in error.log
 
 
-def test_a_rank_with_the_class_of_vllm_is_missed():
+def test_a_rank_that_compares_nothing_is_missed():
     model, expected = load_case("plain")
     prompt = expected["input_ids"].tolist()
-    ranks = [Rank(model, prompt, job=impatient), Rank(model, prompt, env={"VLLM_BAILING_USE_INTREE": "1"})]
-    ours, theirs = data_parallel(ranks)
+    ours, theirs = data_parallel([Rank(model, prompt, job=impatient), Rank(model, prompt, job=without_comparison)])
     assert isinstance(theirs, EngineError)
-    assert "not all of the 2 ranks build the model with this class" in ours.log
+    assert "not all of the 2 ranks have vllm-bailing" in ours.log
     assert "Rank 1 failed to pass" in ours.log

@@ -13,7 +13,7 @@ def test_what_differs_is_named_with_rank_node_and_values():
     other = {**ALIKE, "vllm": "0.33.0"}
     assert disagreement([("a", ALIKE), ("a", ALIKE), ("b", other), ("b", other)]) == (
         "rank 0 on a and rank 2 on b differ in vllm '0.32.0' and '0.33.0'; install the same packages, and give every "
-        "node the same files and flags"
+        "node the same files, flags and environment"
     )
 
 

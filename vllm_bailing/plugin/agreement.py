@@ -18,8 +18,11 @@ WAIT = timedelta(seconds=60)  # ranks met a moment ago, when they formed their g
 _MOST_DIFFERENCES = 3  # in a message
 
 
-def check_ranks_agree(vllm_config: Any) -> None:
-    """Compare with all other ranks what decides on the answers; every rank of this model class calls this at its start.
+def check_ranks_agree(vllm_config: Any, model_class: type) -> None:
+    """Compare with all other ranks what decides on the answers; every rank calls this before it builds the model.
+
+    Args:
+        model_class: Of the model: this package's, or vLLM's own where that was asked for.
 
     Raises:
         SettingsError: On every rank, if a rank differs, or has not called this after a minute.
@@ -35,12 +38,12 @@ def check_ranks_agree(vllm_config: Any) -> None:
         torch.distributed.monitored_barrier(group.cpu_group, WAIT, wait_all_ranks=True)
     except RuntimeError as error:
         raise SettingsError(
-            f"rank {group.rank} on {socket.gethostname()}: not all of the {group.world_size} ranks build the model "
-            f"with this class of vllm-bailing {__version__} ({_first_line(error)}); install the same version on every "
-            "node, and leave VLLM_BAILING_USE_INTREE unset on all of them"
+            f"rank {group.rank} on {socket.gethostname()}: not all of the {group.world_size} ranks have vllm-bailing "
+            f"{__version__} ({_first_line(error)}); install it on every node, and leave it in VLLM_PLUGINS"
         ) from None
     everyone: list[Any] = [None] * group.world_size
-    torch.distributed.all_gather_object(everyone, (socket.gethostname(), _identity(vllm_config)), group.cpu_group)
+    own = (socket.gethostname(), _identity(vllm_config, model_class))
+    torch.distributed.all_gather_object(everyone, own, group.cpu_group)
     if problem := disagreement(everyone):
         raise SettingsError(problem)
 
@@ -49,12 +52,13 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rpartition("] ")[2].rstrip(".")
 
 
-def _identity(vllm_config: Any) -> dict[str, Any]:
+def _identity(vllm_config: Any, model_class: type) -> dict[str, Any]:
     """What has to be the same on all ranks, by the name that a user knows it by."""
     model_config = vllm_config.model_config
     checkpoint = Checkpoint.of(model_config).published(model_config.hf_config)
     return {
         "vllm-bailing": __version__,
+        "model class": f"{model_class.__module__}.{model_class.__name__}",
         "vllm": version("vllm"),
         "torch": version("torch"),
         "--dtype": str(model_config.dtype),
@@ -88,6 +92,6 @@ def disagreement(everyone: list[tuple[str, dict[str, Any]]]) -> str:
             differences[_MOST_DIFFERENCES:] = [f"{len(names) - _MOST_DIFFERENCES} more"]
         return (
             f"rank 0 on {host} and rank {rank} on {other_host} differ in {'; '.join(differences)}; install the same "
-            "packages, and give every node the same files and flags"
+            "packages, and give every node the same files, flags and environment"
         )
     return ""

@@ -5,6 +5,10 @@ In every process that registers, with effect for configurations that name a Bail
 - `know_drafts`: `SpeculativeConfig.hf_config_override` and `.__post_init__`;
 - `check_configurations`: entries in `MODELS_CONFIG_MAP`.
 
+Instead of these, where vLLM's own class was asked for:
+
+- `compare_ranks_first`: `BailingMoeV2ForCausalLM.__init__`.
+
 In a process that reads answers with `--reasoning-parser bailing`, with effect for this parser alone:
 
 - `hold_content_to_grammars`: `StructuredOutputManager._create_grammar`.
@@ -117,6 +121,26 @@ def check_configurations(
             config_map.pop(architecture, None)
 
     return undo
+
+
+def compare_ranks_first(model_class: type) -> Callable[[], object]:
+    """Have vLLM's own class compare its ranks before it is built; returns what takes that back.
+
+    Differs:  vLLM does not compare ranks; one with another class than its peers would serve with them.
+    Upstream: `bailing_moe.BailingMoeV2ForCausalLM.__init__`, which it inherits, in 0.27 to 0.33.
+    Remove:   when vLLM compares the model classes of its ranks.
+    """
+    init = model_class.__init__
+
+    @functools.wraps(init)  # vLLM looks at the arguments
+    def comparing_first(self: Any, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
+        from vllm_bailing.plugin.agreement import check_ranks_agree
+
+        check_ranks_agree(vllm_config, type(self))
+        init(self, *args, vllm_config=vllm_config, **kwargs)
+
+    model_class.__init__ = comparing_first
+    return lambda: setattr(model_class, "__init__", init)
 
 
 def _post_init(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -61,6 +61,8 @@ def _register() -> Decision:
         )
         takeover.take("vllm.config.speculative", _know_drafts)
         takeover.take("vllm.model_executor.models.config", _check_configurations)
+    else:
+        takeover.take("vllm.model_executor.models.bailing_moe", _compare_ranks)
     register_extensions()
     with _visible(logger):
         if decided.active:
@@ -177,6 +179,13 @@ def _check_configurations(module: Any) -> Callable[[], object]:
     from vllm_bailing.plugin import patches
 
     return patches.check_configurations(module.MODELS_CONFIG_MAP, module.VerifyAndUpdateConfig, _settle_engine_config)
+
+
+def _compare_ranks(module: Any) -> Callable[[], object]:
+    from vllm_bailing.plugin import patches
+
+    model_class = getattr(module, "BailingMoeV2ForCausalLM", None)
+    return patches.compare_ranks_first(model_class) if model_class else lambda: None
 
 
 def _settle_engine_config(vllm_config: Any) -> None:
