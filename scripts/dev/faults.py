@@ -30,6 +30,8 @@ import httpx
 import psutil
 import typer
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.support.streams import streamed
 from vllm_bailing import DEMO
 
 BIN = Path(sys.executable).parent
@@ -101,17 +103,18 @@ class Server:
         body = {"model": "demo", "prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
 
-    def stream(self, tokens: int) -> str:
-        """How a stream of that many tokens ends: "complete", "with an error" or "cut off"."""
-        body = {"model": "demo", "prompt": [5, 6, 7], "max_tokens": tokens, "ignore_eos": True, "stream": True}
-        last = ""
-        try:
-            with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=120) as answer:
-                for line in answer.iter_lines():
-                    last = line or last
-        except httpx.HTTPError:
-            return "cut off"
-        return "complete" if last == "data: [DONE]" else "with an error" if "error" in last else "cut off"
+    @contextmanager
+    def streams(self, count: int, tokens: int) -> Iterator[Callable[[], str]]:
+        """That many streams under way, for the body of a `with`, and what waits for them and says how they ended."""
+        body = {"model": "demo", "prompt": [5, 6, 7], "max_tokens": tokens, "ignore_eos": True}
+        begun = [threading.Event() for _ in range(count)]
+        with ThreadPoolExecutor(max(1, count)) as pool:
+            ends = [pool.submit(streamed, self.url, body, one) for one in begun]
+            for one in begun:
+                one.wait(120)
+            yield lambda: ", ".join(
+                f"{number} {end}" for end, number in Counter(one.result().judged(tokens) for one in ends).items()
+            )
 
     def pid(self, name: str) -> int:
         """Of the process that calls itself so in the log."""
@@ -179,12 +182,17 @@ def server(*flags: str, **how: Any) -> Iterator[Server]:
                 shutil.copy(running.log, LOGS / f"{Path(folder).name}.log")
 
 
-def _killed(name: str, *flags: str) -> str:
+def _killed(name: str, *flags: str, clients: int = 0) -> str:
     with server(*flags) as running:
         assert running.started(), running.message()
-        begun = time.monotonic()
-        os.kill(running.pid(name), signal.SIGKILL)
-        return f"the server {running.ended_after(begun)}; {running.message()}"
+        with running.streams(clients, tokens=400) as ends:
+            begun = time.monotonic()
+            os.kill(running.pid(name), signal.SIGKILL)
+            seen = f"the server {running.ended_after(begun)}; {running.message()}"
+            seen = f"{ends()}; {seen}" if clients else seen
+    with server(*flags) as again:
+        assert again.started(), again.message()
+        return f"{seen}; started again, {again.asked()} after {time.monotonic() - again.begun:.0f} s"
 
 
 def engine_killed() -> str:
@@ -192,14 +200,29 @@ def engine_killed() -> str:
     return _killed("EngineCore")
 
 
+def engine_killed_under_load() -> str:
+    """kill -9 of the engine core with 16 streams under way."""
+    return _killed("EngineCore", clients=16)
+
+
 def worker_killed() -> str:
     """kill -9 of one of two workers, idle."""
     return _killed("Worker_TP1", *TWO_RANKS)
 
 
+def worker_killed_under_load() -> str:
+    """kill -9 of one of two workers with 16 streams under way."""
+    return _killed("Worker_TP1", *TWO_RANKS, clients=16)
+
+
 def server_killed() -> str:
-    """kill -9 of the API server."""
+    """kill -9 of the API server, idle."""
     return _killed("APIServer")
+
+
+def server_killed_under_load() -> str:
+    """kill -9 of the API server with 16 streams under way."""
+    return _killed("APIServer", clients=16)
 
 
 def engine_stopped() -> str:
@@ -361,17 +384,11 @@ def one_cache() -> str:
 def _drains(*flags: str) -> str:
     with server(*flags) as running:
         assert running.started(), running.message()
-        ends: list[str] = []
-        clients = [threading.Thread(target=lambda: ends.append(running.stream(400))) for _ in range(16)]
-        for client in clients:
-            client.start()
-        time.sleep(2)
-        begun = time.monotonic()
-        running.process.send_signal(signal.SIGTERM)
-        how = running.ended_after(begun)
-        for client in clients:
-            client.join(60)
-        return f"{', '.join(f'{count} {end}' for end, count in Counter(ends).items())}; {how}"
+        with running.streams(16, tokens=400) as ends:
+            begun = time.monotonic()
+            running.process.send_signal(signal.SIGTERM)
+            how = running.ended_after(begun)
+            return f"{ends()}; {how}"
 
 
 def terminated() -> str:
@@ -388,8 +405,11 @@ FAULTS: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         engine_killed,
+        engine_killed_under_load,
         worker_killed,
+        worker_killed_under_load,
         server_killed,
+        server_killed_under_load,
         engine_stopped,
         terminated,
         terminated_with_time,

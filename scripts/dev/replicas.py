@@ -33,6 +33,7 @@ from tests.support.conversations import MAX_TOKENS
 from tests.support.nginx import PROGRAM, proxying
 from tests.support.server import free_port, serving
 from tests.support.soak import Question, questions
+from tests.support.streams import CUT_OFF, DONE, streamed
 from vllm_bailing import DEMO
 
 Behind = Callable[[Path, int, tuple[str, str]], Any]
@@ -40,29 +41,13 @@ Behind = Callable[[Path, int, tuple[str, str]], Any]
 
 def stream(url: str, session: int, question: Question) -> str:
     """What became of a stream: right, wrong, short (it ended as if whole), or the error."""
-    body = {"model": "demo", "prompt": question.prompt, "stream": True, "return_token_ids": True}
-    body |= {"temperature": 0, "max_tokens": MAX_TOKENS}
-    found, ended = [], False
-    try:
-        headers = {"X-Session-Id": str(session)}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers, timeout=180) as answer:
-            if answer.status_code != 200:
-                answer.read()
-                return f"HTTP {answer.status_code}"
-            for line in answer.iter_lines():
-                data = line.removeprefix("data: ")
-                if data == "[DONE]":
-                    ended = True
-                elif data:
-                    event = json.loads(data)
-                    if "error" in event:
-                        return "an error event"
-                    found += event["choices"][0].get("token_ids") or []
-    except httpx.HTTPError as error:
-        return f"{type(error).__name__} after {'some' if found else 'no'} tokens"
-    if found == question.answer:
-        return "right"
-    return "WRONG" if ended or found != question.answer[: len(found)] else "SHORT without an error"
+    body = {"model": "demo", "prompt": question.prompt, "temperature": 0, "max_tokens": MAX_TOKENS}
+    found = streamed(url, body, headers={"X-Session-Id": str(session)}, timeout=180)
+    if found.tokens != question.answer[: len(found.tokens)]:
+        return "WRONG"
+    if found.end == DONE:
+        return "right" if len(found.tokens) == len(question.answer) else "SHORT, and ended as if whole"
+    return "SHORT without an error" if found.end == CUT_OFF else found.error
 
 
 def load(url: str, asked: list[Question], clients: int, kill: Callable[[], None], seconds: float) -> dict[str, Any]:
@@ -158,7 +143,7 @@ def main(
                     url, asked, clients, functools.partial(os.killpg, other.process.pid, signal.SIGKILL), seconds
                 )
             print(name, json.dumps(found), flush=True)
-            bad |= any(outcome.isupper() or "SHORT" in outcome for tally in found.values() for outcome in tally)
+            bad |= any(outcome.startswith(("WRONG", "SHORT")) for tally in found.values() for outcome in tally)
     raise typer.Exit(bad)
 
 
