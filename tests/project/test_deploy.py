@@ -44,14 +44,20 @@ def pods():
             elif document["kind"] == "LeaderWorkerSet":
                 for role in ("leader", "worker"):
                     yield f"{file.stem}-{role}", document["spec"]["leaderWorkerTemplate"][f"{role}Template"]
+            elif document["kind"] == "RayService":
+                cluster = document["spec"]["rayClusterConfig"]
+                for number, group in enumerate([cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]):
+                    yield f"{file.stem}-{number}", group["template"]
 
 
 def test_the_kubernetes_files_fit_their_schemas(tmp_path):
     for file in sorted((DEPLOY / "kubernetes").glob("*.yaml")):
-        known = [one for one in documents(file) if one["kind"] != "LeaderWorkerSet"]
+        known = [one for one in documents(file) if one["kind"] not in ("LeaderWorkerSet", "RayService")]
+        if not known:
+            continue
         (tmp_path / file.name).write_text(yaml.safe_dump_all(known))
         checked("kubernetes-validate", str(tmp_path / file.name))
-    for name, template in pods():  # LeaderWorkerSet is no part of Kubernetes, its pods are
+    for name, template in pods():  # LeaderWorkerSet and RayService are no part of Kubernetes, their pods are
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, **template.get("metadata", {})}}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**pod, "spec": template["spec"]}))
         checked("kubernetes-validate", str(tmp_path / f"{name}.yaml"))
@@ -84,7 +90,8 @@ def _parsed(commands):
 
 
 def test_every_command_is_one_that_vllm_takes():
-    commands = [container["args"] for _, template in pods() for container in template["spec"]["containers"]]
+    containers = [container for _, template in pods() for container in template["spec"]["containers"]]
+    commands = [container["args"] for container in containers if "args" in container]  # Ray's have none
     commands += [service["command"] for service in documents("compose.yaml")[0]["services"].values()]
     filled = []
     for command in commands:
@@ -154,6 +161,51 @@ def test_values_of_the_production_stack_are_known_to_its_chart():
     assert {name: settings[key] for key, name in names.items()} == {name: planned[name] for name in names.values()}
     assert model["modelURL"] == planned["model"]
     assert model["initContainer"]["image"] == f"{model['repository']}:{model['tag']}"
+
+
+# Keys that the file for KubeRay uses, with their types. Source: KubeRay, ray-operator/apis/ray/v1/*_types.go.
+GROUP = {"rayStartParams": dict, "template": dict}
+RAY_SERVICE = {
+    "serveConfigV2": str,
+    "rayClusterConfig": {
+        "rayVersion": str,
+        "authOptions": {"mode": str},
+        "enableInTreeAutoscaling": bool,
+        "headGroupSpec": GROUP,
+        "workerGroupSpecs": [
+            GROUP | {"groupName": str} | dict.fromkeys("replicas minReplicas maxReplicas".split(), int),
+        ],
+    },
+}
+
+
+def test_the_file_for_kuberay_has_the_keys_of_a_ray_service():
+    """By our own list; its pods are checked with those of the other files."""
+    (document,) = documents("kubernetes/kuberay.yaml")
+    assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", "RayService")
+    assert misfits(document["spec"], RAY_SERVICE) == []
+    worker = document["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    specs = [template["spec"] for name, template in pods() if name.startswith("kuberay")]
+    containers = [one for spec in specs for one in (*spec["containers"], *spec.get("initContainers", []))]
+    assert len(containers) == 3 and len({one["image"] for one in containers}) == 1
+    worker["maxreplicas"] = 4
+    assert misfits(document["spec"], RAY_SERVICE) == ["rayClusterConfig.workerGroupSpecs.maxreplicas"]
+
+
+def test_ray_serves_what_was_planned():
+    (served,) = documents("ray/serve.yaml")
+    (document,) = documents("kubernetes/kuberay.yaml")
+    assert yaml.safe_load(document["spec"]["serveConfigV2"]) == served
+    (config,) = served["applications"][0]["args"]["llm_configs"]
+    planned = yaml.safe_load((DEPLOY / "serve" / "flash-4xH100.yaml").read_text())
+    assert config["model_loading_config"]["model_source"] == planned.pop("model")
+    planned.pop("shutdown-timeout")  # of vLLM's server, which Ray's stands in for
+    assert config["engine_kwargs"] == {name.replace("-", "_"): value for name, value in planned.items()}
+    group = document["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    gpus = group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+    assert int(gpus) == config["engine_kwargs"]["tensor_parallel_size"]
+    scaling = config["deployment_config"]["autoscaling_config"]
+    assert (scaling["min_replicas"], scaling["max_replicas"]) == (group["minReplicas"], group["maxReplicas"])
 
 
 @pytest.mark.parametrize("file", sorted(file.name for file in (DEPLOY / "serve").glob("*.yaml")))
