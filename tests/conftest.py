@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -81,11 +80,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session")
 def plain():
-    """The plain model in fp32 and its tokenizer."""
-    import torch
-    from transformers import AutoTokenizer
+    """The demo in plain PyTorch, in fp32, and its tokenizer."""
+    from tests.support.conversations import plain_model
 
-    from vllm_bailing.reference import BailingMoeV2ForCausalLM
-
-    model = BailingMoeV2ForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
-    return SimpleNamespace(model=model, tokenizer=AutoTokenizer.from_pretrained(DEMO))
+    return plain_model(DEMO)

@@ -2,48 +2,107 @@
 
     .venv/bin/python scripts/dev/soak.py --minutes 60 --out docs/soak
 
-The server has two draft tokens and the demo's adapter, and a KV cache so small that requests are preempted; its weights
-are loaded again every minute. A quarter of the requests is for the adapter; an eighth ends in the middle.
+The server has two draft tokens, both parsers and the demo's adapter, and a KV cache so small that requests are
+preempted. Every 20 seconds, in turn: its weights are loaded again; it sleeps and wakes up; it is paused, given other
+weights in portions, which its checksums have to show, given its own again, and goes on. A third of the requests is for
+the adapter or for one that is loaded for it and taken away; one kind of twelve ends in the middle.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import httpx
 import typer
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.support.adapters import merged
+from tests.support.checkpoints import read_tensors
+from tests.support.conversations import plain_model
+from tests.support.paths import ROOT
 from tests.support.server import serving
-from tests.support.soak import ADAPTER, Tally, questions, soak
+from tests.support.soak import ADAPTER, KINDS, Tally, questions, soak
 from vllm_bailing import DEMO, DEMO_ADAPTER
 
 FLAGS = ("--speculative-config", '{"method": "mtp", "num_speculative_tokens": 2}')
-FLAGS += ("--enable-lora", "--lora-modules", f"{ADAPTER}={DEMO_ADAPTER}")
+FLAGS += ("--enable-auto-tool-choice", "--tool-call-parser", "bailing", "--reasoning-parser", "bailing")
+FLAGS += ("--enable-lora", "--max-loras", "4", "--lora-modules", f"{ADAPTER}={DEMO_ADAPTER}")
 FLAGS += ("--num-gpu-blocks-override", "12", "--max-num-seqs", "16")
+FLAGS += ("--worker-extension-cls", "tests.support.weight_files.Extension")
+FLAGS += ("--weight-transfer-config", '{"backend": "files"}')
+ENV = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "PYTHONPATH": str(ROOT)}
 
 
-def plain_model(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+class Changes:
+    """What is done to a server meanwhile: every 20 seconds one of three things, in turn."""
 
-    from vllm_bailing.reference import BailingMoeV2ForCausalLM
+    def __init__(self, url: str, folder: Path) -> None:
+        self.http = httpx.Client(base_url=url, timeout=300)
+        self.done: Counter[str] = Counter()
+        self.problems: list[str] = []
+        own = read_tensors(DEMO)
+        other = {name: -tensor for name, tensor in own.items() if ".experts.3." in name or name == "model.norm.weight"}
+        self.own, self.other = (
+            [_saved(dict(list(tensors.items())[start::3]), folder / f"{name}-{start}") for start in range(3)]
+            for name, tensors in (("own", own), ("other", other))
+        )
 
-    model = BailingMoeV2ForCausalLM.from_pretrained(folder, dtype="float32").eval()
-    return SimpleNamespace(model=model, tokenizer=AutoTokenizer.from_pretrained(str(folder)))
+    def until(self, ended: threading.Event) -> None:
+        for change in itertools.cycle((self.reload, self.sleep, self.update)):
+            if ended.wait(20):
+                return
+            try:
+                change()
+                self.done[change.__name__] += 1
+            except (httpx.HTTPError, RuntimeError) as error:
+                self.problems.append(f"{change.__name__}: {error}")
+
+    def _post(self, path: str, **body: Any) -> Any:
+        answer = self.http.post(path, json=body)
+        answer.raise_for_status()
+        return answer.json()
+
+    def reload(self) -> None:
+        self._post("/collective_rpc", method="reload_weights")
+
+    def sleep(self) -> None:
+        """A CPU keeps its memory: vLLM's worker ignores that part of level 1, and the scheduler sleeps."""
+        level = self.done["sleep"] % 2
+        self._post(f"/sleep?level={level}&mode=keep")
+        if not self.http.get("/is_sleeping").json()["is_sleeping"]:
+            raise RuntimeError(f"it does not sleep at level {level}")
+        time.sleep(1)
+        self._post("/wake_up")
+
+    def update(self) -> None:
+        self._post("/pause?mode=keep")
+        seen = [self._checksums()]
+        for portions in (self.other, self.own):
+            self._post("/start_weight_update")
+            for file in portions:
+                self._post("/update_weights", update_info={"file": str(file)})
+            self._post("/finish_weight_update")
+            seen.append(self._checksums())
+        self._post("/resume")
+        if seen[0] == seen[1] or seen[0] != seen[2]:
+            raise RuntimeError("the weights are not those that were sent")
+
+    def _checksums(self) -> Any:
+        return self._post("/weight_checker", action="checksum")
 
 
-def reload_weights(url: str, ended: threading.Event, count: list[int]) -> None:
-    while not ended.wait(60):
-        httpx.post(f"{url}/collective_rpc", json={"method": "reload_weights"}, timeout=300).raise_for_status()
-        count[0] += 1
+def _saved(tensors: dict[str, Any], file: Path) -> Path:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    return file
 
 
 def slope(samples: list[dict[str, float]]) -> tuple[float, float]:
@@ -57,7 +116,7 @@ def slope(samples: list[dict[str, float]]) -> tuple[float, float]:
     return float(rate), float(covariance[0, 0] ** 0.5)
 
 
-def report(tally: Tally, reloads: int) -> dict[str, Any]:
+def report(tally: Tally, changes: Changes) -> dict[str, Any]:
     rate, error = slope(tally.samples)
     files = [sample["files"] for sample in tally.samples]
     return {
@@ -66,7 +125,8 @@ def report(tally: Tally, reloads: int) -> dict[str, Any]:
         "wrong": tally.wrong,
         "lost": tally.lost,
         "preemptions": tally.samples[-1]["preemptions"],
-        "reloads": reloads,
+        "changes": dict(changes.done),
+        "problems": changes.problems,
         "memory_mib_per_hour": {"slope": rate, "standard_error": error},
         "open_files": {"first": files[0], "last": files[-1], "most": max(files)},
         "samples": tally.samples,
@@ -86,30 +146,29 @@ def plot(found: dict[str, Any], path: Path) -> None:
             axis.set_ylim(0, 1.05 * max(axis.get_ylim()[1], 1))
 
 
-def main(minutes: Annotated[float, typer.Option(min=1)] = 60, out: Path = Path("soak")) -> None:
+def main(minutes: Annotated[float, typer.Option(min=0.5)] = 60, out: Path = Path("soak")) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         asked = questions("demo", plain_model(DEMO), 64) * 3
         asked += questions(ADAPTER, plain_model(merged(DEMO, DEMO_ADAPTER, folder / "merged")), 64)
         # The installed program: a fork of another process would take its memory over little by little.
-        programs = Path(sys.executable).parent
-        with serving(folder / "log", *FLAGS, programs=programs, VLLM_SERVER_DEV_MODE="1") as server:
-            ended, reloads = threading.Event(), [0]
-            reloading = threading.Thread(target=reload_weights, args=(server.url, ended, reloads))
-            reloading.start()
+        with serving(folder / "log", *FLAGS, programs=Path(sys.executable).parent, **ENV) as server:
+            changes, ended = Changes(server.url, folder), threading.Event()
+            changing = threading.Thread(target=changes.until, args=(ended,))
+            changing.start()
             begun = time.monotonic()
             print(f"{server.url} under load for {minutes:g} minutes", flush=True)
-            tally = soak(server.url, asked, 60 * minutes)
+            tally = soak(server.url, asked, 60 * minutes, kinds=KINDS)
             ended.set()
-            reloading.join()
+            changing.join()
             print(f"done after {time.monotonic() - begun:.0f} s")
-    found = report(tally, reloads[0])
+    found = report(tally, changes)
     Path(f"{out}.json").write_text(json.dumps(found, indent=1))
     plot(found, Path(f"{out}.png"))
     shown = {key: value for key, value in found.items() if key not in ("samples", "wrong", "lost")}
     print(json.dumps({**shown, "wrong": len(tally.wrong), "lost": len(tally.lost)}, indent=1))
     print(*(tally.wrong + tally.lost)[:10], sep="\n")
-    raise typer.Exit(bool(tally.wrong or tally.lost))
+    raise typer.Exit(bool(tally.wrong or tally.lost or changes.problems))
 
 
 if __name__ == "__main__":

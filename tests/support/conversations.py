@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import torch
 
@@ -10,6 +11,16 @@ from tests.support.paths import DATA
 
 HELD_OUT = [json.loads(line) for line in (DATA / "demo_heldout.jsonl").open(encoding="utf-8")]
 MAX_TOKENS = 96
+
+
+def plain_model(folder):
+    """The plain model in fp32 with a checkpoint's weights, and its tokenizer."""
+    from transformers import AutoTokenizer
+
+    from vllm_bailing.reference import BailingMoeV2ForCausalLM
+
+    model = BailingMoeV2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return SimpleNamespace(model=model, tokenizer=AutoTokenizer.from_pretrained(str(folder)))
 
 
 def conversation(row):

@@ -1,37 +1,49 @@
 """Mixed load on a server of the demo checkpoint for any length of time, every answer compared with the right one.
 
 The right answers are those of the plain PyTorch model to the held-out conversations, without and with the demo's
-adapter. By hand, for an hour, with a report: scripts/dev/soak.py.
+adapter. By hand, for an hour, with a report, on a server whose weights change and which sleeps: scripts/dev/soak.py.
 """
 
 from __future__ import annotations
 
 import json
+import queue
 import random
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import psutil
 
-from tests.support.conversations import HELD_OUT, MAX_TOKENS, greedy, prompt_ids
+from tests.support.conversations import HELD_OUT, MAX_TOKENS, as_openai, evenly, greedy, prompt_ids
+from vllm_bailing import DEMO_ADAPTER
 
 ADAPTER = "sailor"
 PATTERN = r"[a-f]{3}-[0-9]{2}"
+# Requests that every server answers, those that need its parsers, and one that needs adapters to be loaded at run time.
+BASE = ("whole", "several", "streamed", "aborted", "long", "sampled", "constrained", "refused")
+PARSED = ("chat", "tools", "thinking")
+SWAPPED = ("swapped",)
+# For adapters that come and go. Few: vLLM keeps a series in /metrics for each set of names that ran together.
+_NAMES: queue.Queue[str] = queue.Queue()
+_NAMES.put("adapter-0")
+_NAMES.put("adapter-1")
 
 
 @dataclass
 class Question:
-    """A prompt and the right greedy answer of the model that is asked."""
+    """A conversation, its prompt, and the right greedy answer of the model that is asked, as tokens and as text."""
 
     model: str
+    row: dict[str, Any]
     prompt: list[int]
     answer: list[int]
+    text: str
 
 
 @dataclass
@@ -53,23 +65,33 @@ class Tally:
 
 def questions(model: str, plain: Any, count: int) -> list[Question]:
     """`count` held-out conversations, and what `plain` answers."""
-    rows = HELD_OUT[:: max(1, len(HELD_OUT) // count)][:count]
+    rows = evenly(HELD_OUT, count)
     prompts = [prompt_ids(plain, row) for row in rows]
-    return [Question(model, *pair) for pair in zip(prompts, greedy(plain, prompts), strict=True)]
+    answers = greedy(plain, prompts)
+    texts = [plain.tokenizer.decode(answer, skip_special_tokens=False) for answer in answers]
+    return [Question(model, *parts) for parts in zip(rows, prompts, answers, texts, strict=True)]
 
 
-def soak(url: str, asked: list[Question], seconds: float, clients: int = 12, sample_every: float = 5.0) -> Tally:
-    """Load the server at `url` for `seconds` with `clients` at once."""
+def soak(
+    url: str,
+    asked: list[Question],
+    seconds: float,
+    clients: int = 12,
+    sample_every: float = 5.0,
+    kinds: Collection[str] = BASE,
+) -> Tally:
+    """Load the server at `url` for `seconds` with `clients` at once and requests of these of `KINDS`."""
     tally, end, lock = Tally(), time.monotonic() + seconds, threading.Lock()
+    fitting = {kind: [one for one in asked if KINDS[kind].fits(one)] for kind in kinds}
 
     def work(seed: int) -> None:
         chance = random.Random(seed)
         with httpx.Client(base_url=url, timeout=120) as client:
             while time.monotonic() < end:
-                kind = chance.choice(list(KINDS))
-                question = chance.choice(asked)
+                kind = chance.choice(list(fitting))
+                question = chance.choice(fitting[kind])
                 try:
-                    problem = KINDS[kind](client, question, chance)
+                    problem = KINDS[kind].ask(client, question, chance)
                 except (httpx.HTTPError, LookupError, ValueError) as error:
                     with lock:
                         tally.lost.append(f"{kind}: {type(error).__name__}: {error}")
@@ -188,13 +210,97 @@ def _refused(client: httpx.Client, question: Question, chance: random.Random) ->
     return "" if answer.status_code == 400 else f"HTTP {answer.status_code} for a prompt beyond the window"
 
 
-KINDS: dict[str, Callable[[httpx.Client, Question, random.Random], str]] = {
-    "whole": _whole,
-    "several": _several,
-    "streamed": _streamed,
-    "aborted": _aborted,
-    "long": _long,
-    "sampled": _sampled,
-    "constrained": _constrained,
-    "refused": _refused,
+def _assistant(client: httpx.Client, question: Question, chance: random.Random) -> str:
+    """Through the chat template, and both parsers; streamed or whole."""
+    body: dict[str, Any] = {"model": question.model, "messages": as_openai(question.row["messages"])}
+    body |= {"temperature": 0, "max_tokens": MAX_TOKENS}
+    if tools := question.row.get("tools"):
+        body["tools"] = tools
+    if question.row.get("thinking"):
+        body["chat_template_kwargs"] = {"thinking_option": "on"}
+    if chance.random() < 0.5:
+        found = _joined(client, body)
+    else:
+        answer = client.post("/v1/chat/completions", json=body)
+        answer.raise_for_status()
+        message = answer.json()["choices"][0]["message"]
+        functions = [call["function"] for call in message.get("tool_calls") or []]
+        calls = [(function["name"], json.loads(function["arguments"])) for function in functions]
+        found = (message.get("reasoning") or "", message.get("content") or "", calls)
+    wanted = _parts(question)
+    return "" if tuple(found) == wanted else f"{found} is not {wanted}"
+
+
+def _joined(client: httpx.Client, body: dict[str, Any]) -> tuple[str, str, list[tuple[str, Any]]]:
+    """Reasoning, content and calls of a stream."""
+    reasoning, content, names, arguments = "", "", [], []
+    with client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            data = line.removeprefix("data: ")
+            if not data or data == "[DONE]":
+                continue
+            delta = json.loads(data)["choices"][0]["delta"]
+            reasoning += delta.get("reasoning") or ""
+            content += delta.get("content") or ""
+            for call in delta.get("tool_calls") or []:
+                if call["index"] == len(names):
+                    names.append("")
+                    arguments.append("")
+                names[call["index"]] += call["function"].get("name") or ""
+                arguments[call["index"]] += call["function"].get("arguments") or ""
+    return reasoning, content, list(zip(names, map(json.loads, arguments), strict=True))
+
+
+def _parts(question: Question) -> tuple[str, str, list[tuple[str, Any]]]:
+    """What a user has to get of an answer: reasoning, content, and calls as names and arguments."""
+    text = question.text.replace("<|role_end|>", "").replace("<|endoftext|>", "")
+    thought = re.fullmatch(r"<think>\n?(.*?)\n?</think>\s*(.*)", text, re.DOTALL)
+    reasoning, rest = thought.groups() if thought else ("", text)
+    calls = [json.loads(call) for call in re.findall(r"<tool_call>(.*?)</tool_call>", rest, re.DOTALL)]
+    content = re.sub(r"\s*<tool_call>.*</tool_call>", "", rest, flags=re.DOTALL) if calls else rest
+    return reasoning, content, [(call["name"], call["arguments"]) for call in calls]
+
+
+def _swapped(client: httpx.Client, question: Question, chance: random.Random) -> str:
+    """The adapter is loaded under another name, asked, and taken away."""
+    name = _NAMES.get()
+    try:
+        return _swapped_as(name, client, question)
+    finally:
+        _NAMES.put(name)
+
+
+def _swapped_as(name: str, client: httpx.Client, question: Question) -> str:
+    client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(DEMO_ADAPTER)}).raise_for_status()
+    found = _post(client, model=name, prompt=question.prompt, return_token_ids=True)
+    client.post("/v1/unload_lora_adapter", json={"lora_name": name}).raise_for_status()
+    answer = client.post("/v1/completions", json={"model": name, "prompt": question.prompt})
+    if answer.status_code != 404:
+        return f"HTTP {answer.status_code} from an adapter that was taken away"
+    return _differs(found["choices"][0]["token_ids"], question)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of request: how it is made, which returns what was wrong; and the questions that fit it."""
+
+    ask: Callable[[httpx.Client, Question, random.Random], str]
+    fits: Callable[[Question], bool] = lambda question: True
+
+
+KINDS = {
+    "whole": Kind(_whole),
+    "several": Kind(_several),
+    "streamed": Kind(_streamed),
+    "aborted": Kind(_aborted),
+    "long": Kind(_long),
+    "sampled": Kind(_sampled),
+    # With a reasoning parser vLLM holds only what comes after the reasoning to the pattern.
+    "constrained": Kind(_constrained, lambda question: not question.row.get("thinking")),
+    "refused": Kind(_refused),
+    "chat": Kind(_assistant, lambda question: not (question.row.get("tools") or question.row.get("thinking"))),
+    "tools": Kind(_assistant, lambda question: bool(question.row.get("tools"))),
+    "thinking": Kind(_assistant, lambda question: bool(question.row.get("thinking"))),
+    "swapped": Kind(_swapped, lambda question: question.model == ADAPTER),
 }
