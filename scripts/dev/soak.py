@@ -46,7 +46,7 @@ class Changes:
     """What is done to a server meanwhile: every 20 seconds one of three things, in turn."""
 
     def __init__(self, url: str, folder: Path) -> None:
-        self.http = httpx.Client(base_url=url, timeout=300)
+        self.http = httpx.Client(base_url=url, timeout=600)
         self.done: Counter[str] = Counter()
         self.problems: list[str] = []
         own = read_tensors(DEMO)

@@ -86,7 +86,7 @@ def soak(
 
     def work(seed: int) -> None:
         chance = random.Random(seed)
-        with httpx.Client(base_url=url, timeout=120) as client:
+        with httpx.Client(base_url=url, timeout=600) as client:
             while time.monotonic() < end:
                 kind = chance.choice(list(fitting))
                 question = chance.choice(fitting[kind])
@@ -111,7 +111,7 @@ def soak(
         tally.samples.append({"seconds": time.monotonic() - started, **_sample(url, processes)})
         time.sleep(min(sample_every, max(0.0, end - time.monotonic())))
     for worker in workers:
-        worker.join(180)
+        worker.join(660)
     if any(worker.is_alive() for worker in workers):
         tally.lost.append("a request never ended")
     return tally
