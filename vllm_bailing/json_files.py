@@ -1,29 +1,67 @@
-"""JSON files: read whole, or refused in a few words that fit into a message; and written whole, or not at all."""
+"""Files of text and JSON: read whole, or refused in a few words for a message; JSON written whole, or not at all."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from vllm_bailing.errors import shown
 
 
+class Unreadable(ValueError):
+    """A file cannot be read.
+
+    Attributes:
+        reason: The system's words for it, such as "Is a directory"; empty if it is a pipe or a device, or no text.
+    """
+
+    def __init__(self, text: str, reason: str = "") -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+def require_file(file: Path) -> None:
+    """Refuse what a reader would wait for, or read for ever, before it is opened.
+
+    Raises:
+        Unreadable: If it is there and "is no file".
+    """
+    try:
+        if file.exists() and not file.is_file():
+            raise Unreadable("is no file", os.strerror(errno.EISDIR) if file.is_dir() else "")
+    except OSError as error:  # a name that is too long, a link in a circle
+        raise _unreadable(error) from None
+
+
+def read_text(file: Path) -> str:
+    """What a text file in UTF-8 holds.
+
+    Raises:
+        Unreadable: In a few words what it is instead, such as "is no text in UTF-8 (...)".
+    """
+    require_file(file)
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"is no text in UTF-8 ({shown(error)})") from None
+    except OSError as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: OSError) -> Unreadable:
+    return Unreadable(f"cannot be read ({error.strerror})", error.strerror or "")
+
+
 def read_json(file: Path) -> Any:
     """What a JSON file holds.
 
     Raises:
-        ValueError: In a few words what it is instead, such as "is no JSON (...)". Pipes and devices are not opened.
+        ValueError: In a few words what it is instead, such as "is no JSON (...)"; as `read_text`.
     """
-    try:
-        if file.exists() and not file.is_file():
-            raise ValueError("is no file")
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 ({shown(error)})") from None
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from None
-    return parsed(text)
+    return parsed(read_text(file))
 
 
 def parsed(text: str) -> Any:
@@ -35,7 +73,7 @@ def parsed(text: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("is JSON of too many levels") from None
+        raise ValueError("is no JSON, or has too many levels") from None
     except ValueError as error:
         raise ValueError(f"is no JSON ({shown(error)})") from None
 

@@ -1,17 +1,23 @@
-"""JSON that others wrote, whatever it is, and who reads it."""
+"""Files that others wrote, whatever they are, and who reads them."""
 
 from __future__ import annotations
 
 import errno
+import inspect
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from vllm_bailing.errors import SettingsError
+from tests.support.commands import invoke
+from vllm_bailing import DEMO
+from vllm_bailing.cli import app
+from vllm_bailing.errors import ChatError, SettingsError
 from vllm_bailing.json_files import parsed, read_json, write_json
 from vllm_bailing.plugin.options import draft_vocabulary
+from vllm_bailing.tools.chat import Chat
 from vllm_bailing.tools.prompts import read_prompts
 
 PLACES = {
@@ -25,10 +31,27 @@ PLACES = {
 TEXTS = {
     b"": "is no JSON (Expecting value",
     b"{": "is no JSON (Expecting property name",
-    b"\xff\xfe{": "is not UTF-8",
-    b"[" * 100_000: "is JSON of too many levels",
+    b"\xff\xfe{": "is no text in UTF-8 (",
+    b"[" * 100_000: "is no JSON, or has too many levels",
     b"1" * 5000: "is no JSON (Exceeds the limit",
 }
+
+# What comes before the file on the command line, by the command and its option.
+READ = {
+    ("draft-vocab", "text"): ("--model", DEMO, "--text"),
+    ("train-mtp", "data"): (DEMO, "--out", "layer", "--data"),
+    ("train-mtp", "answers"): (DEMO, "--out", "layer", "--answers"),
+    ("verify", "prompts"): (DEMO, "--prompts"),
+    ("verify", "chat_template"): (DEMO, "--chat-template"),
+    ("report", "files"): (),
+    ("chat", "tools"): ("--url", "http://127.0.0.1:9", "Hello", "--tools"),
+    ("balance", "prompts"): (DEMO, "--gpus", "2", "--prompts"),
+    ("balance", "trace"): (DEMO, "--gpus", "2", "--trace"),
+    ("bench mtp", "prompts"): (DEMO, "--prompts"),
+}
+# Folders; and what the engine reads, by `draft_vocabulary`.
+OTHERS = {("train-mtp", "adapter"), ("bench mtp", "draft_vocab")}
+WRITTEN = {"out", "merge", "config_file"}
 
 
 def vocabulary(file):
@@ -94,3 +117,49 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_json(tmp_path / "kept.json", {"a": 2})
     assert read_json(tmp_path / "kept.json") == {"a": 1}
+
+
+def paths_of(commands, prefix=""):
+    """The options of all commands that take a path: the command and the name."""
+    for command in commands.registered_commands:
+        name = prefix + (command.name or command.callback.__name__.replace("_", "-"))
+        for option in inspect.signature(command.callback, eval_str=True).parameters.values():
+            if "Path" in str(option.annotation):
+                yield name, option.name
+    for group in commands.registered_groups:
+        yield from paths_of(group.typer_instance, f"{group.name} ")
+
+
+def test_every_option_that_takes_a_path_is_known_here():
+    found = {option for option in paths_of(app) if option[1] not in WRITTEN}
+    assert found == READ.keys() | OTHERS
+
+
+@pytest.fixture
+def soon():
+    """A limit of time for what would wait for ever."""
+
+    def late(*_):
+        raise AssertionError("it waits for a pipe")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("place", ["pipe", "device"])
+@pytest.mark.parametrize("option", READ, ids=" ".join)
+def test_no_command_waits_for_a_pipe_or_reads_a_device(option, place, tmp_path, monkeypatch, soon):
+    monkeypatch.chdir(tmp_path)
+    PLACES[place][0](tmp_path / "given")
+    done = invoke(*option[0].split(), *READ[option], tmp_path / "given")
+    said = done.stderr.replace("\n", " ").replace("│", " ")  # a refusal of an option is drawn in a box
+    assert done.exit_code == 2 and f"{tmp_path / 'given'} is no file; " in " ".join(said.split()), done.output
+
+
+def test_a_conversation_is_not_waited_for(tmp_path, soon):
+    os.mkfifo(tmp_path / "kept.json")
+    with pytest.raises(ChatError, match="no conversation that /save wrote: it is no file"):
+        Chat(None, "demo").load(tmp_path / "kept.json")

@@ -14,6 +14,7 @@ import numpy as np
 
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import BalanceError, shown, told
+from vllm_bailing.json_files import Unreadable, require_file
 
 # What has to be the same in a trace and in the model that it is used for.
 _SHAPE = ("num_experts", "num_experts_per_tok", "n_group", "topk_group", "hidden_size", "moe_intermediate_size")
@@ -95,10 +96,13 @@ def read_trace(file: Path, config: BailingMoeV2Config) -> Trace:
         BalanceError: If it is none, or one of a model of another shape.
     """
     try:
+        require_file(file)
         with np.load(file, allow_pickle=False) as parts:
             picks, about = parts["picks"], json.loads(str(parts["about"]))
         lengths, layers = (tuple(map(int, about[key])) for key in ("lengths", "layers"))
         trace = Trace(picks, lengths, layers, dict(about["shape"]), str(about["model"]))
+    except Unreadable as error:
+        raise BalanceError(f"--trace {file} {error}; name another") from None
     except OSError as error:
         raise BalanceError(f"--trace {file} cannot be read ({error.strerror or shown(error)}); name another") from None
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, RecursionError) as error:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_bailing.errors import told
-from vllm_bailing.json_files import parsed
+from vllm_bailing.json_files import parsed, read_text
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 HfOverrides = Annotated[
@@ -102,6 +102,18 @@ def numbers(text: str, least: int = 1) -> list[int]:
     if not found or min(found) < least:
         raise typer.BadParameter(f"{text!r} is not a list of numbers from {least}, such as {least},{least + 1}")
     return found
+
+
+def text_of(option: str, file: Path | None) -> str | None:
+    """What a text file holds; None without a file.
+
+    Raises:
+        typer.BadParameter: If it cannot be read.
+    """
+    try:
+        return file and read_text(file)
+    except ValueError as error:
+        raise typer.BadParameter(f"{option} {file} {error}; name a text file in UTF-8") from None
 
 
 def lines_of(file: Path | None) -> list[str] | None:

@@ -76,7 +76,7 @@ def verify(
                 overrides=overrides,
                 engine=arguments,
                 fresh=fresh,
-                chat_template=chat_template and chat_template.read_text(encoding="utf-8"),
+                chat_template=options.text_of("--chat-template", chat_template),
                 progress=advance,
                 say=lambda text: typer.echo(f"vllm-bailing verify: {text}", err=True),
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vllm_bailing.errors import ReportError, shown
+from vllm_bailing.json_files import Unreadable, read_json
 
 Count = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
@@ -209,11 +209,11 @@ def read_result(file: Path) -> Result:
     """
     name = shown(str(file))
     try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ReportError(f"{name}: {error.strerror}; name a file with a result") from None
-    except (ValueError, RecursionError) as error:
-        raise ReportError(f"{name} is no JSON ({shown(error, 80)}); {_WANTED}") from None
+        read = read_json(file)
+    except ValueError as error:
+        reason = error.reason if isinstance(error, Unreadable) else ""
+        said = f"{name}: {reason}; name a file with a result" if reason else f"{name} {error}; {_WANTED}"
+        raise ReportError(said) from None
     kind = next((kind for kind, known in KINDS.items() if known.keys <= _keys(read, kind)), None)
     if kind is None:
         raise ReportError(f"{name} is JSON of something else; {_WANTED}")

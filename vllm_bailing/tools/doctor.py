@@ -350,19 +350,13 @@ def _audited(audit: Any, stored_files: Any, name: str) -> Iterator[Check]:
 
 
 def _template(folder: Path) -> Iterator[Check]:
-    from transformers import AutoTokenizer
+    from vllm_bailing.tools.prompts import read_tokenizer
 
-    from vllm_bailing.folders import endless_file
-
-    if detail := endless_file(folder):
-        yield Check("tokenizer", False, detail, "remove it, and fetch the files again")
-        return
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        tokenizer.encode("?")
-    except Exception as error:  # of any type, depending on the file that is wrong
-        reason = shown(error)
-        yield Check("tokenizer", False, reason, "fetch tokenizer.json and tokenizer_config.json again")
+        tokenizer = read_tokenizer(folder, "fetch tokenizer.json and tokenizer_config.json again")
+    except ValueError as error:
+        detail, _, fix = str(error).rpartition("; ")
+        yield Check("tokenizer", False, detail, fix)
         return
     yield Check("tokenizer", True, f"{len(tokenizer)} tokens")
     if not tokenizer.chat_template:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_bailing.config import register_with_transformers
-from vllm_bailing.errors import shown
-from vllm_bailing.folders import endless_file, nowhere
+from vllm_bailing.folders import nowhere
+from vllm_bailing.json_files import read_text
+from vllm_bailing.tools.prompts import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -35,26 +36,16 @@ def choose_tokens(model: str, files: Iterable[Path], size: int) -> ChosenTokens:
     Raises:
         ValueError: If there is no tokenizer, a file is no text, or there is no text at all.
     """
-    from transformers import AutoTokenizer
-
     if reason := nowhere(model):
         raise ValueError(reason)
     register_with_transformers()
-    if detail := endless_file(Path(model)):
-        raise ValueError(f"{detail}; remove it, and fetch the files again")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        tokenizer.encode("?")
-    except Exception as error:  # of any type, depending on the file that is wrong
-        raise ValueError(f"{model} has no tokenizer that can be read ({shown(error)}); name its checkpoint") from None
+    tokenizer = read_tokenizer(model, "name its checkpoint")
     counts: Counter[int] = Counter()
     for file in files:
-        if file.exists() and not file.is_file():
-            raise ValueError(f"--text {file} is no file; name a text file in UTF-8")
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--text {file} is no text ({shown(error)}); name a text file in UTF-8") from None
+            text = read_text(file)
+        except ValueError as error:
+            raise ValueError(f"--text {file} {error}; name a text file in UTF-8") from None
         for line in text.splitlines(keepends=True):
             counts.update(tokenizer.encode(line, add_special_tokens=False))
     if not counts:

@@ -1,4 +1,4 @@
-"""Files of prompts: a user message on each line, or JSONL with whole conversations and what kind of text they are."""
+"""Files of prompts, which are a user message on each line or JSONL with whole conversations; and their tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_bailing.errors import shown, told
-from vllm_bailing.json_files import parsed
+from vllm_bailing.folders import endless_file
+from vllm_bailing.json_files import parsed, read_text
 
 _FORM = 'give {"prompt": "..."} or {"messages": [...]}, and if you like "tools", "chat_template_kwargs" and "kind"'
 
@@ -35,12 +36,44 @@ class Prompt:
         """
         if not getattr(tokenizer, "chat_template", None):
             return tokenizer.encode(str(self.messages[-1].get("content") or ""))
-        try:
-            return tokenizer.apply_chat_template(
-                self.messages, tools=self.tools, add_generation_prompt=True, return_dict=False, **self.template
-            )
-        except Exception as error:  # whatever a template raises
-            raise ValueError(f"the chat template refuses a prompt ({shown(error)}): {told(self.messages)}") from None
+        return _rendered(tokenizer, self.messages, tools=self.tools, return_dict=False, **self.template)
+
+
+def templated(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    """A conversation in the chat template, as text.
+
+    Raises:
+        ValueError: If the template refuses it.
+    """
+    return _rendered(tokenizer, messages, tokenize=False, **options)
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    except Exception as error:  # whatever a template raises
+        raise ValueError(f"the chat template refuses a prompt ({shown(error)}): {told(messages)}") from None
+
+
+def read_tokenizer(model: Path | str, remedy: str) -> Any:
+    """The tokenizer of a checkpoint: its folder, or its name on the hub.
+
+    Args:
+        remedy: What to do if it has none, for the message.
+
+    Raises:
+        ValueError: If it has none that can be read and used.
+    """
+    from transformers import AutoTokenizer
+
+    if detail := endless_file(Path(model)):
+        raise ValueError(f"{detail}; remove it, and fetch the files again")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
+        tokenizer.encode("?")
+    except Exception as error:  # of any type, depending on the file that is wrong
+        raise ValueError(f"{model} has no tokenizer that can be read ({shown(error)}); {remedy}") from None
+    return tokenizer
 
 
 def read_lines(file: Path) -> list[tuple[int, str]]:
@@ -50,14 +83,10 @@ def read_lines(file: Path) -> list[tuple[int, str]]:
         ValueError: If there are none, or it is no text in UTF-8.
     """
     try:
-        if file.exists() and not file.is_file():
-            raise ValueError(f"{file} is no file; name a file of prompts")
         # Not splitlines, for which a separator of paragraphs within a JSON string or a message ends the line.
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({shown(error)}); save it as UTF-8") from None
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror}); name a file of prompts") from None
+        lines = read_text(file).split("\n")
+    except ValueError as error:
+        raise ValueError(f"{file} {error}; name a file of prompts in UTF-8") from None
     found = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise ValueError(f"{file} is empty; write one user message a line")

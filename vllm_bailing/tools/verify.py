@@ -252,6 +252,7 @@ def run(
         raise ValueError(f"--dtype {dtype} is not known; use one of {', '.join(DTYPES)}")
     texts = list(DEFAULT_PROMPTS) if prompts is None else prompts
     asked = prompts_of(folder, texts, max_tokens, words, config.vocab_size)
+    tokens = tokenizer_difference(url, served_model_name, folder, chat_template) if url else ""
     identity = (files_identity(folder), url, served_model_name, [asdict(one) for one in asked], overrides, engine)
     versions = [__version__, None if url else version("vllm")]
     work = work_folder(CACHE, str(folder), versions, dtype, *identity)
@@ -275,7 +276,6 @@ def run(
     options: dict[str, Any] = {"drafts": drafts, "texts": len(texts), "parts": parts, "progress": progress}
     report = judged(folder, config, served, dtype or computed_in, work, **options)
     delete_work(work)
-    tokens = tokenizer_difference(url, served_model_name, folder, chat_template) if url else ""
     reason = " and ".join(filter(None, (report["reason"], tokens)))
     not_checked = [report["not_checked"], _SHARED_READER if config.stored_quantization_config else ""]
     not_checked += ["tokenizer and chat template: the server does not answer /tokenize"] if tokens is None else []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_bailing.errors import ChatError, VerifyError, shown
 from vllm_bailing.tools.chat import connect, first_model, http_client
 from vllm_bailing.tools.metrics import ACCEPTED, DRAFTS, counters
+from vllm_bailing.tools.prompts import read_tokenizer, templated
 from vllm_bailing.units import dtype_name
 
 if TYPE_CHECKING:
@@ -60,13 +61,13 @@ def prompts_of(
         words: How many; those of a vocabulary that has fewer come again, in another order.
         vocab_size: Rows of the embedding, which may be more than the tokenizer has words.
         seed: Of their choice.
-    """
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    Raises:
+        ValueError: If the checkpoint has no tokenizer that can be read, or its template refuses a message.
+    """
+    tokenizer = read_tokenizer(folder, "fetch tokenizer.json and tokenizer_config.json again")
     if tokenizer.chat_template:
-        chats = [[{"role": "user", "content": text}] for text in texts]
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+        texts = [templated(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     prompts = [Prompt(tokenizer.encode(text, add_special_tokens=False), max_tokens) for text in texts]
     known = range(min(len(tokenizer), vocab_size))
     order = random.Random(seed)

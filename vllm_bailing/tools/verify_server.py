@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_bailing.errors import shown
 from vllm_bailing.tools.chat import http_client
+from vllm_bailing.tools.prompts import read_tokenizer, templated
 
 _TEXTS = (
     "The early bird catches the worm; 3.14159 and 1,000,000.",
@@ -33,12 +34,15 @@ def tokenizer_difference(url: str, model: str | None, folder: Path, chat_templat
     Args:
         model: The server's name of the model; its first one if left out.
         chat_template: In place of the checkpoint's.
+
+    Raises:
+        ValueError: If the template refuses a plain conversation.
     """
     import httpx
-    from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    tokenizer = read_tokenizer(folder, "fetch tokenizer.json and tokenizer_config.json again")
     template = chat_template or tokenizer.chat_template
+    chats = [templated(tokenizer, messages, chat_template=template) for messages in _CHATS] if template else []
     named = {"model": model} if model else {}
     try:
         with http_client(url, 60) as client:
@@ -52,10 +56,7 @@ def tokenizer_difference(url: str, model: str | None, folder: Path, chat_templat
                 here = tokenizer.encode(text, add_special_tokens=False)
                 if said := _difference(asked(prompt=text, add_special_tokens=False), here):
                     return f"its tokenizer is another one: {shown(text, 20)} {said}"
-            for messages in _CHATS if template else ():
-                text = tokenizer.apply_chat_template(
-                    messages, chat_template=template, tokenize=False, add_generation_prompt=True
-                )
+            for messages, text in zip(_CHATS, chats, strict=False):
                 here = tokenizer.encode(text, add_special_tokens=False)
                 if said := _difference(asked(messages=messages, add_generation_prompt=True), here):
                     return f"its chat template is another one: a chat {said}; name the server's by --chat-template"

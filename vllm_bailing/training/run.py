@@ -18,12 +18,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from vllm_bailing.draft_target import DraftTarget
-from vllm_bailing.errors import TrainError, shown
+from vllm_bailing.errors import TrainError
 from vllm_bailing.json_files import write_json
 from vllm_bailing.planning.training import STATE_BYTES
 from vllm_bailing.plugin.options import DRAFT_VOCABULARY
 from vllm_bailing.tools.draft_vocab import coverage, most_frequent, write_tokens
-from vllm_bailing.tools.prompts import read_prompts
+from vllm_bailing.tools.prompts import read_prompts, read_tokenizer
 from vllm_bailing.training import answers as answering
 from vllm_bailing.training import checks, files, states
 from vllm_bailing.training.draft import MtpDraft
@@ -280,13 +280,11 @@ def _questions(request: Request, target: checks.Source, show: Show) -> list[answ
 
 
 def _tokenizer(request: Request, target: checks.Source) -> Any:
-    from transformers import AutoTokenizer
-
+    without = "leave --draft-vocab-size out" if request.data is None else "give --answers"
     try:
-        return AutoTokenizer.from_pretrained(str(target.folder), trust_remote_code=False)
-    except Exception as error:  # of any type, depending on the file that is wrong
-        without = "leave --draft-vocab-size out" if request.data is None else "give --answers"
-        raise TrainError(f"{request.target} has no tokenizer that can be read ({shown(error)}); {without}") from None
+        return read_tokenizer(target.folder, without)
+    except ValueError as error:
+        raise TrainError(str(error)) from None
 
 
 def _draft_vocabulary(examples: list[states.Example], tokenizer: Any, size: int) -> tuple[list[int], float]:
