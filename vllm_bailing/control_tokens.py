@@ -61,8 +61,14 @@ def guarded(tokenizer: Any, refuses: bool = False) -> Any:
     class Guarded(type(tokenizer)):
         @functools.wraps(original)
         def apply_chat_template(self, conversation: Any, tools: Any = None, **kwargs: Any) -> Any:
+            try:
+                return self._apply_guarded(conversation, tools, **kwargs)
+            except RecursionError:
+                raise ValueError("the request is nested too deeply; give it fewer levels") from None
+
+        def _apply_guarded(self, conversation: Any, tools: Any, **kwargs: Any) -> Any:
             fixed = {key: kwargs.pop(key) for key in ("chat_template", "tokenize", "return_dict") if key in kwargs}
-            request = {"messages": conversation, "tools": tools, **kwargs}
+            request = {**kwargs, "messages": conversation, "tools": tools}
             found, is_open = control.look(request)
             if found and refuses:
                 raise ValueError(
@@ -75,7 +81,10 @@ def guarded(tokenizer: Any, refuses: bool = False) -> Any:
             request = control.split(request, mark)
             as_text, as_dict = not fixed.pop("tokenize", True), fixed.pop("return_dict", True)
             text = original(self, request.pop("messages"), **request, **fixed, tokenize=False)
-            ids = [token for part in text.split(mark) for token in self.encode(part, add_special_tokens=False)]
+            parts = text.split(mark)
+            once = list(dict.fromkeys(parts))
+            ids_of = dict(zip(once, self(once, add_special_tokens=False)["input_ids"], strict=True))
+            ids = [token for part in parts for token in ids_of[part]]
             return ids if as_text or not as_dict else {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
         def __reduce__(self) -> tuple[Any, ...]:
@@ -138,10 +147,20 @@ class ControlTokens:
         return self._mapped(request, marked)
 
     def unused_mark(self, value: Any) -> str:
-        """A character that stands nowhere in `value`."""
+        """A character that stands nowhere in `value`.
+
+        Raises:
+            ValueError: If there is none.
+        """
         used: set[str] = set()
         _each_text(value, lambda text, where: used.update(text) or text)
-        return next(char for char in _PRIVATE_USE if char not in used)
+        mark = next((char for char in _PRIVATE_USE if char not in used), None)
+        if mark is None:
+            raise ValueError(
+                f"the request holds a control token and all {len(_PRIVATE_USE)} characters of Unicode's private use "
+                "area; leave one of the two out"
+            )
+        return mark
 
     def _mapped(self, request: dict[str, Any], change: Callable[[str, str, re.Pattern[str]], str]) -> dict[str, Any]:
         """A copy with each text changed, which `change` gets as the tokenizer will see it."""

@@ -19,7 +19,7 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.tool_parsers import ToolParser
 from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
-from vllm_bailing.errors import RequestError
+from vllm_bailing.errors import RequestError, shown, told
 from vllm_bailing.plugin import patches, shims
 from vllm_bailing.reasoning import END_THINK, THINK, ReasoningStream
 from vllm_bailing.tool_calls import CALL, END_CALL, Piece, ToolCall, ToolCallStream
@@ -130,12 +130,12 @@ def _with_schema(tool: Any) -> Any:
 
 def _is_grammar(schema: dict[str, Any], name: str) -> bool:
     """Whether vLLM can hold the arguments of tool `name` to `schema`; if not, it would refuse the request."""
-    tag = json.dumps({"type": "structural_tag", "format": {"type": "json_schema", "json_schema": schema}})
     try:
+        tag = json.dumps({"type": "structural_tag", "format": {"type": "json_schema", "json_schema": schema}})
         validate_xgrammar_grammar(SamplingParams(structured_outputs=StructuredOutputsParams(structural_tag=tag)))
     except Exception as error:  # of whatever kind xgrammar raises
-        reason = " ".join(str(error.__cause__ or error).split())
-        logger.warning("Calls of tool %r are not held to its schema, which xgrammar cannot read: %s", name, reason)
+        reason = shown(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+        logger.warning("Calls of tool %s are not held to its schema, which xgrammar cannot read: %s", told(name), reason)
         return False
     return True
 
@@ -182,7 +182,7 @@ class BailingReasoningParser(ReasoningParser):
             if value not in (None, *values):
                 wanted = " or ".join(map(json.dumps, values[:2]))
                 raise RequestError(
-                    f"chat_template_kwargs has {json.dumps({switch: value})}, which the chat template would misread; "
+                    f"chat_template_kwargs has {switch}={told(value)}, which the chat template would misread; "
                     f"give {wanted}"
                 )
         _keep_tags(self.model_tokenizer, request)

@@ -38,7 +38,7 @@ TEXTS = {
 
 # What comes before the file on the command line, by the command and its option.
 READ = {
-    ("draft-vocab", "text"): ("--model", DEMO, "--text"),
+    ("draft-vocab", "text"): (DEMO, "--text"),
     ("train-mtp", "data"): (DEMO, "--out", "layer", "--data"),
     ("train-mtp", "answers"): (DEMO, "--out", "layer", "--answers"),
     ("verify", "prompts"): (DEMO, "--prompts"),
