@@ -135,7 +135,9 @@ def _is_grammar(schema: dict[str, Any], name: str) -> bool:
         validate_xgrammar_grammar(SamplingParams(structured_outputs=StructuredOutputsParams(structural_tag=tag)))
     except Exception as error:  # of whatever kind xgrammar raises
         reason = shown(error.__cause__ if isinstance(error.__cause__, Exception) else error)
-        logger.warning("Calls of tool %s are not held to its schema, which xgrammar cannot read: %s", told(name), reason)
+        logger.warning(
+            "Calls of tool %s are not held to its schema, which xgrammar cannot read: %s", told(name), reason
+        )
         return False
     return True
 

@@ -3,7 +3,8 @@
     .venv/bin/python scripts/dev/faults.py               all of them, about ten minutes on two cores
     .venv/bin/python scripts/dev/faults.py engine-killed small-shm
 
-Those that change mounts need root on Linux. docs/reliability.md has results.
+Where a server ends by the fault, or its disk was full, the same one is started again once the cause is gone. Those that
+change mounts need root on Linux. docs/reliability.md has results.
 """
 
 from __future__ import annotations
@@ -182,6 +183,14 @@ def server(*flags: str, **how: Any) -> Iterator[Server]:
                 shutil.copy(running.log, LOGS / f"{Path(folder).name}.log")
 
 
+def _again(*flags: str, **how: Any) -> str:
+    """Start it once more: how long until an answer."""
+    with server(*flags, **how) as running:
+        if not running.started():
+            return f"started again, it {running.ended_after(running.begun)}: {running.message()}"
+        return f"started again, it gives {running.asked()} after {time.monotonic() - running.begun:.0f} s"
+
+
 def _killed(name: str, *flags: str, clients: int = 0) -> str:
     with server(*flags) as running:
         assert running.started(), running.message()
@@ -190,9 +199,7 @@ def _killed(name: str, *flags: str, clients: int = 0) -> str:
             os.kill(running.pid(name), signal.SIGKILL)
             seen = f"the server {running.ended_after(begun)}; {running.message()}"
             seen = f"{ends()}; {seen}" if clients else seen
-    with server(*flags) as again:
-        assert again.started(), again.message()
-        return f"{seen}; started again, {again.asked()} after {time.monotonic() - again.begun:.0f} s"
+    return f"{seen}; {_again(*flags)}"
 
 
 def engine_killed() -> str:
@@ -225,22 +232,36 @@ def server_killed_under_load() -> str:
     return _killed("APIServer", clients=16)
 
 
-def engine_stopped() -> str:
-    """The engine core stands still (SIGSTOP), then goes on."""
+def _stopped(name: str) -> str:
+    """It stands still for 30 s, and then has to finish what it was asked before and meanwhile."""
     with server() as running:
         assert running.started(), running.message()
-        os.kill(running.pid("EngineCore"), signal.SIGSTOP)
-        health = running.answers("/health")
-        done = subprocess.run(
-            [str(BIN / "vllm-bailing"), "doctor", "--url", running.url, "--timeout", "5"],
-            capture_output=True,
-            text=True,
-        )
-        said = next((line for line in done.stdout.splitlines() if line.startswith("no")), "nothing")
-        os.kill(running.pid("EngineCore"), signal.SIGCONT)
-        return f"/health {'200' if health else 'fails'}; doctor --url exits with {done.returncode}: {said}; " + (
-            f"then {running.asked()}"
-        )
+        with running.streams(1, tokens=200) as ends, ThreadPoolExecutor(1) as clients:
+            os.kill(running.pid(name), signal.SIGSTOP)
+            begun = time.monotonic()
+            meanwhile = clients.submit(running.asked, 120)
+            health = running.answers("/health")
+            done = subprocess.run(
+                [str(BIN / "vllm-bailing"), "doctor", "--url", running.url, "--timeout", "5"],
+                capture_output=True,
+                text=True,
+            )
+            said = next((line for line in done.stdout.splitlines() if line.startswith("no")), "nothing")
+            time.sleep(max(0.0, 30 - (time.monotonic() - begun)))
+            os.kill(running.pid(name), signal.SIGCONT)
+            seen = f"/health {'200' if health else 'fails'}; doctor --url exits with {done.returncode}: {said}; after 30 s "
+            seen += f"the stream is {ends()}, what was asked meanwhile is {meanwhile.result()}"
+            return f"{seen}, and a new request {running.asked()}"
+
+
+def engine_stopped() -> str:
+    """The engine core stands still for 30 s (SIGSTOP), then goes on."""
+    return _stopped("EngineCore")
+
+
+def server_stopped() -> str:
+    """The API server stands still for 30 s (SIGSTOP), then goes on."""
+    return _stopped("APIServer")
 
 
 def _at_start(*flags: str, **how: Any) -> str:
@@ -255,24 +276,57 @@ def _compiles(*flags: str, **how: Any) -> str:
     return _at_start("--no-enforce-eager", *flags, **how)
 
 
-FULL_HOME = "mount -t tmpfs -o size={} tmpfs /mnt && export HOME=/mnt XDG_CACHE_HOME=/mnt VLLM_CACHE_ROOT=/mnt/vllm"
+@contextmanager
+def disk(size: str) -> Iterator[Path]:
+    """A disk with that little room, as a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def _fills(size: str, env: Callable[[Path], dict[str, str]], *flags: str) -> str:
+    """Start on a disk that gets full, and again when there is room, with what the first one left behind."""
+    with disk(size) as folder:
+        seen = _at_start(*flags, **env(folder))
+        left = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        subprocess.run(["mount", "-o", "remount,size=2g", str(folder)], check=True)
+        return f"{seen}; {left >> 10} KiB were left; with room, {_again(*flags, **env(folder))}"
+
+
+def _home(folder: Path) -> dict[str, str]:
+    return {"HOME": str(folder), "XDG_CACHE_HOME": str(folder), "VLLM_CACHE_ROOT": f"{folder}/vllm"}
+
+
+def _caches(folder: Path) -> dict[str, str]:
+    return {"VLLM_CACHE_ROOT": f"{folder}/vllm", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
 
 
 def home_full() -> str:
     """The disk of the home folder is full from the start: no cache can be written."""
-    return _at_start(before=FULL_HOME.format("64k"))
+    return _fills("64k", _home)
 
 
 def home_fills() -> str:
     """The disk of the home folder is full after 256 KiB of compiled code."""
-    return _compiles(before=FULL_HOME.format("256k") + " TORCHINDUCTOR_CACHE_DIR=/mnt/inductor")
+    return _fills("256k", lambda folder: _home(folder) | _caches(folder), "--no-enforce-eager")
+
+
+def caches_fill() -> str:
+    """The disk of the caches is full after 2 MiB: code was compiled, and is not all written."""
+    return _fills("2m", _caches, "--no-enforce-eager")
 
 
 def tmp_full() -> str:
     """/tmp is full from the start."""
-    return _at_start(
-        before="mount -t tmpfs -o size=4k tmpfs /tmp && (head -c 9999 /dev/zero > /tmp/full || true) 2>/dev/null"
-    )
+    return _fills("4k", lambda folder: {"TMPDIR": str(folder)})
+
+
+def tmp_fills() -> str:
+    """/tmp is full after 256 KiB of compiled code."""
+    return _fills("256k", lambda folder: {"TMPDIR": str(folder)} | _caches(folder), "--no-enforce-eager")
 
 
 def home_read_only() -> str:
@@ -378,7 +432,8 @@ def one_cache() -> str:
             if not all(both):
                 return f"{both}: {first.message()}; {second.message()}"
             answers = {running.text() for running in (first, second)}
-            return f"both start, and give {'the same answer' if len(answers) == 1 else f'other answers: {answers}'}"
+            seen = f"both start, and give {'the same answer' if len(answers) == 1 else f'other answers: {answers}'}"
+        return f"{seen}; {_again(*compiled, **env)}"
 
 
 def _drains(*flags: str) -> str:
@@ -411,14 +466,17 @@ FAULTS: dict[str, Callable[[], str]] = {
         server_killed,
         server_killed_under_load,
         engine_stopped,
+        server_stopped,
         terminated,
         terminated_with_time,
         clock_jump,
         home_full,
         home_fills,
+        caches_fill,
         home_read_only,
         home_read_only_compiled,
         tmp_full,
+        tmp_fills,
         small_shm,
         little_memory,
         no_permission,
