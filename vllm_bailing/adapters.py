@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.tensor_names import EMBEDDING, Shape, layer_tensors, main_tensors, shard_shape
+from vllm_bailing.tensor_names import EMBEDDING, ROUTER, Shape, layer_tensors, main_tensors, shard_shape
 
 # What `--lora-target-modules` can name. By default every linear layer, but neither the router, which stays fp32, nor
 # the routed experts: vLLM sets memory aside for each of them, and takes other kernels for all.
@@ -20,7 +20,6 @@ EXPERTS = "experts"
 ENDS = ("embed_tokens", "lm_head")
 TARGETS = (*LINEAR, EXPERTS, *ENDS)
 EMBEDDING_MODULE = EMBEDDING.removesuffix(".weight")
-_ROUTER = ".mlp.gate.weight"
 _PACKED = ("gate_proj", "up_proj")  # one layer in vLLM
 _PACK = "gate_up_proj"
 _ROUTED = f".mlp.{EXPERTS}."
@@ -36,7 +35,7 @@ def adaptable(config: BailingMoeV2Config) -> dict[str, Shape]:
     modules = {
         name.removesuffix(".weight"): shape
         for name, shape in main_tensors(config).items()
-        if len(shape) == 2 and not name.endswith(_ROUTER)
+        if len(shape) == 2 and not name.endswith(ROUTER)
     }
     vocabulary, hidden = modules[EMBEDDING_MODULE]
     modules[EMBEDDING_MODULE] = (hidden, vocabulary)  # it multiplies one-hot vectors
@@ -104,7 +103,7 @@ class AdapterSlots:
         elements = 0
         for name, whole in layer_tensors(config, layer).items():
             module, parts = name.removesuffix(".weight"), name.split(".")[3:]
-            if len(whole) != 2 or name.endswith(_ROUTER) or not is_prepared(module, self.targets):
+            if len(whole) != 2 or name.endswith(ROUTER) or not is_prepared(module, self.targets):
                 continue
             if not is_routed(module):
                 elements += self._elements(whole, shard_shape(config, parts, whole, self.tp), self.tp)

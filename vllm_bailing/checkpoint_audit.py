@@ -6,6 +6,7 @@ What may have happened to a checkpoint whose tensors do not fit is guessed in `l
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from vllm_bailing.checkpoint import Checkpoint, Kind, damaged_files
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import CheckpointError, first_of, shown
 from vllm_bailing.likely_causes import likely_cause
-from vllm_bailing.tensor_names import EMBEDDING, HEAD, KV_SCALES, Shape, layer_of, main_tensors, mtp_tensors
+from vllm_bailing.tensor_names import EMBEDDING, HEAD, KV_SCALES, ROUTER, Shape, layer_of, main_tensors, mtp_tensors
 
 if TYPE_CHECKING:  # registering must not import it
     import torch
@@ -33,7 +34,7 @@ class Audit:
         config: The model's configuration.
         expected: Names and shapes that this model loads.
         quantized: Whether the checkpoint has a quantization config; then a linear layer may store its weight under
-            other names and in packed shapes, which vLLM's quantization method checks.
+            other names, which vLLM's quantization method checks, and integers of it in packs.
         folder: Where the checkpoint's files lie, for a better message; may be None or not exist.
         may_lack_experts: Whether another rank may hold whole experts (expert parallelism).
         elsewhere: Names that another rank loads, or another model.
@@ -53,6 +54,7 @@ class Audit:
         self.elsewhere, self.is_draft = elsewhere, is_draft
         self.config, self.expected, self.quantized = config, expected, quantized
         self.folder, self.may_lack_experts = folder, may_lack_experts
+        self.quantized_kind = _quantized_kind(getattr(config, "quantization_config", None)) if quantized else None
         self._start()
 
     def _start(self) -> None:
@@ -60,6 +62,7 @@ class Audit:
         self.unexpected: dict[str, Shape] = {}
         self.misshapen: dict[str, Shape] = {}
         self.not_float: list[str] = []
+        self.other_kind: list[str] = []
 
     def restarted(self) -> Audit:
         """The same audit with nothing seen yet."""
@@ -157,9 +160,11 @@ class Audit:
         expected = self.expected.get(name)
         if expected is not None:
             self.seen.add(name)
-            if kind != "plain" and not self.quantized:
+            if kind != "plain" and not (self.quantized and _can_be_quantized(name, expected)):
                 self.not_float.append(name)
-            elif shape == expected or (self.quantized and kind == "integer"):
+            elif shape == expected and kind not in ("plain", self.quantized_kind or kind):
+                self.other_kind.append(name)
+            elif shape == expected or (kind == "integer" and _is_packed(shape, expected)):
                 return True
             else:
                 self.misshapen[name] = shape
@@ -203,6 +208,7 @@ class Audit:
             ("unexpected", list(self.unexpected)),
             ("of the wrong shape", misshapen),
             ("of integers or 8 bits", self.not_float),
+            (f"not of {self.quantized_kind} numbers, as quantization_config says", self.other_kind),
         )
         parts = [f"{len(names)} {title} ({first_of(names)})" for title, names in found if names]
         if parts:
@@ -211,6 +217,31 @@ class Audit:
                 f"Likely cause: {shown(cause, 1000)}" if cause else "Take weights and config.json from the same place"
             )
             raise CheckpointError(f"{what}: {'; '.join(parts)}. {remedy}")
+
+
+def _quantized_kind(quantization: Any) -> Kind | None:
+    """Of quantized weights that have their own shape, where a scheme tells; a layer would convert another silently."""
+    if not isinstance(quantization, dict):
+        return None
+    if quantization.get("quant_method") == "fp8":
+        return "float8"
+    groups = quantization.get("config_groups")
+    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+    types = {(one.get("type"), one.get("num_bits")) for one in weights if isinstance(one, dict)}
+    return {("int", 8): "integer", ("float", 8): "float8"}.get(types.pop()) if len(types) == 1 else None
+
+
+def _can_be_quantized(name: str, shape: Shape) -> bool:
+    """Norms, biases and the router are floats in every scheme; their layers would take integers without a word."""
+    return len(shape) == 2 and not name.endswith(ROUTER)
+
+
+def _is_packed(shape: Shape, expected: Shape) -> bool:
+    """Whether integers of this shape are as many as a pack of 2, 4, 8 or 16 numbers in each leaves.
+
+    How they are arranged, their layer looks at; what is too small, it would repeat to fill the weight.
+    """
+    return math.prod(expected) in (math.prod(shape) * numbers for numbers in (2, 4, 8, 16))
 
 
 def _kind(tensor: torch.Tensor) -> Kind:

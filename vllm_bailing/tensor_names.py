@@ -11,6 +11,7 @@ from vllm_bailing.config import BailingMoeV2Config
 
 Shape = tuple[int, ...]
 KV_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale")
+ROUTER = ".mlp.gate.weight"  # the end of its name
 # Fixed scales of activations, and what else belongs to a quantized layer's inputs and outputs.
 ACTIVATION_LEAVES = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 EMBEDDING, HEAD = "model.word_embeddings.weight", "lm_head.weight"
@@ -44,7 +45,7 @@ def layer_tensors(config: BailingMoeV2Config, layer: int) -> dict[str, Shape]:
     if layer < config.first_k_dense_replace:
         tensors.update(_mlp(f"{prefix}.mlp", hidden, config.intermediate_size))
     else:
-        tensors[f"{prefix}.mlp.gate.weight"] = (config.num_experts, hidden)
+        tensors[f"{prefix}{ROUTER}"] = (config.num_experts, hidden)
         tensors[f"{prefix}.mlp.gate.expert_bias"] = (config.num_experts,)
         for expert in range(config.num_experts):
             tensors.update(_mlp(f"{prefix}.mlp.experts.{expert}", hidden, config.moe_intermediate_size))

@@ -43,6 +43,7 @@ SHARES = {
     "--hf-overrides": 1000,
     "index of the weights": 700,
     "headers of the weights": 1000,
+    "headers of quantized weights": 600,
     "small MTP checkpoints": 700,
     "quantization": 900,
     "adapters": 1000,

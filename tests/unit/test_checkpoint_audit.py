@@ -218,12 +218,51 @@ def test_what_a_rule_skips_is_dropped_before_anything_is_computed_from_it(tensor
 
 
 def test_integers_of_another_shape_are_a_quantized_checkpoints_own_affair(tensors):
-    packed = {**tensors, GATE: torch.empty(4, 8, dtype=torch.int32)}
+    packed = {**tensors, GATE: torch.empty(32, 8, dtype=torch.int32)}
     assert audited(small_config(), packed, quantized=True) == set(tensors)
     with pytest.raises(
         CheckpointError, match=r"1 of integers or 8 bits .*quantized weights without a quantization_config"
     ):
         audited(small_config(), packed)
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 64), (4, 8), (64,), (32, 63)])
+def test_integers_that_are_no_pack_of_the_weight_are_refused(shape, tensors):
+    """A layer might repeat them until they fill the weight."""
+    given = {**tensors, GATE: torch.empty(shape, dtype=torch.int8)}
+    with pytest.raises(CheckpointError, match="1 of the wrong shape"):
+        audited(small_config(), given, quantized=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.1.mlp.gate.weight", "model.layers.1.mlp.gate.expert_bias"]
+)
+def test_what_no_scheme_quantizes_is_of_floats_in_a_quantized_checkpoint_too(name, dtype, tensors):
+    given = {**tensors, name: torch.empty(tensors[name].shape, dtype=dtype)}
+    with pytest.raises(CheckpointError, match="1 of integers or 8 bits"):
+        audited(small_config(), given, quantized=True)
+
+
+EIGHT_BITS = {
+    "fp8": ({"quant_method": "fp8"}, torch.float8_e4m3fn),
+    "float": ({"config_groups": {"all": {"weights": {"type": "float", "num_bits": 8}}}}, torch.float8_e4m3fn),
+    "int": ({"config_groups": {"all": {"weights": {"type": "int", "num_bits": 8}}}}, torch.int8),
+}
+
+
+@pytest.mark.parametrize("scheme", EIGHT_BITS)
+def test_numbers_of_another_kind_than_the_scheme_says_are_refused(scheme, tensors):
+    """A layer would convert them, and answer with other weights."""
+    quantization, right = EIGHT_BITS[scheme]
+    config = small_config(quantization_config={"quant_method": "compressed-tensors", **quantization})
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        given = {**tensors, GATE: torch.empty(tensors[GATE].shape, dtype=dtype)}
+        if dtype is right:
+            assert audited(config, given, quantized=True) == set(tensors)
+            continue
+        with pytest.raises(CheckpointError, match=r"1 not of (float8|integer) numbers, as quantization_config says"):
+            audited(config, given, quantized=True)
 
 
 @pytest.mark.parametrize(("dtype", "is_plain"), [(torch.float8_e4m3fn, False), (torch.bfloat16, True)])

@@ -24,7 +24,7 @@ from tests.support.configs import CONFIGS, FOREIGN_KEYS, ROPE_KEYS, SPELLINGS, Y
 from tests.support.fuzz.examine import Kind
 from tests.support.fuzz.kinds import _require_clear, _write
 from tests.support.fuzz.mutate import HOSTILE, hazard, header_of, mutate_header, mutated, readable, text_of
-from tests.support.quantized import SCHEMES, quantize_one
+from tests.support.quantized import SCHEMES, quantize, quantize_one
 from vllm_bailing import DEMO, DEMO_ADAPTER
 from vllm_bailing.config import KEYS, BailingMoeV2Config
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
@@ -178,9 +178,7 @@ def _read_weights(folder: Path) -> Any:
 
 
 def _judge_weights(folder: Path, found: dict[str, Any]) -> str:
-    config = BailingMoeV2Config(
-        **{k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "model_type"}
-    )
+    config = BailingMoeV2Config(**_without_type(json.loads((folder / "config.json").read_text())))
     wanted = main_tensors(config) | mtp_tensors(config)
     if missing := wanted.keys() - found.keys():
         return f"passed without {sorted(missing)[:3]}"
@@ -195,6 +193,59 @@ def _judge_weights(folder: Path, found: dict[str, Any]) -> str:
         ):
             return f"{name} has other numbers than its file"
     return ""
+
+
+def _quantized_checkpoint(scheme: str) -> Path:
+    if scheme not in _folders:
+        folder = _temporary("fuzz-quantized-")
+        shutil.copytree(_small_checkpoint(), folder, dirs_exist_ok=True)
+        (folder / "model.safetensors.index.json").unlink()
+        quantize(folder, scheme)
+        _folders[scheme] = folder
+    return _folders[scheme]
+
+
+def _make_quantized_headers(folder: Path, rng: random.Random) -> None:
+    scheme = rng.choice(("w8a8", "fp8", "fp8-tensor", "awq", "gptq"))
+    shutil.copytree(_quantized_checkpoint(scheme), folder, dirs_exist_ok=True)
+    mutate_header(rng.choice(sorted(folder.glob("*.safetensors"))), rng)
+    (folder / "scheme").write_text(scheme)
+
+
+def _read_quantized_headers(folder: Path) -> None:
+    from vllm_bailing.checkpoint import Checkpoint
+    from vllm_bailing.checkpoint_audit import Audit
+    from vllm_bailing.config import read_config
+    from vllm_bailing.tools import doctor
+
+    _require_clear(list(doctor.checkpoint(str(folder))))
+    config = read_config(folder)
+    checkpoint = Checkpoint.at(str(folder)).published(config)
+    Audit.of_target(config, quantized=True, folder=str(folder)).check(checkpoint)
+    Audit.of_draft(config, quantized=True, folder=str(folder)).check(checkpoint)
+
+
+def _judge_quantized_headers(folder: Path, _found: None) -> str:
+    """All that is not a part of vLLM's own scheme has the shape and the kind of numbers that were written."""
+    original, changed = (_kinds_in(one) for one in (_quantized_checkpoint((folder / "scheme").read_text()), folder))
+    config = BailingMoeV2Config(**_without_type(json.loads((folder / "config.json").read_text())))
+    wanted = main_tensors(config) | mtp_tensors(config)
+    if lost := [name for name in wanted if name in original and changed.get(name) != original[name]]:
+        return f"{lost[0]} was {original[lost[0]]} and is {changed.get(lost[0])}"
+    return ""
+
+
+def _kinds_in(folder: Path) -> dict[str, tuple[list[int], str]]:
+    entries: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        entries |= {name: entry for name, entry in header_of(file)[0].items() if name != "__metadata__"}
+    kinds = {"F64": "float", "F32": "float", "F16": "float", "BF16": "float", "F8_E4M3": "float8", "F8_E5M2": "float8"}
+    kinds["F8_E8M0"] = "float8"
+    return {name: (entry["shape"], kinds.get(entry["dtype"], "integer")) for name, entry in entries.items()}
+
+
+def _without_type(raw: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in raw.items() if key != "model_type"}
 
 
 def _by_definition(file: Path, name: str) -> Any:
@@ -411,6 +462,7 @@ KINDS = {
     "--hf-overrides": Kind(_make_overrides, _read_overrides, _judge_config),
     "index of the weights": Kind(_make_index, _read_weights, _judge_weights),
     "headers of the weights": Kind(_make_weights, _read_weights, _judge_weights),
+    "headers of quantized weights": Kind(_make_quantized_headers, _read_quantized_headers, _judge_quantized_headers),
     "small MTP checkpoints": Kind(_make_draft, _read_draft, _judge_draft, (f"{tempfile.gettempdir()}/fuzz-small-",)),
     "quantization": Kind(_make_quantized, _read_quantized, _judge_quantized),
     "adapters": Kind(_make_adapter, _read_adapter, _judge_adapter, (str(DEMO),)),
