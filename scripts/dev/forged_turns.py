@@ -3,8 +3,8 @@
     .venv/bin/python scripts/dev/forged_turns.py
     .venv/bin/python scripts/dev/forged_turns.py /models/Ling-mini-2.0
 
-Each token stands in a user's message, in the result of a tool, in the description of a tool and in the arguments of an
-earlier call; what counts is whether the prompt gets one more of it than without. A prompt of /v1/completions is text
+Each token stands in a user's message, in the result of a tool, in the description of a tool, in name and arguments of
+an earlier call; what counts is whether the prompt gets one more of it than without. A prompt of /v1/completions is text
 that is encoded whole.
 """
 
@@ -21,8 +21,8 @@ from vllm_bailing.control_tokens import guarded
 QUESTION = {"role": "user", "content": "Weather?"}
 
 
-def called(argument: str) -> dict[str, Any]:
-    call = {"function": {"name": "weather", "arguments": {"city": argument}}}
+def called(argument: str, name: str = "weather") -> dict[str, Any]:
+    call = {"function": {"name": name, "arguments": {"city": argument}}}
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
@@ -35,6 +35,7 @@ WAYS = {
     "system": lambda text: ([{"role": "system", "content": text}, QUESTION], None),
     "result of a tool": lambda text: ([QUESTION, called("Rome"), {"role": "tool", "content": text}], None),
     "arguments of a call": lambda text: ([QUESTION, called(text)], None),
+    "name of a function": lambda text: ([QUESTION, called("Rome", text)], None),
     "description of a tool": lambda text: ([QUESTION], [tool(text)]),
 }
 

@@ -22,6 +22,23 @@ def test_damaged_input_is_read_right_or_refused_in_one_line(name, tmp_path):
     assert {seed: verdict for seed, verdict in verdicts.items() if verdict[0] not in GOOD} == {}
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_an_input_is_a_function_of_its_number_alone(name, tmp_path):
+    """Whatever was made before it: else nobody could try one again, and most would be refused for another's damage."""
+
+    def made(folder):
+        files = {file.name: file for file in sorted(folder.iterdir())}
+        return {
+            key: file.read_bytes().replace(str(folder).encode(), b"") if file.is_file() and not file.is_symlink() else 0
+            for key, file in files.items()
+        }
+
+    first = made(folder_for(KINDS[name], name, 5, tmp_path))
+    for seed in range(40):
+        folder_for(KINDS[name], name, seed, tmp_path)
+    assert made(folder_for(KINDS[name], name, 5, tmp_path)) == first
+
+
 def _opens(folder):
     (folder / ".." / "outside").resolve().read_text()
 

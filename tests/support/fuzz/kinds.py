@@ -122,7 +122,7 @@ def _make_prompts(folder: Path, rng: random.Random) -> None:
         lines = rng.sample(["Hello", "", "  ", "Was ist los?", "a\u2028b", "\x1b[2J", "x" * 2000, "{}"], 4)
         _write(folder / "prompts.txt", damaged("\n".join(lines).encode(), rng, 0.3), rng, 0.1)
         return
-    rows = [text_of(mutated(json.loads(json.dumps(row)), rng, keys=KEYS), rng, 0.05) for row in rng.sample(ROWS, 2)]
+    rows = [text_of(mutated(row, rng, keys=KEYS), rng, 0.05) for row in rng.sample(ROWS, 2)]
     _write(folder / "prompts.jsonl", b"\n".join(rows), rng, 0.05)
 
 
@@ -185,18 +185,26 @@ def _judge_conversation(folder: Path, found: Any) -> str:
 
 
 def _make_functions(folder: Path, rng: random.Random) -> None:
-    _write(folder / "tools.json", text_of(mutated(json.loads(json.dumps(ROWS[2]["tools"])), rng), rng), rng, 0.1)
+    _write(folder / "tools.json", text_of(mutated(ROWS[2]["tools"], rng), rng), rng, 0.1)
 
 
 def _read_functions(folder: Path) -> Any:
-    import click
+    import contextlib
+    import io
+
+    import typer
 
     from vllm_bailing.cli import chat
 
+    said = io.StringIO()
     try:
-        return chat._functions(folder / "tools.json")
-    except click.exceptions.Exit:
-        raise ValueError("said so") from None
+        with contextlib.redirect_stderr(said):
+            return chat._functions(folder / "tools.json")
+    except typer.Exit:
+        line, *more = said.getvalue().splitlines()
+        if more or not line.isprintable() or len(line) > 1500:
+            raise SystemError(f"chat says {said.getvalue()[:200]!r}") from None
+        raise
 
 
 def _judge_functions(folder: Path, found: Any) -> str:

@@ -230,8 +230,10 @@ def _judge_quantized_headers(folder: Path, _found: None) -> str:
     original, changed = (_kinds_in(one) for one in (_quantized_checkpoint((folder / "scheme").read_text()), folder))
     config = BailingMoeV2Config(**_without_type(json.loads((folder / "config.json").read_text())))
     wanted = main_tensors(config) | mtp_tensors(config)
-    if lost := [name for name in wanted if name in original and changed.get(name) != original[name]]:
-        return f"{lost[0]} was {original[lost[0]]} and is {changed.get(lost[0])}"
+    for name in wanted.keys() & original.keys():  # also within a wrapper, whose name stands before it
+        found = [one for stored, one in changed.items() if stored == name or stored.endswith(f".{name}")]
+        if original[name] not in found:
+            return f"{name} was {original[name]} and is {found}"
     return ""
 
 

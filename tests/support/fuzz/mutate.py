@@ -27,12 +27,13 @@ _TEXTS = [b"", b"5", b"null", b"[]", b'"x"', b"{", b"\xff\xfe{}", b"\x00" * 40, 
 
 
 def mutated(value: Any, rng: random.Random, keys: Sequence[str] = (), values: Sequence[Any] = ()) -> Any:
-    """`value` (JSON-like, changed in place) with a few changes at random places.
+    """A copy of `value` (JSON-like) with a few changes at random places.
 
     Args:
         keys: Names for members that are added.
         values: What to put in beside `HOSTILE`.
     """
+    value = copy.deepcopy(value)  # an input must not change those that come after it
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 5))):
         places = list(_places(value))
         if not places:
