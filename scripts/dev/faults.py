@@ -249,8 +249,8 @@ def _stopped(name: str) -> str:
             said = next((line for line in done.stdout.splitlines() if line.startswith("no")), "nothing")
             time.sleep(max(0.0, 30 - (time.monotonic() - begun)))
             os.kill(running.pid(name), signal.SIGCONT)
-            seen = f"/health {'200' if health else 'fails'}; doctor --url exits with {done.returncode}: {said}; after 30 s "
-            seen += f"the stream is {ends()}, what was asked meanwhile is {meanwhile.result()}"
+            seen = f"/health {'200' if health else 'fails'}; doctor --url exits with {done.returncode}: {said}; "
+            seen += f"after 30 s the stream is {ends()}, what was asked meanwhile is {meanwhile.result()}"
             return f"{seen}, and a new request {running.asked()}"
 
 
