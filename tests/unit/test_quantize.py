@@ -35,6 +35,18 @@ def test_another_layout_becomes_the_same_files(layout, tmp_path):
     assert came.keys() == meaning.keys() and all(torch.equal(came[name], meaning[name]) for name in came)
 
 
+def test_an_mtp_layer_alone_becomes_what_it_becomes_beside_its_target(tmp_path):
+    model = make_checkpoint(tmp_path / "model", num_nextn_predict_layers=1, hidden_size=160)
+    whole = quantize_by_command(model, tmp_path / "whole", "w4a16", "--group-size", "32")
+    layer = {name: tensor for name, tensor in read_tensors(model).items() if name.startswith("model.layers.3.")}
+    write_tensors(model, layer)
+    done = invoke("quantize", model, tmp_path / "out", "--scheme", "w4a16", "--group-size", "32")
+    assert done.exit_code == 0, done.stderr
+    assert '--speculative-config \'{"method": "mtp"' in done.stderr and "vllm serve" not in done.stderr
+    came = quantize_by_command(model, tmp_path / "again", "w4a16", "--group-size", "32")
+    assert came.keys() == layer.keys() and all(torch.equal(came[name], whole[name]) for name in came)
+
+
 def test_a_checkpoint_without_a_layer_is_refused(tmp_path):
     model = make_checkpoint(tmp_path / "model")
     name = "model.layers.1.attention.dense.weight"

@@ -5,6 +5,7 @@ Every function raises ImportError without matplotlib.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,31 +77,34 @@ def plot_mtp(report: dict[str, Any], path: Path) -> None:
     Raises:
         ImportError: Without matplotlib.
     """
-    with figure_at(path, (9, 3.4), panels=2) as (figure, (left, right)):
+    with figure_at(path, (9, 3.9), panels=2) as (figure, (left, right)):
         from matplotlib.ticker import MaxNLocator
 
         rows = [(row["batch_size"], *of_arm(row["arm"]), row) for row in report["rows"]]
         lines = dict.fromkeys((size, draft) for size, count, draft, _ in rows if count)
+        sizes, drafts = ([*dict.fromkeys(values)] for values in zip(*lines, strict=True)) if lines else ([], [])
         for place, (size, draft) in enumerate(lines):
+            color = f"C{drafts.index(draft) if len(drafts) > 1 else sizes.index(size)}"
+            style = {"color": color, "linestyle": ("-", "--", ":", "-.")[sizes.index(size) % 4], "marker": "o"}
             counts, of_line = zip(
                 *((n, row) for at, n, name, row in rows if at == size and name in ("", draft)), strict=True
             )
             medians, lows, highs = ([row["ratio"][key] for row in of_line] for key in ("median", "low", "high"))
             beside, label = side_by_side(place, len(lines)), ", ".join(filter(None, [f"batch {size}", draft]))
             x, bars = [count + beside for count in counts], error_bars(medians, lows, highs)
-            left.errorbar(x, medians, yerr=bars, marker="o", capsize=3, label=label)
+            left.errorbar(x, medians, yerr=bars, capsize=3, label=label, **style)
             shares = [100 * share for share in max((row["acceptance"] for row in of_line), key=len)]
             positions = [position + beside for position in range(1, len(shares) + 1)]
-            right.plot(positions, shares, marker="o", label=label)
+            right.plot(positions, shares, **style)
         left.axhline(1, color="grey", linewidth=0.8)
         left.set(xlabel="draft tokens per step", ylabel="tokens/s, times no speculation", ylim=(0, None))
         right.set(xlabel="draft position", ylabel="accepted up to here, %", ylim=(0, 105))
         for axis in (left, right):
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(alpha=0.3)
-            axis.legend()
         figure.suptitle(f"MTP on {_name(report.get('model', 'a model'))}")
-        figure.tight_layout()
+        figure.legend(loc="lower center", ncols=3)  # below the panels, which it would hide
+        figure.tight_layout(rect=(0, 0.08 * math.ceil(len(lines) / 3), 1, 1))
 
 
 def plot_comparison(report: dict[str, Any], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,9 @@ def quantize(
     from vllm_bailing.units import GIB
 
     try:
-        size = quantize(model, out, scheme, group_size, keep or [])
+        size, is_draft = quantize(model, out, scheme, group_size, keep or [])
     except QuantizeError as error:
         raise output.fail("quantize", error, 2) from None
-    typer.echo(f"{out}: {size / GIB:.3f} GiB; serve it with `vllm serve {out}`", err=True)
+    speculation = json.dumps({"method": "mtp", "model": str(out), "num_speculative_tokens": 1})
+    way = f"`--speculative-config '{speculation}'`" if is_draft else f"`vllm serve {out}`"
+    typer.echo(f"{out}: {size / GIB:.3f} GiB; serve it with {way}", err=True)

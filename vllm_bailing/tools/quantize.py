@@ -9,7 +9,7 @@ torch and compressed-tensors are imported where they are used, so that the comma
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,9 +77,12 @@ class Quantizer:
         self.scheme.format = format_
         self.compressor = BaseCompressor.get_value_from_registry(format_.value)
         self.keep = [*KEPT, *keep]
+        published = checkpoint.published(config).tensors
+        self.is_draft = is_draft_alone(config, published)
+        tensors = mtp_tensors(config) if self.is_draft else main_tensors(config) | mtp_tensors(config)
         self.shapes = {
             name: shape
-            for name, shape in (main_tensors(config) | mtp_tensors(config)).items()
+            for name, shape in tensors.items()
             if name.endswith(_LINEAR) and not any(match_name(name.removesuffix(".weight"), kept) for kept in self.keep)
         }
         if scheme is Scheme.w4a16:
@@ -89,7 +92,6 @@ class Quantizer:
                         f"--group-size {group_size} does not divide the {inputs} inputs of {name}; choose a smaller one"
                     )
         self.config, self.prefix = config, checkpoint.prefix
-        published = checkpoint.published(config).tensors
         if checkpoint.tensors and (missing := self.shapes.keys() - published.keys()):
             raise QuantizeError(f"the checkpoint lacks {named(missing)}; `vllm-bailing doctor` says what it holds")
         self._rest = {whole.name: {part.name for part in whole.rest} for whole in published.values() if whole.rest}
@@ -162,13 +164,22 @@ class Quantizer:
         return self._rest.get(weight_name, set())
 
 
-def quantize(model: str, out: Path, scheme: Scheme, group_size: int = 128, keep: Iterable[str] = ()) -> int:
+def is_draft_alone(config: BailingMoeV2Config, names: Collection[str]) -> bool:
+    """Whether tensors of these published names are an MTP layer without its target, as `train-mtp` writes it."""
+    from vllm_bailing.tensor_names import main_tensors
+
+    return bool(names) and main_tensors(config).keys().isdisjoint(names)
+
+
+def quantize(
+    model: str, out: Path, scheme: Scheme, group_size: int = 128, keep: Iterable[str] = ()
+) -> tuple[int, bool]:
     """Quantize a bf16 checkpoint, a folder or a name on the hub, into the folder `out`, with progress bars of tqdm.
 
     Memory: the largest file of the checkpoint, twice.
 
     Returns:
-        Bytes of the weights in `out`.
+        Bytes of the weights in `out`, and whether they are those of an MTP layer alone.
     Raises:
         QuantizeError: If it is not such a checkpoint, or `out` is not empty.
     """
@@ -195,4 +206,4 @@ def quantize(model: str, out: Path, scheme: Scheme, group_size: int = 128, keep:
     out.mkdir(parents=True, exist_ok=True)
     logger.remove()  # of every file copied
     convert_checkpoint(model, out, quantizer)
-    return sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in out.glob("*.safetensors")), quantizer.is_draft
