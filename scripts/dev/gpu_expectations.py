@@ -114,7 +114,8 @@ def lines() -> list[str]:
                 "| tokens/s at most | ours faster by |",
                 f"|{'---|' * 8}",
             ]
-            for title, arms in deployments.items():
+            both = {title: arms for title, arms in deployments.items() if {IN_TREE, PLUGIN} <= set(arms)}
+            for title, arms in both.items():
                 text += [_row(title, batch, arms, GPUS[gpu]) for batch in BATCHES]
     return [*(text or ["", "Nothing was counted yet."]), ""]
 
@@ -153,7 +154,7 @@ def verdicts(report: dict[str, Any], recorded: dict[str, Any]) -> list[tuple[boo
     device, version = report["machine"]["device"], report["versions"]["vllm"].partition("+")[0]
     gpu, title = gpu_called(device), deployment(report)
     arms = recorded.get(version, {}).get(gpu.name if gpu else "", {}).get(title)
-    if gpu is None or arms is None:
+    if gpu is None or arms is None or {IN_TREE, PLUGIN} - set(arms):
         raise SystemExit(
             f"gpu_expectations: nothing is expected of {title or report['model']} on {device} with vLLM {version}; "
             f"rehearse it: scripts/gpu/rehearse.sh {version} {gpu.name if gpu else 'GPU'}"

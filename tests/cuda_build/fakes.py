@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch._subclasses import fake_tensor
+from torch._subclasses import fake_impls, fake_tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
@@ -167,13 +167,13 @@ def start_ranks(tensor_parallel: int, pipeline_parallel: int, data_parallel: int
 
 @contextlib.contextmanager
 def _unset_scales() -> Iterator[None]:
-    """Numbers that are read from fake tensors are -1, which vLLM fills in for scales that a checkpoint lacks."""
+    """Numbers that are read from fake tensors are -1, as scales that a checkpoint lacks; nothing compares as true."""
     read = torch.ops.aten._local_scalar_dense.default
 
     def unset(mode: Any, func: Any, tensor: torch.Tensor) -> Any:
         return -1.0 if tensor.dtype.is_floating_point else tensor.dtype != torch.bool and -1
 
-    with mock.patch.dict(fake_tensor.op_implementations_dict, {read: unset}):
+    with mock.patch.dict(fake_impls.op_implementations_dict, {read: unset}):
         yield
 
 
