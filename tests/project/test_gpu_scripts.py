@@ -140,6 +140,46 @@ def test_a_rehearsal_goes_on_where_a_step_needs_a_gpu_and_ends_at_any_other_fail
     assert plain.returncode == 1 and "reference-fp32 failed" in plain.stderr
 
 
+@pytest.fixture
+def rehearse(tmp_path):
+    """Runs rehearse.sh with a Python that only says which GPU it is given; `body` is what its pytest does."""
+
+    def rehearse(*gpus: str, body: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+        python = tmp_path / "cache" / "vllm-bailing" / "cuda" / "0.33.0" / "bin" / "python"
+        of_gpu = 'case $2 in H*) printf "%s\\n90\\n80\\n" "$2"; exit ;; *) exit 1 ;; esac'
+        files = {
+            python: f"[ $1 != - ] || {of_gpu}\ncd {tmp_path}\n{body}\necho '2 passed in 1.0s'\n",
+            tmp_path / "scripts" / "setup.sh": "",
+            tmp_path / "tests" / "cuda_build" / "machine" / "build.sh": "",
+            tmp_path / "scripts" / "gpu" / "rehearse.sh": (GPU / "rehearse.sh").read_text(),
+        }
+        for file, text in files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text if text.startswith("#!") else f"#!/bin/sh\n{text}")
+            file.chmod(0o755)
+        variables = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OUT": str(tmp_path / "out"), **env}
+        command = [BASH, str(tmp_path / "scripts" / "gpu" / "rehearse.sh"), "0.33.0", *gpus]
+        return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+
+    return rehearse
+
+
+def test_gpus_are_rehearsed_at_the_same_time(rehearse):
+    wait = 'touch "$FAKE_GPU_NAME"; for _ in $(seq 500); do [ -e H100 ] && [ -e H20 ] && break; sleep 0.02; done; '
+    done = rehearse("H100", "H20", body=wait + "[ -e H100 ] && [ -e H20 ] || exit 1", JOBS="2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(re.findall(r"^(\w+) +2 passed; ok, \d+ s$", done.stdout, re.MULTILINE)) == ["H100", "H20"]
+
+
+def test_a_gpu_that_fails_is_named_and_the_others_are_rehearsed(rehearse, tmp_path):
+    fails = '[ "$FAKE_GPU_NAME" != H20 ] || { echo "1 failed in 1.0s"; exit 1; }'
+    done = rehearse("H20", "H100", body=fails, JOBS="1")
+    assert done.returncode == 1
+    assert f"1 failed; FAILED, see {tmp_path}/out/0.33.0/H20.log" in done.stdout
+    assert re.search(r"^H100 +2 passed; ok", done.stdout, re.MULTILINE)
+    assert rehearse("MI300X").returncode == 1
+
+
 def test_bench_refuses_a_shape_that_is_not_there(run_script):
     done = run_script("bench", 1, DRY_RUN="1", SHAPES="maxi")
     assert (done.returncode, done.stderr) == (1, "gpu-bench: SHAPES: there is no maxi\n")
