@@ -47,8 +47,9 @@ def asked(prompts: Path) -> list[str]:
 
 
 def answered(folder: Path) -> list[dict[str, Any]]:
-    """The answers that were written."""
-    return [json.loads(line) for file in sorted(folder.glob("*.json")) for line in file.open(encoding="utf-8")]
+    """The answers that were written; the last line of a file may be cut off by an interruption."""
+    lines = [line for file in sorted(folder.glob("*.json")) for line in file.open(encoding="utf-8")]
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def answer_all(options: argparse.Namespace) -> None:
@@ -78,7 +79,7 @@ def answer_all(options: argparse.Namespace) -> None:
             "error": row["__inference_error__"],
         },
     )
-    conversations = ray.data.read_json(str(options.prompts), lines=True)
+    conversations = ray.data.read_json(str(options.prompts))  # not lines=True: CheckpointConfig wants Arrow
     processor(conversations.repartition(target_num_rows_per_block=options.rows)).write_json(
         str(options.out / "answers"), mode="append"
     )

@@ -183,7 +183,7 @@ def server(*flags: str, **how: Any) -> Iterator[Server]:
                 shutil.copy(running.log, LOGS / f"{Path(folder).name}.log")
 
 
-def _again(*flags: str, **how: Any) -> str:
+def again(*flags: str, **how: Any) -> str:
     """Start it once more: how long until an answer."""
     with server(*flags, **how) as running:
         if not running.started():
@@ -191,15 +191,13 @@ def _again(*flags: str, **how: Any) -> str:
         return f"started again, it gives {running.asked()} after {time.monotonic() - running.begun:.0f} s"
 
 
-def _killed(name: str, *flags: str, clients: int = 0) -> str:
+def _killed(name: str, *flags: str) -> str:
     with server(*flags) as running:
         assert running.started(), running.message()
-        with running.streams(clients, tokens=400) as ends:
-            begun = time.monotonic()
-            os.kill(running.pid(name), signal.SIGKILL)
-            seen = f"the server {running.ended_after(begun)}; {running.message()}"
-            seen = f"{ends()}; {seen}" if clients else seen
-    return f"{seen}; {_again(*flags)}"
+        begun = time.monotonic()
+        os.kill(running.pid(name), signal.SIGKILL)
+        seen = f"the server {running.ended_after(begun)}; {running.message()}"
+    return f"{seen}; {again(*flags)}"
 
 
 def engine_killed() -> str:
@@ -207,29 +205,14 @@ def engine_killed() -> str:
     return _killed("EngineCore")
 
 
-def engine_killed_under_load() -> str:
-    """kill -9 of the engine core with 16 streams under way."""
-    return _killed("EngineCore", clients=16)
-
-
 def worker_killed() -> str:
     """kill -9 of one of two workers, idle."""
     return _killed("Worker_TP1", *TWO_RANKS)
 
 
-def worker_killed_under_load() -> str:
-    """kill -9 of one of two workers with 16 streams under way."""
-    return _killed("Worker_TP1", *TWO_RANKS, clients=16)
-
-
 def server_killed() -> str:
-    """kill -9 of the API server, idle."""
+    """kill -9 of the API server."""
     return _killed("APIServer")
-
-
-def server_killed_under_load() -> str:
-    """kill -9 of the API server with 16 streams under way."""
-    return _killed("APIServer", clients=16)
 
 
 def _stopped(name: str) -> str:
@@ -293,7 +276,7 @@ def _fills(size: str, env: Callable[[Path], dict[str, str]], *flags: str) -> str
         seen = _at_start(*flags, **env(folder))
         left = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         subprocess.run(["mount", "-o", "remount,size=2g", str(folder)], check=True)
-        return f"{seen}; {left >> 10} KiB were left; with room, {_again(*flags, **env(folder))}"
+        return f"{seen}; {left >> 10} KiB were left; with room, {again(*flags, **env(folder))}"
 
 
 def _home(folder: Path) -> dict[str, str]:
@@ -433,7 +416,7 @@ def one_cache() -> str:
                 return f"{both}: {first.message()}; {second.message()}"
             answers = {running.text() for running in (first, second)}
             seen = f"both start, and give {'the same answer' if len(answers) == 1 else f'other answers: {answers}'}"
-        return f"{seen}; {_again(*compiled, **env)}"
+        return f"{seen}; {again(*compiled, **env)}"
 
 
 def _drains(*flags: str) -> str:
@@ -460,11 +443,8 @@ FAULTS: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         engine_killed,
-        engine_killed_under_load,
         worker_killed,
-        worker_killed_under_load,
         server_killed,
-        server_killed_under_load,
         engine_stopped,
         server_stopped,
         terminated,

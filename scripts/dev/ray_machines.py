@@ -24,7 +24,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.support.machines import Machine, NoSecondMachineError, two_machines
-from tests.support.ray import CPUS, ENV, batch, prompt_rows, right_answers, wrong_answers
+from tests.support.ray import CPUS, ENV, batch, kill, prompt_rows, right_answers, wait_for_start, wrong_answers
 from tests.support.server import free_port
 
 BIN = Path(sys.executable).parent
@@ -47,24 +47,10 @@ def node(machine: Machine, core: int, session: Path, own: Path, *role: str) -> I
             start_new_session=True,
         )
     try:
+        wait_for_start(process, own / "log")
         yield process
     finally:
         kill(process)
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """All processes of a machine at once, as by a power cut: those that Ray started, in whatever session."""
-    import psutil
-
-    try:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for one in family:
-        one.suspend()
-    for one in family:
-        one.kill()
-    process.wait()
 
 
 def main(
@@ -87,7 +73,6 @@ def main(
         (second := folder / "2").mkdir()
         head = ["--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", str(session)]
         stack.enter_context(node(here, 0, session, first, *head))
-        time.sleep(20)
         other = stack.enter_context(node(there, 1, session, second, "--address", f"{here.address}:{port}"))
         env = {"RAY_ADDRESS": f"{here.address}:{port}", **here.env}
         log = (folder / "batch.log").open("w")

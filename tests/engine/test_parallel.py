@@ -217,6 +217,13 @@ def test_ranks_that_differ_are_all_refused(other, message):
         assert message in error.log
 
 
+def test_ranks_that_all_have_the_class_of_vllm_agree():
+    model, expected = load_case("plain")
+    env = {**TWO_RANKS, "VLLM_BAILING_USE_INTREE": "1"}
+    (answer,) = run(generate, model, [expected["input_ids"].tolist()], env=env, tensor_parallel_size=2)
+    check(answer, expected)
+
+
 def test_a_rank_that_compares_nothing_is_missed():
     model, expected = load_case("plain")
     prompt = expected["input_ids"].tolist()

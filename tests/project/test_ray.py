@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from openai import OpenAI, OpenAIError
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[data,serve]'")
 
 from tests.support.paths import ROOT
-from tests.support.ray import CPUS, ENGINE, ENV, batch, prompt_rows, right_answers, wrong_answers
+from tests.support.ray import CPUS, ENGINE, ENV, batch, kill, prompt_rows, right_answers, wait_for_start, wrong_answers
 from tests.support.server import free_port
 from vllm_bailing import DEMO
 
@@ -44,14 +45,11 @@ def cluster(tmp_path_factory):
             start_new_session=True,
         )
     try:
-        end = time.monotonic() + 120
-        while "Ray runtime started" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.5)
+        wait_for_start(process, log)
         yield {"RAY_ADDRESS": f"{socket.gethostbyname(socket.gethostname())}:{port}"}
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        kill(process)
+        shutil.rmtree(session)
 
 
 @contextmanager
