@@ -62,7 +62,7 @@ def answer_all(options: argparse.Namespace) -> None:
     config = vLLMEngineProcessorConfig(
         model_source=options.model,
         engine_kwargs=options.engine,
-        concurrency=options.engines,
+        concurrency=(options.engines, options.engines),  # a number would be the most, after one to begin with
         batch_size=options.rows,
         should_continue_on_error=True,  # a prompt that is too long is an error in its line, not the end of all
         tokenize_stage=False,  # vLLM does both

@@ -39,7 +39,7 @@ BIN = Path(sys.executable).parent
 ENV = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 FLAGS = ["--served-model-name", "m", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "4"]
 FLAGS += ["--skip-tokenizer-init", "--max-logprobs", "-1"]
-START_SECONDS = 400
+START_SECONDS = 900
 EAGER = ["--enforce-eager"]
 TWO = ["--tensor-parallel-size", "2"]
 
