@@ -39,7 +39,9 @@ FLAGS += ("--enable-lora", "--max-loras", "4", "--lora-modules", f"{ADAPTER}={DE
 FLAGS += ("--num-gpu-blocks-override", "12", "--max-num-seqs", "16")
 FLAGS += ("--worker-extension-cls", "tests.support.weight_files.Extension")
 FLAGS += ("--weight-transfer-config", '{"backend": "files"}')
+QUESTIONS = 32  # for each model
 ENV = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "PYTHONPATH": str(ROOT)}
+ENV["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = "3600"  # for a machine that has more urgent work
 
 
 class Changes:
@@ -149,10 +151,10 @@ def plot(found: dict[str, Any], path: Path) -> None:
 def main(minutes: Annotated[float, typer.Option(min=0.5)] = 60, out: Path = Path("soak")) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        asked = questions("demo", plain_model(DEMO), 64) * 3
-        asked += questions(ADAPTER, plain_model(merged(DEMO, DEMO_ADAPTER, folder / "merged")), 64)
+        asked = questions("demo", plain_model(DEMO), QUESTIONS) * 3
+        asked += questions(ADAPTER, plain_model(merged(DEMO, DEMO_ADAPTER, folder / "merged")), QUESTIONS)
         # The installed program: a fork of another process would take its memory over little by little.
-        with serving(folder / "log", *FLAGS, programs=Path(sys.executable).parent, **ENV) as server:
+        with serving(Path(f"{out}.log"), *FLAGS, programs=Path(sys.executable).parent, **ENV) as server:
             changes, ended = Changes(server.url, folder), threading.Event()
             changing = threading.Thread(target=changes.until, args=(ended,))
             changing.start()

@@ -108,7 +108,11 @@ def soak(
         worker.start()
     processes = processes_of(url)
     while time.monotonic() < end:
-        tally.samples.append({"seconds": time.monotonic() - started, **_sample(url, processes)})
+        try:
+            tally.samples.append({"seconds": time.monotonic() - started, **_sample(url, processes)})
+        except (httpx.HTTPError, psutil.Error) as error:
+            end = 0  # for all clients
+            tally.lost.append(f"the server is gone: {type(error).__name__}: {error}")
         time.sleep(min(sample_every, max(0.0, end - time.monotonic())))
     for worker in workers:
         worker.join(660)
