@@ -100,9 +100,12 @@ class Server:
             return type(error).__name__
         return "an answer" if answer.status_code == 200 else f"HTTP {answer.status_code}"
 
-    def text(self) -> str:
+    def completion(self) -> dict[str, Any]:
         body = {"model": "demo", "prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60).json()
+
+    def text(self) -> str:
+        return self.completion()["choices"][0]["text"]
 
     @contextmanager
     def streams(self, count: int, tokens: int) -> Iterator[Callable[[], str]]:
@@ -402,6 +405,8 @@ def clock_jump() -> str:
                 clock.write_text(jump)
                 begun = time.monotonic()
                 seen.append(f"{jump}: {running.asked()} after {time.monotonic() - begun:.1f} s")
+                shown = running.completion()["created"] - time.time()
+                assert abs(abs(shown) - 86400) < 3600, f"its clock is off by {shown:.0f} s"
             return f"{'; '.join(seen)}; /health {'200' if running.answers('/health') else 'fails'}"
 
 
