@@ -23,6 +23,10 @@ class Unreadable(ValueError):
         self.reason = reason
 
 
+class NotText(Unreadable):
+    """A file is not in UTF-8."""
+
+
 def require_file(file: Path) -> None:
     """Refuse what a reader would wait for, or read for ever, before it is opened.
 
@@ -40,13 +44,13 @@ def read_text(file: Path) -> str:
     """What a text file in UTF-8 holds.
 
     Raises:
-        Unreadable: In a few words what it is instead, such as "is no text in UTF-8 (...)".
+        Unreadable: In a few words what it is instead, such as "is not UTF-8 (...)".
     """
     require_file(file)
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise Unreadable(f"is no text in UTF-8 ({shown(error)})") from None
+        raise NotText(f"is not UTF-8 ({shown(error)})") from None
     except OSError as error:
         raise _unreadable(error) from None
 

@@ -184,7 +184,7 @@ class BailingReasoningParser(ReasoningParser):
             if value not in (None, *values):
                 wanted = " or ".join(map(json.dumps, values[:2]))
                 raise RequestError(
-                    f"chat_template_kwargs has {switch}={told(value)}, which the chat template would misread; "
+                    f'chat_template_kwargs has {{"{switch}": {told(value)}}}, which the chat template would misread; '
                     f"give {wanted}"
                 )
         _keep_tags(self.model_tokenizer, request)

@@ -31,7 +31,7 @@ PLACES = {
 TEXTS = {
     b"": "is no JSON (Expecting value",
     b"{": "is no JSON (Expecting property name",
-    b"\xff\xfe{": "is no text in UTF-8 (",
+    b"\xff\xfe{": "is not UTF-8 (",
     b"[" * 100_000: "is no JSON, or has too many levels",
     b"1" * 5000: "is no JSON (Exceeds the limit",
 }

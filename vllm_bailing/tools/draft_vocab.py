@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_bailing.config import register_with_transformers
 from vllm_bailing.folders import nowhere
-from vllm_bailing.json_files import read_text
+from vllm_bailing.json_files import NotText, read_text
 from vllm_bailing.tools.prompts import read_tokenizer
 
 
@@ -44,6 +44,8 @@ def choose_tokens(model: str, files: Iterable[Path], size: int) -> ChosenTokens:
     for file in files:
         try:
             text = read_text(file)
+        except NotText as error:
+            raise ValueError(f"--text {file} is no text: it {error}; name a text file in UTF-8") from None
         except ValueError as error:
             raise ValueError(f"--text {file} {error}; name a text file in UTF-8") from None
         for line in text.splitlines(keepends=True):
