@@ -22,6 +22,7 @@ GROUPS = {
         "tuning_command tuning_table".split()
     ),
     "vLLM's view of a configuration": ("engine/test_config_in_vllm.py",),
+    "trained layers": ("engine/test_train_mtp.py",),
     "servers of the pages": ("project/test_docs.py",),
     "what modules import": ("project/test_import_rules.py",),
     "the built wheel": ("project/test_packaging.py",),
