@@ -123,7 +123,7 @@ def check_configurations(
     return undo
 
 
-def compare_ranks_first(model_class: type) -> Callable[[], object]:
+def compare_ranks_first(model_class: Any) -> Callable[[], object]:
     """Have vLLM's own class compare its ranks before it is built; returns what takes that back.
 
     Differs:  vLLM does not compare ranks; one with another class than its peers would serve with them.
