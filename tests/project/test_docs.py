@@ -184,7 +184,7 @@ def noted(block: Block, folder: Path) -> list[list[str]]:
     log, stubs, scripts = folder / "log", folder / "bin", folder / "scripts"
     stubs.mkdir()
     scripts.mkdir()
-    programs = [stubs / name for name in "vllm vllm-bailing python pip git docker kubectl helm hf".split()]
+    programs = [stubs / name for name in "vllm vllm-bailing python pip git docker kubectl helm hf serve".split()]
     programs += [scripts / file.relative_to(ROOT / "scripts") for file in (ROOT / "scripts").rglob("*.sh")]
     for program in programs:
         program.parent.mkdir(exist_ok=True)
