@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -113,7 +112,9 @@ def test_the_service_answers_with_the_parsers_of_this_package(cluster, tmp_path)
     with (tmp_path / "log").open("w") as log:
         env = {**os.environ, **ENV, **cluster}
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True)
-    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60, max_retries=0)
+    client = OpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600, max_retries=0
+    )  # models are listed before they answer
     weather = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
     weather["function"]["parameters"]["properties"] = {"city": {"type": "string"}}
     try:
@@ -135,5 +136,4 @@ def test_the_service_answers_with_the_parsers_of_this_package(cluster, tmp_path)
         (call,) = asked("What is the weather in Paris?", max_tokens=60, tools=[weather]).choices[0].message.tool_calls
         assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Paris"})
     finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
+        kill(process)
