@@ -112,9 +112,8 @@ def test_the_service_answers_with_the_parsers_of_this_package(cluster, tmp_path)
     with (tmp_path / "log").open("w") as log:
         env = {**os.environ, **ENV, **cluster}
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True)
-    client = OpenAI(
-        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600, max_retries=0
-    )  # models are listed before they answer
+    # Models are listed before they answer.
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600, max_retries=0)
     weather = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
     weather["function"]["parameters"]["properties"] = {"city": {"type": "string"}}
     try:
