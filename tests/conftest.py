@@ -18,7 +18,7 @@ GROUPS = {
     ),
     "vLLM imported by unit tests": tuple(
         f"unit/test_{name}.py"
-        for name in "cpu_kernels expert_map gpu_timer gpus grammars parsers patches plan plan_serve rope "
+        for name in "cpu_kernels gpu_timer gpus grammars parsers patches plan plan_serve rope "
         "tuning_command tuning_table".split()
     ),
     "vLLM's view of a configuration": ("engine/test_config_in_vllm.py",),
