@@ -230,8 +230,9 @@ def _judge_quantized_headers(folder: Path, _found: None) -> str:
     original, changed = (_kinds_in(one) for one in (_quantized_checkpoint((folder / "scheme").read_text()), folder))
     config = BailingMoeV2Config(**_without_type(json.loads((folder / "config.json").read_text())))
     wanted = main_tensors(config) | mtp_tensors(config)
-    for name in wanted.keys() & original.keys():  # also within a wrapper, whose name stands before it
-        found = [one for stored, one in changed.items() if stored == name or stored.endswith(f".{name}")]
+    for name in sorted(wanted.keys() & original.keys()):  # also with a wrapper's name before it, or without its own
+        own = f".{name.removeprefix('model.')}"
+        found = [one for stored, one in changed.items() if f".{stored}".endswith(own)]
         if original[name] not in found:
             return f"{name} was {original[name]} and is {found}"
     return ""

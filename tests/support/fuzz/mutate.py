@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import random
 import struct
@@ -127,6 +128,8 @@ def hazard(file: Path, rng: random.Random) -> None:
         file.symlink_to({"gone": "blobs/gone", "loop": file.name, "zeros": "/dev/zero"}[what])
 
 
+_SAME_SIZE = (("F64", "I64"), ("F32", "I32", "U32"), ("F16", "BF16", "I16", "U16"))
+_SAME_SIZE += (("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"),)
 DTYPES = "F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL C64 F8_E4M3 F8_E5M2 F8_E8M0 F4 nonsense".split()
 
 
@@ -137,8 +140,41 @@ def header_of(file: Path) -> tuple[dict[str, Any], bytes]:
     return json.loads(raw[8 : 8 + size]), raw[8 + size :]
 
 
+def mutate_tensors(file: Path, rng: random.Random) -> None:
+    """Change some tensors of a safetensors file, which stays a whole one: types, shapes, names, rows, or none of it."""
+    header, data = header_of(file)
+    about = header.pop("__metadata__", None)
+    parts = {name: (entry, data[slice(*entry["data_offsets"])]) for name, entry in header.items()}
+    for name in rng.sample(sorted(parts), rng.choice((1, 1, 2))):
+        entry, raw = parts[name]
+        shape, what = list(entry["shape"]), rng.choice(("type", "shape", "rows", "name", "none"))
+        if what == "type":
+            entry["dtype"] = rng.choice(next(types for types in _SAME_SIZE if entry["dtype"] in types))
+        elif what == "shape":
+            entry["shape"] = rng.choice((shape[::-1], [math.prod(shape)], [1, *shape], [*shape, 1]))
+        elif what == "rows" and shape:
+            entry["shape"] = [1, *shape[1:]]
+            raw = raw[: len(raw) // max(1, shape[0])]
+        elif what == "none":
+            del parts[name]
+            continue
+        else:
+            other = rng.choice(sorted(parts))
+            parts[other], (entry, raw) = (entry, raw), parts[other]
+        parts[name] = entry, raw
+    header, data = ({} if about is None else {"__metadata__": about}), b""
+    for name, (entry, raw) in parts.items():
+        header[name] = {**entry, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
 def mutate_header(file: Path, rng: random.Random) -> None:
-    """Change a safetensors file: its header, the length of that, or where it ends."""
+    """Change a safetensors file: its tensors, its header, the length of that, or where it ends."""
+    if rng.random() < 0.5:
+        mutate_tensors(file, rng)
+        return
     header, data = header_of(file)
     what = rng.random()
     if what < 0.5:  # a few tensors
