@@ -150,6 +150,14 @@ class Thinking(enum.Enum):
     OPTIONAL = "the answer opens it if it wants to"
 
 
+def _written(value: Any) -> str:
+    """What came in a request as JSON, for a message."""
+    try:
+        return shown(json.dumps(value))
+    except RecursionError:
+        return told(value)
+
+
 class BailingReasoningParser(ReasoningParser):
     """Reasoning of Ling 2.0 and Ring 2.0, for `--reasoning-parser bailing`.
 
@@ -184,7 +192,7 @@ class BailingReasoningParser(ReasoningParser):
             if value not in (None, *values):
                 wanted = " or ".join(map(json.dumps, values[:2]))
                 raise RequestError(
-                    f'chat_template_kwargs has {{"{switch}": {told(value)}}}, which the chat template would misread; '
+                    f"chat_template_kwargs has {_written({switch: value})}, which the chat template would misread; "
                     f"give {wanted}"
                 )
         _keep_tags(self.model_tokenizer, request)
