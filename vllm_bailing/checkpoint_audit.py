@@ -232,8 +232,8 @@ def _quantized_kind(quantization: Any) -> Kind | None:
 
 
 def _can_be_quantized(name: str, shape: Shape) -> bool:
-    """Norms, biases and the router are floats in every scheme; their layers would take integers without a word."""
-    return len(shape) == 2 and not name.endswith(ROUTER)
+    """Norms, biases, router and embedding are floats in every scheme; layers would take integers without a word."""
+    return len(shape) == 2 and name != EMBEDDING and not name.endswith(ROUTER)
 
 
 def _is_packed(shape: Shape, expected: Shape) -> bool:

@@ -236,7 +236,13 @@ def test_integers_that_are_no_pack_of_the_weight_are_refused(shape, tensors):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.float8_e4m3fn])
 @pytest.mark.parametrize(
-    "name", ["model.norm.weight", "model.layers.1.mlp.gate.weight", "model.layers.1.mlp.gate.expert_bias"]
+    "name",
+    [
+        "model.word_embeddings.weight",
+        "model.norm.weight",
+        "model.layers.1.mlp.gate.weight",
+        "model.layers.1.mlp.gate.expert_bias",
+    ],
 )
 def test_what_no_scheme_quantizes_is_of_floats_in_a_quantized_checkpoint_too(name, dtype, tensors):
     given = {**tensors, name: torch.empty(tensors[name].shape, dtype=dtype)}
