@@ -18,8 +18,7 @@ GROUPS = {
     ),
     "vLLM imported by unit tests": tuple(
         f"unit/test_{name}.py"
-        for name in "adapters balance cpu_kernels doctor gpu_timer gpus grammars nodes parsers patches plan plan_serve "
-        "rope tuning_command tuning_table".split()
+        for name in "adapters balance doctor gpu_timer grammars nodes parsers rope tuning_command tuning_table".split()
     ),
     "vLLM's view of a configuration": ("engine/test_config_in_vllm.py",),
     "trained layers": ("engine/test_train_mtp.py",),

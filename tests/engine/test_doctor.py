@@ -24,3 +24,8 @@ def test_an_entry_point_masked_by_vllm_plugins_is_found_in_a_worker_too():
     assert checks["entry point"]["ok"] is False and checks["entry point"]["fix"] == "export VLLM_PLUGINS=other,bailing"
     worker = checks["a worker's classes"]
     assert worker["ok"] is False and "BailingMoeV2ForCausalLM from vllm," in worker["detail"]
+
+
+def test_deep_checks_follow_the_others():
+    done = run_command("doctor", DEMO, "--deep", "--json")
+    assert done.returncode == 0 and "numbers" in {check["name"] for check in json.loads(done.stdout)}

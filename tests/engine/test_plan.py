@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 from tests.support.checkpoints import make_checkpoint
 from tests.support.config_switches import SWITCHES, switched
-from tests.support.engine import TWO_RANKS, loaded_rank, make_llm, run_in_turn, run_ranks
-from tests.support.planning import MIDDLE, plan
+from tests.support.engine import TWO_RANKS, loaded_rank, make_llm, run, run_in_turn, run_ranks
+from tests.support.planning import MIDDLE, PARTITIONS, plan
 from vllm_bailing import DEMO
 from vllm_bailing.config import read_config
+from vllm_bailing.planning.gpus import GPUS, find_gpu
+from vllm_bailing.planning.serve import default_batched_tokens
 
 SHAPES = {
     "middle": SWITCHES["plain"],
@@ -118,3 +121,45 @@ def test_a_running_engine_has_that_many_tokens_of_cache(shape, ranks, draft_toke
     tokens = run_in_turn(_cache_tokens, model, env=TWO_RANKS if ranks > 1 else None, **options)
     found = plan(read_config(model), "H100", ranks, 64, 1, draft_tokens=draft_tokens, tp=ranks)
     assert 2**30 / tokens == pytest.approx(found.kv_bytes_per_token, rel=0.01)  # whole blocks
+
+
+@pytest.mark.parametrize(("layers", "partition"), PARTITIONS)
+def test_stages_have_the_layers_that_vllm_gives_them(layers, partition):
+    assert run_in_turn(_partition, layers, len(partition)) == partition
+
+
+def _partition(layers, pp):
+    from vllm.distributed.utils import get_pp_indices
+
+    return tuple(end - start for start, end in (get_pp_indices(layers, rank, pp) for rank in range(pp)))
+
+
+def _vllms_defaults(machines):
+    """Tokens of a step that `vllm serve` takes on each of `machines`: (memory in bytes, name)."""
+    from vllm.engine import arg_utils
+    from vllm.usage.usage_lib import UsageContext
+
+    tokens_of_a_step = []
+    for memory, name in machines:
+        arg_utils.current_platform = SimpleNamespace(
+            get_device_total_memory=lambda memory=memory: memory,
+            get_device_name=lambda name=name: name,
+            is_tpu=lambda: False,
+            is_cpu=lambda: False,
+        )
+        tokens, _ = arg_utils.EngineArgs.get_batch_defaults(1)
+        tokens_of_a_step.append(tokens[UsageContext.OPENAI_API_SERVER])
+    return tokens_of_a_step
+
+
+def test_vllm_takes_as_many_tokens_of_a_step_by_default_as_planned():
+    machines = [(gpu.memory_bytes, name) for gpu in GPUS.values() for name in gpu.driver_names]
+    # Described by the user, under the name that the driver gives: memory decides, but for the A100.
+    described = [
+        find_gpu(name, gib, 1) for gib in (69.9, 70, 159.9, 160) for name in ("NVIDIA A100X", "NVIDIA GH200 480GB")
+    ]
+    machines += [(gpu.memory_bytes, gpu.name) for gpu in described]
+    taken = run(_vllms_defaults, machines)
+    planned = [default_batched_tokens(gpu) for gpu in (*GPUS.values(), *described)]
+    assert planned == taken
+    assert set(taken) == {2048, 8192, 16384}

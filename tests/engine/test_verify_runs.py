@@ -18,7 +18,9 @@ from tests.support.checkpoints import (
     with_two_experts_swapped,
     write_tensors,
 )
+from tests.support.commands import run_command
 from tests.support.engine import run
+from vllm_bailing import DEMO
 from vllm_bailing.config import BailingMoeV2Config, read_config
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 from vllm_bailing.tensor_names import main_tensors
@@ -142,3 +144,9 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path):
     start, peak = run(memory_of_the_reference, folder)
     assert peak - start < 2 * layer + 0.3e9, f"{(peak - start) / 1e9:.2f} GB with layers of {layer / 1e9:.2f} GB"
     shutil.rmtree(folder)
+
+
+def test_a_process_of_its_own_says_no_more_either(tmp_path):
+    done = run_command("verify", DEMO, "--dtype", "int3", cache=tmp_path)
+    message = "--dtype int3 is not known; use one of bfloat16, float16, float32, fp8"
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -160,6 +160,14 @@ def test_every_patch_and_shim_says_what_differs_where_and_until_when(file):
     assert silent <= several
 
 
+def test_unit_tests_start_no_process_that_imports_vllm():
+    """It takes longer than a hundred of them: such tests belong into the other rooms."""
+    for file in (ROOT / "tests" / "unit").glob("*.py"):
+        modules = {node.module for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)}
+        assert not modules & {"tests.support.engine", "tests.support.warm", "tests.support.preload"}, file.name
+        assert "run_command" not in file.read_text(), file.name
+
+
 def test_a_change_of_vllm_elsewhere_would_be_seen():
     code = "from vllm.v1.sample import rejection_sampler\nrejection_sampler.expand_batch_to_tokens = print\n"
     assert changes_of_others(code) == ["rejection_sampler.expand_batch_to_tokens"]

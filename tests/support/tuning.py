@@ -10,6 +10,22 @@ from vllm_bailing.tuning.space import FIELDS, Experts
 MINI = Experts(256, 512, 2048, 8, 8, 4, "bf16")
 TINY = Experts(16, 128, 256, 2, 4, 2, "fp8")
 H20 = "NVIDIA H20"
+# (experts, GPU, the name of the file that vLLM looks for)
+NAMES = [
+    (MINI, H20, "E=256,N=512,device_name=NVIDIA_H20.json"),
+    (MINI, "NVIDIA H100 80GB HBM3", "E=256,N=512,device_name=NVIDIA_H100_80GB_HBM3.json"),
+    (
+        Experts(256, 1024, 4096, 8, 8, 4, "fp8"),
+        "NVIDIA H20-3e",
+        "E=256,N=1024,device_name=NVIDIA_H20-3e,dtype=fp8_w8a8,block_shape=[128,128].json",
+    ),
+    # vLLM has one name for the H200 family.
+    (
+        Experts(64, 256, 8192, 8, 8, 4, "fp8"),
+        "NVIDIA H200 NVL",
+        "E=64,N=256,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128,128].json",
+    ),
+]
 
 
 def config(*values: int) -> dict[str, int]:

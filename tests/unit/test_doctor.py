@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.support.checkpoints import make_checkpoint, read_tensors, without_mtp_in_config, write_tensors
-from tests.support.commands import invoke, run_command
+from tests.support.commands import invoke
 from tests.support.configs import change_config
 from tests.support.quantized import quantize
 from vllm_bailing import DEMO, DEMO_ADAPTER
@@ -279,9 +279,7 @@ def test_numbers_of_eight_bits_are_looked_at_too(tmp_path):
     assert [check.ok for check in doctor_weights.weights(model)] == [None, True]
 
 
-def test_deep_checks_follow_the_others(tmp_path):
-    done = run_command("doctor", DEMO, "--deep", "--json")
-    assert done.returncode == 0 and "numbers" in {check["name"] for check in json.loads(done.stdout)}
+def test_deep_checks_need_a_model():
     assert invoke("doctor", "--deep").exit_code == 2
 
 

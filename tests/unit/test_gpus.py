@@ -12,7 +12,6 @@ import pytest
 import torch
 from serve_configs import zoo_config
 
-from tests.support.engine import run
 from tests.support.paths import DATA
 from tests.support.planning import plan
 from tests.support.tuning import MINI
@@ -239,40 +238,6 @@ def test_auto_says_what_to_do_without_a_driver(nvml):
     spec.loader.exec_module(module)
     with pytest.raises(ValueError, match=r"^--gpu auto: NVML finds no driver of NVIDIA's here \(.+\); name the GPU"):
         find_gpus("auto")
-
-
-# --- what vLLM takes on them --------------------------------------------------------------------------------------
-
-
-def _vllms_defaults(machines):
-    """Tokens of a step that `vllm serve` takes on each of `machines`: (memory in bytes, name)."""
-    from vllm.engine import arg_utils
-    from vllm.usage.usage_lib import UsageContext
-
-    tokens_of_a_step = []
-    for memory, name in machines:
-        arg_utils.current_platform = SimpleNamespace(
-            get_device_total_memory=lambda memory=memory: memory,
-            get_device_name=lambda name=name: name,
-            is_tpu=lambda: False,
-            is_cpu=lambda: False,
-        )
-        tokens, _ = arg_utils.EngineArgs.get_batch_defaults(1)
-        tokens_of_a_step.append(tokens[UsageContext.OPENAI_API_SERVER])
-    return tokens_of_a_step
-
-
-def test_vllm_takes_as_many_tokens_of_a_step_by_default_as_planned():
-    machines = [(gpu.memory_bytes, name) for gpu in GPUS.values() for name in gpu.driver_names]
-    # Described by the user, under the name that the driver gives: memory decides, but for the A100.
-    described = [
-        find_gpu(name, gib, 1) for gib in (69.9, 70, 159.9, 160) for name in ("NVIDIA A100X", "NVIDIA GH200 480GB")
-    ]
-    machines += [(gpu.memory_bytes, gpu.name) for gpu in described]
-    taken = run(_vllms_defaults, machines)
-    planned = [default_batched_tokens(gpu) for gpu in (*GPUS.values(), *described)]
-    assert planned == taken
-    assert set(taken) == {2048, 8192, 16384}
 
 
 @pytest.mark.parametrize("name", GPUS)

@@ -7,38 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_configs import zoo_config
 
-from tests.support.engine import run_in_turn
-from tests.support.planning import MIDDLE, MTP, YARN, plan
+from tests.support.planning import MIDDLE, MTP, PARTITIONS, YARN, plan
 from vllm_bailing.planning.choice import tp_obstacle
 from vllm_bailing.planning.gpus import GPUS, Gpu, find_gpu
 from vllm_bailing.planning.memory import Layout, Stage, vllm_partition
 from vllm_bailing.planning.request import longest_window
 
-PARTITIONS = [
-    (80, (40, 40)),
-    (32, (11, 11, 10)),
-    (20, (7, 7, 6)),
-    (21, (5, 5, 6, 5)),
-    (22, (5, 6, 6, 5)),
-    (7, (1, 1, 2, 2, 1)),
-    (6, (6,)),
-]
-
 
 @pytest.mark.parametrize(("layers", "partition"), PARTITIONS)
 def test_layers_that_stages_do_not_share_evenly_go_to_the_middle(layers, partition):
     assert vllm_partition(layers, len(partition)) == partition
-
-
-@pytest.mark.parametrize(("layers", "partition"), PARTITIONS)
-def test_stages_have_the_layers_that_vllm_gives_them(layers, partition):
-    assert run_in_turn(_partition, layers, len(partition)) == partition
-
-
-def _partition(layers, pp):
-    from vllm.distributed.utils import get_pp_indices
-
-    return tuple(end - start for start, end in (get_pp_indices(layers, rank, pp) for rank in range(pp)))
 
 
 def test_stages_are_levelled_where_vllms_own_leave_no_room():

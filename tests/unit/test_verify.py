@@ -14,7 +14,7 @@ from tests.support.checkpoints import (
     make_checkpoint,
     plain_answer,
 )
-from tests.support.commands import invoke, run_command
+from tests.support.commands import invoke
 from tests.support.pages import serving_page
 from tests.support.quantized import plain_copy, quantize
 from vllm_bailing import DEMO
@@ -144,12 +144,6 @@ def test_deviations_are_computed_as_they_are_defined():
 def test_what_cannot_be_compared_is_one_line(arguments, message, tmp_path):
     done = invoke("verify", *arguments, XDG_CACHE_HOME=str(tmp_path))
     assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
-
-
-def test_a_process_of_its_own_says_no_more_either(tmp_path):
-    done = run_command("verify", DEMO, "--dtype", "int3", cache=tmp_path)
-    message = "--dtype int3 is not known; use one of bfloat16, float16, float32, fp8"
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_checkpoint_without_a_shard_is_refused(tmp_path):
