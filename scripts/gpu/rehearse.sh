@@ -16,6 +16,7 @@ version=${1:-0.33.0}
 shift || true
 gpus=("${@:-H100}")
 (($#)) || gpus=(H100 B200 H20 A100-80G L40S)
+jobs=${JOBS:-$(nproc)} # now: nproc would count no more cores than OMP_NUM_THREADS
 out=$(realpath -m "${OUT:-$root/build/rehearsal}")/$version
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/vllm-bailing
 
@@ -83,7 +84,7 @@ finish() {
 }
 
 for gpu in "${gpus[@]}"; do
-    ((${#gpu_of[@]} < ${JOBS:-$(nproc)})) || finish
+    ((${#gpu_of[@]} < jobs)) || finish
     start "$gpu"
 done
 while ((${#gpu_of[@]})); do finish; done
