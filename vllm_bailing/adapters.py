@@ -101,13 +101,13 @@ class AdapterSlots:
     def layer_bytes(self, config: BailingMoeV2Config, layer: int) -> int:
         """Bytes of one decoder layer."""
         elements = 0
-        for name, whole in layer_tensors(config, layer).items():
+        for name, whole in layer_tensors(config, layer, experts=1).items():
             module, parts = name.removesuffix(".weight"), name.split(".")[3:]
             if len(whole) != 2 or name.endswith(ROUTER) or not is_prepared(module, self.targets):
                 continue
             if not is_routed(module):
                 elements += self._elements(whole, shard_shape(config, parts, whole, self.tp), self.tp)
-            elif parts[2] == "0":  # all experts are of one shape
+            else:
                 tp = self.tp if self.ep == 1 else 1
                 elements += self._elements(whole, shard_shape(config, parts, whole, tp), tp) * (
                     config.num_experts // self.ep

@@ -24,8 +24,12 @@ def _mlp(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, Shape]]:
     yield f"{prefix}.down_proj.weight", (hidden, width)
 
 
-def layer_tensors(config: BailingMoeV2Config, layer: int) -> dict[str, Shape]:
-    """Names and shapes of one decoder layer, `layer` counted over main and MTP layers."""
+def layer_tensors(config: BailingMoeV2Config, layer: int, experts: int | None = None) -> dict[str, Shape]:
+    """Names and shapes of one decoder layer, `layer` counted over main and MTP layers.
+
+    Args:
+        experts: How many of the routed experts, which are all of one shape, are named; all of them if left out.
+    """
     hidden, prefix = config.hidden_size, f"model.layers.{layer}"
     q_size = config.num_attention_heads * config.head_dim
     qkv_size = q_size + 2 * config.num_key_value_heads * config.head_dim
@@ -47,7 +51,7 @@ def layer_tensors(config: BailingMoeV2Config, layer: int) -> dict[str, Shape]:
     else:
         tensors[f"{prefix}{ROUTER}"] = (config.num_experts, hidden)
         tensors[f"{prefix}.mlp.gate.expert_bias"] = (config.num_experts,)
-        for expert in range(config.num_experts):
+        for expert in range(config.num_experts if experts is None else experts):
             tensors.update(_mlp(f"{prefix}.mlp.experts.{expert}", hidden, config.moe_intermediate_size))
         if config.num_shared_experts:
             tensors.update(_mlp(f"{prefix}.mlp.shared_experts", hidden, config.shared_expert_intermediate_size))

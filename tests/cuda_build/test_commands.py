@@ -72,6 +72,9 @@ def _tuned(*arguments: str) -> tuple[int, str]:
         (("NVIDIA_B200", "--moe-backend", "triton"), "TRITON"),
         (("NVIDIA_B200", "--dtype", "fp8", "--moe-backend", "triton"), "TRITON"),
         (("NVIDIA_A100-SXM4-80GB",), "TRITON"),
+        (("NVIDIA_H20", "--enable-expert-parallel", "--tp", "4"), "TRITON"),
+        (("NVIDIA_H20", "--enable-expert-parallel", "--tp", "4", "--dtype", "fp8"), "FLASHINFER_CUTLASS"),
+        (("NVIDIA_B200", "--enable-expert-parallel", "--tp", "4"), "FLASHINFER_TRTLLM"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )

@@ -87,7 +87,7 @@ def test_a_data_type_has_a_short_and_a_full_name_everywhere(short, full, monkeyp
         given.append(dtype)
         raise error("noted")
 
-    monkeypatch.setattr(space, "experts_of", lambda config, tp, dtype: noted(dtype))
+    monkeypatch.setattr(space, "experts_of", lambda config, tp, dtype, ep: noted(dtype))
     monkeypatch.setattr(verify, "run", lambda *_, dtype, **__: noted(dtype))
     monkeypatch.setattr(in_tree, "run", lambda task, *_: noted(task.engine["dtype"], BenchError))
     config = ROOT / "tests" / "data" / "configs" / "Ling-flash-2.0.json"

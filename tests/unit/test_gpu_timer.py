@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from types import SimpleNamespace
 
@@ -39,7 +40,9 @@ def test_vllm_has_all_that_is_called_by_these_names():
         parameters = list(inspect.signature(function).parameters)
         assert parameters[: len(names.split())] == names.split(), function.__name__
     assert not inspect.signature(package.get_config).parameters
-    assert "quant_config" in inspect.signature(fused_moe.fused_experts).parameters
+    assert {"quant_config", "global_num_experts", "expert_map"} <= set(
+        inspect.signature(fused_moe.fused_experts).parameters
+    )
     for name in ("w1_scale", "w2_scale", "block_shape"):
         assert name in inspect.signature(configs.fp8_w8a8_moe_quant_config).parameters
     # The override comes before any table, and everything else of a configuration goes to the kernel as it is.
@@ -77,8 +80,14 @@ def timer(monkeypatch):
 
     seen = []
 
-    def fused_experts(hidden_states, w1, w2, topk_weights, topk_ids, quant_config):
+    def fused_experts(
+        hidden_states, w1, w2, topk_weights, topk_ids, quant_config, global_num_experts=-1, expert_map=None
+    ):
         seen.append(SimpleNamespace(config=get_config(), w1=w1, ids=topk_ids, quant_config=quant_config))
+        if expert_map is not None:  # what other ranks have adds nothing here
+            assert global_num_experts == len(expert_map)
+            local_ids = expert_map[topk_ids]
+            topk_ids, topk_weights = local_ids.clamp(min=0), topk_weights * (local_ids >= 0)
         if get_config()["BLOCK_SIZE_N"] == 256:
             raise RuntimeError("out of resource: shared memory,\n Required: 270336")
         scales = [
@@ -134,6 +143,28 @@ def test_calls_run_under_the_candidate_and_rotate_weights_and_routing(timer):
     assert len({call.w1.data_ptr() for call in timer.seen}) == 2
     assert timer.seen[0].w1.data_ptr() != timer.seen[1].w1.data_ptr()
     assert not torch.equal(timer.seen[0].ids, timer.seen[1].ids)
+
+
+def test_a_rank_of_several_computes_its_own_experts_alone(timer):
+    of_four = dataclasses.replace(TINY, num_experts=TINY.num_experts // 4, ep_size=4)
+    few = gpu_timer.GpuTimer(of_four, "cpu", copies=1)
+    few.start(24, DEFAULT)
+    assert few._ids.max() >= 3 * of_four.num_experts, "tokens go to the experts of all ranks"
+    is_here = few._ids[0] < of_four.num_experts
+    assert 0.1 < is_here.float().mean() < 0.4
+    (w1, w2), weights = few._weights[0], few._topk_weights[0] * is_here
+    scales = few._quant_config.w1_scale, few._quant_config.w2_scale
+    w1, w2 = (
+        weight.float() * scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
+        for weight, scale in zip((w1, w2), scales, strict=True)
+    )
+    wanted = torch.zeros(24, TINY.hidden_size)
+    for token in range(24):
+        for slot, expert in enumerate(few._ids[0, token].tolist()):
+            if expert < of_four.num_experts:
+                gate, up = (w1[expert] @ few._hidden_states[token].float()).chunk(2)
+                wanted[token] += weights[token, slot] * (w2[expert] @ (torch.nn.functional.silu(gate) * up))
+    torch.testing.assert_close(few._right, wanted, atol=0.02, rtol=0.02)
 
 
 def test_routing_changes_in_place_and_is_the_same_for_the_same_draw(timer):

@@ -110,6 +110,10 @@ def test_the_command_prints_times_and_how_to_use_the_table(mini, tmp_path, with_
     assert serve in lines
     asked = invoke(mini, "-tp", 2, "--out", tmp_path / "asked", "--moe-backend", "triton")
     assert "--tensor-parallel-size 2 --moe-backend triton" in asked.stdout
+    divided = invoke(mini, "-tp", 2, "--enable-expert-parallel", "--out", tmp_path / "divided")
+    assert "--tensor-parallel-size 2 --enable-expert-parallel" in divided.stdout
+    assert "E=128,N=512,device_name=NVIDIA_H20.json" in divided.stdout
+    assert "256 experts in bf16, 8 per token; on each rank w1 [128, 1024, 2048]" in divided.stderr
     again = invoke(mini, "-tp", 2, "--out", tmp_path / "tables")
     assert again.exit_code == 2 and "is there; use it, or add --overwrite" in again.stderr
 

@@ -21,6 +21,17 @@ def test_shapes_are_those_of_one_rank():
     assert experts.weight_bytes == 256 * 3 * 256 * 4096 * 2
 
 
+def test_whole_experts_are_divided_by_expert_parallelism():
+    experts = space.experts_of(zoo_config("Ling-flash-2.0"), 4, expert_parallel=True)
+    assert experts == Experts(64, 1024, 4096, 8, 8, 4, "bf16", 4)
+    assert (experts.w1_shape, experts.w2_shape) == ((64, 2048, 4096), (64, 4096, 1024))
+    assert experts.global_num_experts == 256
+    assert space.experts_of(zoo_config("Ling-mini-2.0"), 1, expert_parallel=True) == MINI
+    # As many tokens for each expert as on one rank that has all of them.
+    whole = space.experts_of(zoo_config("Ling-flash-2.0"), 1)
+    assert candidates(experts, 512, 227 * 1024) == candidates(whole, 512, 227 * 1024)
+
+
 @pytest.mark.parametrize(
     ("quantization", "wanted"),
     [
@@ -59,6 +70,11 @@ def test_what_has_no_table_is_refused_in_one_line(overrides, tp, dtype, words):
     with pytest.raises(ValueError) as error:
         space.experts_of(zoo_config("Ling-mini-2.0", **overrides), tp, dtype)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_experts_that_ranks_cannot_share_evenly_are_refused():
+    with pytest.raises(ValueError, match=r"^--tensor-parallel-size 3 must divide num_experts=256; choose another$"):
+        space.experts_of(zoo_config("Ling-mini-2.0"), 3, expert_parallel=True)
 
 
 # ---- the search space ----------------------------------------------------------------------------------------------

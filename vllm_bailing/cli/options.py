@@ -41,6 +41,9 @@ Bandwidth = Annotated[
     float | None,
     typer.Option("--bandwidth", min=0.0, help="TB/s of the memory of each GPU or rank, if it is not a known GPU."),
 ]
+EnableExpertParallel = Annotated[
+    bool, typer.Option("--enable-expert-parallel", "--ep", "-ep", help="Whole experts on each rank, as for vLLM.")
+]
 BatchSizes = Annotated[str, typer.Option("--batch-size", help="Requests at once, each measured in turn.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="How often each is measured, alternating.")]
 ReportName = Annotated[Path, typer.Option("--out", help="Where to write NAME.json and NAME.png.")]

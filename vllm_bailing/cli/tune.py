@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def tune(
     model: Annotated[str, typer.Argument(help="A hub name, a folder or a config.json; no weights are read.")],
     tensor_parallel_size: Annotated[int, options.TENSOR_PARALLEL_SIZE] = 1,
+    enable_expert_parallel: options.EnableExpertParallel = False,
     dtype: Annotated[
         str | None, options.dtype("bf16, or fp8 in blocks of 128 x 128; the checkpoint's if left out.", "bf16", "fp8")
     ] = None,
@@ -49,7 +50,9 @@ def tune(
         raise typer.BadParameter("--device-name is for --dry-run; a table is made on the GPU that it is for")
     with output.output_aside():
         try:
-            experts = space.experts_of(read_config(model), tensor_parallel_size, dtype and short_dtype(dtype))
+            experts = space.experts_of(
+                read_config(model), tensor_parallel_size, dtype and short_dtype(dtype), enable_expert_parallel
+            )
             if not device_name and (reason := gpu_timer.missing()):
                 raise output.fail("tune", reason, 2)
             plan = make_tuning_plan(experts, out, device_name, moe_backend)
@@ -73,6 +76,8 @@ def tune(
     serve = f"VLLM_TUNED_CONFIG_FOLDER={shlex.quote(str(out))} vllm serve {shlex.quote(model)}"
     if tensor_parallel_size > 1:
         serve += f" --tensor-parallel-size {tensor_parallel_size}"
+    if enable_expert_parallel:
+        serve += " --enable-expert-parallel"
     if moe_backend != "auto":
         serve += f" --moe-backend {shlex.quote(moe_backend)}"
     if as_json:
@@ -126,7 +131,7 @@ def show_tuning_plan(plan: TuningPlan, as_json: bool) -> None:
     typer.echo(f"{plan.file} ({'exists' if plan.is_there else 'does not exist yet'})")
     typer.echo(f"vLLM's own: {plan.replaced or 'none, so it would use its defaults'}")
     typer.echo(
-        f"{experts.num_experts} experts in {experts.dtype}, {experts.top_k} per token; on each rank "
+        f"{experts.global_num_experts} experts in {experts.dtype}, {experts.top_k} per token; on each rank "
         f"w1 {list(experts.w1_shape)}, w2 {list(experts.w2_shape)}, {output.gib(experts.weight_bytes)} GiB per layer"
     )
     typer.echo(

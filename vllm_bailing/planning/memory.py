@@ -26,7 +26,7 @@ _TRIAL_REQUESTS = 1024  # of the run in which vLLM measures what is left for the
 class _Bytes:
     """A dataclass of byte counts that add up."""
 
-    @property
+    @cached_property
     def total(self) -> int:
         return sum(getattr(self, field.name) for field in fields(self))  # pyright: ignore[reportArgumentType]
 
@@ -287,12 +287,16 @@ class Layout:
 
     @cached_property
     def _dense_layer(self) -> dict[str, Part]:
-        return self.layer_parts(0) if self.config.first_k_dense_replace else {}
+        return self.layer_parts(0) if self._all_dense_layers else {}
 
     @cached_property
     def _moe_layer(self) -> dict[str, Part]:
         layers = self.config.num_hidden_layers
-        return self.layer_parts(layers - 1) if self.config.first_k_dense_replace < layers else {}
+        return self.layer_parts(layers - 1) if self._all_dense_layers < layers else {}
+
+    @cached_property
+    def _all_dense_layers(self) -> int:
+        return self.config.first_k_dense_replace
 
     @cached_property
     def _mtp_bytes(self) -> int:
@@ -304,9 +308,7 @@ class Layout:
     def layer_parts(self, layer: int) -> dict[str, Part]:
         """Parts of a decoder layer on one rank, by the names of `WeightBytes`; an MTP layer has "eh_proj" as well."""
         parts: dict[str, Part] = {}
-        for name, whole in layer_tensors(self.config, layer).items():
-            if ".mlp.experts." in name and ".mlp.experts.0." not in name:
-                continue  # all are of one shape
+        for name, whole in layer_tensors(self.config, layer, experts=1).items():
             names = name.split(".")[3:]
             kind, tp, copies = _part_of(names), self.tp, 1
             if kind == "routed_experts":
@@ -330,9 +332,21 @@ class Layout:
         return self._dense_layer.get(name, Part()) * dense + self._moe_layer.get(name, Part()) * moe
 
     def _dense_layers(self, stage: Stage) -> int:
-        return max(0, min(stage.end, self.config.first_k_dense_replace) - stage.first)
+        return max(0, min(stage.end, self._all_dense_layers) - stage.first)
 
     def weights(self, stage: Stage) -> WeightBytes:
+        # A search among partitions asks for the same stages again and again.
+        key = stage.index == 0, stage.index == self.pp - 1, self._dense_layers(stage), stage.end - stage.first
+        if key not in self._weights:
+            self._weights[key] = self._weights_of(stage)
+        return self._weights[key]
+
+    @cached_property
+    def _weights(self) -> dict[tuple[bool, bool, int, int], WeightBytes]:
+        """By whether a stage is the first or the last, and its dense and all its layers."""
+        return {}
+
+    def _weights_of(self, stage: Stage) -> WeightBytes:
         is_first, is_last = stage.index == 0, stage.index == self.pp - 1
         is_shared = self.config.tie_word_embeddings and is_last
         final_norm = self.config.hidden_size * _plain_bytes(self.dtype)
@@ -406,23 +420,15 @@ class Layout:
     def balanced_partition(self) -> tuple[int, ...]:
         """Layers of each stage such that the stage with the most bytes of weights has as few as possible."""
         layers = self.config.num_hidden_layers
-        sizes: dict[tuple[int, ...], int] = {}  # of stages with the same ends and equally many layers of each kind
-
-        def size(stage: Stage) -> int:
-            ends = stage.index == 0, stage.index == self.pp - 1
-            key = (*ends, self._dense_layers(stage), stage.end - stage.first)
-            if key not in sizes:
-                sizes[key] = self.weights(stage).total
-            return sizes[key]
 
         @cache
         def best(index: int, first: int) -> tuple[int, tuple[int, ...]]:
             if index == self.pp - 1:
-                return size(Stage(index, first, layers)), (layers - first,)
+                return self.weights(Stage(index, first, layers)).total, (layers - first,)
             choices = []
             for end in range(first + 1, layers - (self.pp - index - 1) + 1):
                 fullest, rest = best(index + 1, end)
-                own = size(Stage(index, first, end))
+                own = self.weights(Stage(index, first, end)).total
                 choices.append((max(fullest, own), (end - first, *rest)))
             return min(choices)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vllm_bailing.planning.gpus import gpu_called
 from vllm_bailing.tuning.space import Experts
 
@@ -43,17 +45,18 @@ def chosen_backend(experts: Experts, device_name: str | None, moe_backend: str =
             return None
     if not current_platform.is_cuda():
         return None
+    parallel = replace(FusedMoEParallelConfig.make_no_parallel(), ep_size=experts.ep_size, use_ep=experts.ep_size > 1)
     config = FusedMoEConfig(
-        num_experts=experts.num_experts,
+        num_experts=experts.global_num_experts,
         experts_per_token=experts.top_k,
         hidden_dim=experts.hidden_size,
         intermediate_size=experts.intermediate_size,  # already one rank's
         num_local_experts=experts.num_experts,
-        num_logical_experts=experts.num_experts,
+        num_logical_experts=experts.global_num_experts,
         activation=MoEActivation.SILU,
         device="cuda",
         routing_method=RoutingMethodType.DeepSeekV3,
-        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
+        moe_parallel_config=parallel,
         in_dtype=torch.bfloat16,
         moe_backend=moe_backend,  # pyright: ignore[reportArgumentType]
     )

@@ -42,12 +42,15 @@ def missing() -> str:
 def random_routing(
     experts: Experts, shape: tuple[int, ...], generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids int32, weights fp32), each [*shape, top-k]: as the model routes, from random logits and without a bias."""
+    """(ids int32, weights fp32), each [*shape, top-k]: as the model routes, from random logits and without a bias.
+
+    Ids are those of the experts of all ranks.
+    """
     import torch
 
     from vllm_bailing.reference import grouped_topk
 
-    logits = torch.randn(*shape, experts.num_experts, generator=generator, device=generator.device)
+    logits = torch.randn(*shape, experts.global_num_experts, generator=generator, device=generator.device)
     scores = logits.sigmoid()  # [..., E]
     topk_ids = grouped_topk(scores, experts.n_group, experts.topk_group, experts.top_k)
     topk_weights = scores.gather(-1, topk_ids)
@@ -76,6 +79,7 @@ class GpuTimer:
         copies = self._affordable_copies() if copies is None else copies
         self._weights = [(self._random(experts.w1_shape), self._random(experts.w2_shape)) for _ in range(copies)]
         self._quant_config = self._scales()
+        self._of_rank = self._expert_map()
         self._flushed = torch.empty(4 * self._cache_bytes(), dtype=torch.uint8, device=self.device)
         self._hidden_states = self._ids = self._topk_weights = self._right = torch.empty(0)
 
@@ -124,6 +128,16 @@ class GpuTimer:
             for count, rows, columns in (self.experts.w1_shape, self.experts.w2_shape)
         ]
         return fp8_w8a8_moe_quant_config(w1_scale=scales[0], w2_scale=scales[1], block_shape=self.experts.block_shape)
+
+    def _expert_map(self) -> dict[str, Any]:
+        """What tells vLLM's experts which ones the first of several ranks has."""
+        import torch
+
+        if self.experts.ep_size == 1:
+            return {}
+        expert_map = torch.full((self.experts.global_num_experts,), -1, dtype=torch.int32, device=self.device)
+        expert_map[: self.experts.num_experts] = torch.arange(self.experts.num_experts, device=self.device)
+        return {"global_num_experts": self.experts.global_num_experts, "expert_map": expert_map}
 
     def start(self, tokens: int, default: TileConfig) -> None:
         import torch
@@ -184,7 +198,9 @@ class GpuTimer:
         for call in range(CALLS):
             w1, w2 = self._weights[call % len(self._weights)]
             ids, weights = self._ids[call], self._topk_weights[call]
-            result = fused_experts(self._hidden_states, w1, w2, weights, ids, quant_config=self._quant_config)
+            result = fused_experts(
+                self._hidden_states, w1, w2, weights, ids, quant_config=self._quant_config, **self._of_rank
+            )
             results = results or [result]
         return results[0]
 

@@ -105,8 +105,9 @@ def estimate_seconds(experts: Experts, space: dict[int, list[TileConfig]], devic
     gpu = gpu_called(device_name) or GPUS["H20"]
     seconds = _COMPILE_SECONDS * len({tile_key(config) for configs in space.values() for config in configs})
     for tokens, configs in space.items():
-        distinct = 1 - (1 - experts.top_k / experts.num_experts) ** tokens  # of the experts, with uniform routing
-        flops = 6 * tokens * experts.top_k * experts.intermediate_size * experts.hidden_size
+        distinct = 1 - (1 - experts.top_k / experts.global_num_experts) ** tokens  # of them, with uniform routing
+        picks = tokens * experts.top_k / experts.ep_size  # of this rank's
+        flops = 6 * picks * experts.intermediate_size * experts.hidden_size
         call = 2 * max(experts.weight_bytes * distinct / gpu.bandwidth, flops / gpu.flops_16) + 50e-6
         timings = (FIRST_ROUNDS + 2) * len(configs) + SECOND_ROUNDS * (FINALISTS + 1)
         seconds += timings * CALLS * call + _CANDIDATE_SECONDS * len(configs)

@@ -1,6 +1,6 @@
 """What is tuned, and the configurations of vLLM's fused-experts kernel that are worth timing.
 
-Dimension letters: M tokens, E routed experts, N their width on one rank, K hidden size.
+Dimension letters: M tokens, E routed experts of one rank, N their width on it, K hidden size.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ class Experts:
     """The routed experts of one rank, as far as their speed depends on it.
 
     Attributes:
+        num_experts: E, on this rank.
         intermediate_size: N, on this rank.
         dtype: "bf16", or "fp8" with a scale for each block of 128 x 128 weights.
+        ep_size: Ranks that have E experts each, of which a token picks `top_k` in all.
     """
 
     num_experts: int
@@ -34,6 +36,12 @@ class Experts:
     n_group: int
     topk_group: int
     dtype: str
+    ep_size: int = 1
+
+    @property
+    def global_num_experts(self) -> int:
+        """Those of all ranks."""
+        return self.num_experts * self.ep_size
 
     @property
     def block_shape(self) -> list[int] | None:
@@ -63,8 +71,10 @@ class Experts:
         return 3 * self.num_experts * self.intermediate_size * self.hidden_size * self.element_bytes
 
 
-def experts_of(config: BailingMoeV2Config, tp_size: int, dtype: str | None = None) -> Experts:
-    """The experts that one of `tp_size` ranks has.
+def experts_of(
+    config: BailingMoeV2Config, tp_size: int, dtype: str | None = None, expert_parallel: bool = False
+) -> Experts:
+    """The experts that one of `tp_size` ranks has: a part of each, or whole ones by expert parallelism.
 
     Args:
         dtype: One of `DTYPES`; what the checkpoint is stored in if left out.
@@ -74,11 +84,14 @@ def experts_of(config: BailingMoeV2Config, tp_size: int, dtype: str | None = Non
     dtype = dtype or _stored_dtype(config)
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} has no tables of vLLM's Triton experts; use one of {', '.join(DTYPES)}")
-    width = config.moe_intermediate_size
-    if tp_size < 1 or width % tp_size:
-        raise ValueError(f"--tensor-parallel-size {tp_size} must divide moe_intermediate_size={width}; choose another")
+    divided, ep_size = ("num_experts", tp_size) if expert_parallel else ("moe_intermediate_size", 1)
+    if tp_size < 1 or getattr(config, divided) % tp_size:
+        raise ValueError(
+            f"--tensor-parallel-size {tp_size} must divide {divided}={getattr(config, divided)}; choose another"
+        )
+    width = config.moe_intermediate_size * ep_size // tp_size
     for name, size in (
-        ("moe_intermediate_size / tensor-parallel size", width // tp_size),
+        ("moe_intermediate_size / tensor-parallel size", width),
         ("hidden_size", config.hidden_size),
     ):
         if dtype == "fp8" and size % BLOCK:
@@ -87,13 +100,14 @@ def experts_of(config: BailingMoeV2Config, tp_size: int, dtype: str | None = Non
                 "in the blocks that they make of it; choose another --tensor-parallel-size"
             )
     return Experts(
-        config.num_experts,
-        width // tp_size,
+        config.num_experts // ep_size,
+        width,
         config.hidden_size,
         config.num_experts_per_tok,
         config.n_group,
         config.topk_group,
         dtype,
+        ep_size,
     )
 
 
@@ -132,7 +146,7 @@ def candidates(experts: Experts, tokens: int, shared_memory: int) -> list[TileCo
     no less than a quarter, since weights would be read again for each. Threads hold 8 to 128 numbers of the result:
     with more they run out of registers, with fewer most of them wait.
     """
-    share = tokens * experts.top_k / experts.num_experts
+    share = tokens * experts.top_k / experts.global_num_experts
     heights = [size for size in (16, 32, 64, 128) if size == 16 or size <= 4 * share]
     heights = [size for size in heights if 4 * size >= share] or heights[-1:]
     widths = [size for size in (32, 64, 128, 256) if size <= max(32, 2 * experts.intermediate_size)]
