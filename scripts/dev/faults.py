@@ -4,7 +4,7 @@
     .venv/bin/python scripts/dev/faults.py engine-killed small-shm
 
 Where a server ends by the fault, or its disk was full, the same one is started again once the cause is gone. Those that
-change mounts need root on Linux. docs/reliability.md has results.
+change mounts need root on Linux. docs/reliability.md has results. Exit code 1 if a stream looks whole and is not.
 """
 
 from __future__ import annotations
@@ -194,12 +194,14 @@ def again(*flags: str, **how: Any) -> str:
         return f"started again, it gives {running.asked()} after {time.monotonic() - running.begun:.0f} s"
 
 
-def _killed(name: str, *flags: str) -> str:
+def _killed(name: str, *flags: str, clients: int = 0) -> str:
     with server(*flags) as running:
         assert running.started(), running.message()
-        begun = time.monotonic()
-        os.kill(running.pid(name), signal.SIGKILL)
-        seen = f"the server {running.ended_after(begun)}; {running.message()}"
+        with running.streams(clients, tokens=400) as ends:
+            begun = time.monotonic()
+            os.kill(running.pid(name), signal.SIGKILL)
+            told = f"{ends()} after {time.monotonic() - begun:.0f} s; " if clients else ""
+        seen = f"{told}the server {running.ended_after(begun)}; {running.message()}"
     return f"{seen}; {again(*flags)}"
 
 
@@ -216,6 +218,21 @@ def worker_killed() -> str:
 def server_killed() -> str:
     """kill -9 of the API server."""
     return _killed("APIServer")
+
+
+def engine_killed_under_load() -> str:
+    """kill -9 of the engine core with 16 streams under way."""
+    return _killed("EngineCore", clients=16)
+
+
+def worker_killed_under_load() -> str:
+    """kill -9 of one of two workers with 16 streams under way."""
+    return _killed("Worker_TP1", *TWO_RANKS, clients=16)
+
+
+def server_killed_under_load() -> str:
+    """kill -9 of the API server with 16 streams under way."""
+    return _killed("APIServer", clients=16)
 
 
 def _stopped(name: str) -> str:
@@ -450,6 +467,9 @@ FAULTS: dict[str, Callable[[], str]] = {
         engine_killed,
         worker_killed,
         server_killed,
+        engine_killed_under_load,
+        worker_killed_under_load,
+        server_killed_under_load,
         engine_stopped,
         server_stopped,
         terminated,
@@ -483,16 +503,18 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are stopped on the way out
     print("| fault | what is seen |\n|---|---|", flush=True)
     with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(report, names or FAULTS))
+        seen = list(pool.map(report, names or FAULTS))
+    raise SystemExit(any("WRONG" in one for one in seen))
 
 
-def report(name: str) -> None:
+def report(name: str) -> str:
     fault = FAULTS[name]
     try:
         seen = fault()
     except AssertionError as error:
         seen = f"not tried: {error}"
     print(f"| {(fault.__doc__ or '').rstrip('.')} | {seen.replace('|', '/')} |", flush=True)
+    return seen
 
 
 if __name__ == "__main__":

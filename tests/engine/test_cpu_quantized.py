@@ -87,11 +87,11 @@ def test_experts_mean_what_the_checkpoint_says(scheme, kernel, tmp_path):
 
 
 @THOROUGH
-@pytest.mark.parametrize("scheme", ["gptq", "w8a8"])
-def test_each_of_two_ranks_computes_its_experts(scheme, tmp_path):
+@pytest.mark.parametrize(("scheme", "are_whole"), [("gptq", True), ("w8a8", False), ("w8a8", True)])
+def test_each_of_two_ranks_computes_its_experts(scheme, are_whole, tmp_path):
     model, plain = _quantized(tmp_path, scheme)
     wanted, _ = plain_answer(plain, PROMPT)
-    kernels, found = run(_served, model, tensor_parallel_size=2, enable_expert_parallel=scheme == "gptq", env=TWO_RANKS)
+    kernels, found = run(_served, model, tensor_parallel_size=2, enable_expert_parallel=are_whole, env=TWO_RANKS)
     assert "Experts" in kernels
     assert (found[0][0] - wanted).abs().mean() <= NEAR
 

@@ -7,14 +7,18 @@ from datetime import timedelta
 from unittest import mock
 
 import pytest
+import torch
 
 from tests.support.adapters import adapted, make_adapter, merged
 from tests.support.balancing import balanced
 from tests.support.cases import CASES, load_case
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer
+from tests.support.conversations import prompt_ids, spread
 from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, generate, run, run_in_turn
+from tests.support.quantized import DEQUANTIZE, quantized_demo
 from tests.support.server import free_port
 from tests.support.speculation import mtp
+from vllm_bailing import DEMO
 
 EXPERTS = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
 DIVIDED = {"additional_config": {"bailing_sequence_parallel": True}}
@@ -46,6 +50,21 @@ def test_ranks_share_the_experts_of_compiled_models():
     options = {**EXPERTS, "enforce_eager": False}
     (answer,) = run_in_turn(generate, model, [expected["input_ids"].tolist()], env=TWO_RANKS, **options)
     check(answer, expected)
+
+
+@pytest.mark.parametrize("scheme", ["", "w8a8"], ids=["bf16", "int8"])
+def test_ranks_share_experts_in_few_bits_as_exactly_as_one_has_them(scheme, plain, tmp_path):
+    model = quantized_demo(scheme, tmp_path / "demo") if scheme else DEMO
+    prompts = [prompt_ids(plain, row) for row in spread(4)]
+    wanted = [plain.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).detach() for ids in prompts]
+
+    def deviation(**options):
+        answers = run_in_turn(generate, model, prompts, dtype="bfloat16", **(DEQUANTIZE if scheme else {}), **options)
+        return torch.cat([(table - exact).abs().flatten() for (table, _), exact in zip(answers, wanted, strict=True)])
+
+    alone, shared = deviation(), deviation(env=TWO_RANKS, **EXPERTS)
+    assert 0 < shared.mean() <= 1.5 * alone.mean()  # another order of sums, where a wrong expert is nats away
+    assert shared.max() <= 2 * alone.max()
 
 
 def test_ranks_share_the_experts_of_a_draft():
