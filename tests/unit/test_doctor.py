@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -277,6 +280,31 @@ def test_numbers_of_eight_bits_are_looked_at_too(tmp_path):
     model = make_checkpoint(tmp_path / "model")
     quantize(model, "fp8")
     assert [check.ok for check in doctor_weights.weights(model)] == [None, True]
+
+
+ENGINE = """
+import os, sys, time, setproctitle
+if os.fork() == 0:
+    setproctitle.setproctitle("VLLM::EngineCore")
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+time.sleep(60 * (sys.argv[1] == "lives"))
+"""
+
+
+@pytest.mark.parametrize("server", ["lives", "was killed"])
+def test_an_engine_without_its_server_is_named(server):
+    with subprocess.Popen([sys.executable, "-c", ENGINE, server], stdout=subprocess.PIPE, text=True) as process:
+        engine = psutil.Process(int(process.stdout.readline()))
+        try:
+            if server == "was killed":
+                process.wait(30)
+            found = [check.detail for check in doctor._engines_left_behind() if f"kill {engine.pid}" in check.detail]
+            said = f"{engine.pid} runs without its server and keeps its memory; end it by: kill {engine.pid}"
+            assert found == ([] if server == "lives" else [said])
+        finally:
+            engine.kill()
+            process.kill()
 
 
 def test_deep_checks_need_a_model():

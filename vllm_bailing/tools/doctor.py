@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -54,6 +55,7 @@ def environment() -> Iterator[Check]:
     yield _entry_point()
     yield _memory()
     yield _disk()
+    yield from _engines_left_behind()
 
 
 def _packages() -> Iterator[Check]:
@@ -173,6 +175,22 @@ def _disk() -> Check:
     folder = Path(HF_HUB_CACHE)
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return Check("disk for models", None, f"{shutil.disk_usage(existing).free / GIB:.0f} GiB free for {folder}")
+
+
+def _engines_left_behind() -> Iterator[Check]:
+    """Engines whose server was killed: they wait for it for ever, and keep the memory of the GPUs meanwhile."""
+    import psutil
+
+    for process in psutil.process_iter(["name"]):
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            if not re.search(r"::EngineCor", process.info["name"] or ""):
+                continue
+            parent = process.parent()
+            command = " ".join(parent.cmdline()) if parent else ""
+            # Init, or what takes its place; whatever can start an engine is a program of Python's.
+            if not re.search(r"python|vllm|ray", command, re.IGNORECASE):
+                detail = f"{process.pid} runs without its server and keeps its memory; end it by: kill {process.pid}"
+                yield Check("an engine", None, detail)
 
 
 def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[Check]:
