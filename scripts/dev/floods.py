@@ -88,13 +88,13 @@ FLOODS = {
         tools=[{"name": f"tool_{number}", "input_schema": {"type": "object"}} for number in range(MANY)]
     ),
     "tool-of-10-MB": chat(tools=[tool(0, "d" * 10_000_000)]),
-    "deep-tool": chat(tools=[tool(0, "", nested(900))]),
+    "tool-of-900-levels": chat(tools=[tool(0, "", nested(900))]),
     "required-of-many-tools": chat(tools=[tool(number) for number in range(MANY)], tool_choice="required"),
     "named-tool-of-a-deep-schema": chat(
         tools=[tool(0, "", nested(200))], tool_choice={"type": "function", "function": {"name": "tool_0"}}
     ),
-    "deep-schema": constrained(nested(900)),
-    "deeper-schema": constrained(nested(300)),
+    "schema-of-900-levels": constrained(nested(900)),
+    "schema-of-300-levels": constrained(nested(300)),
     "wide-schema": constrained(wide(MANY)),
     "schema-of-many-choices": constrained({"enum": [f"choice {number}" for number in range(5 * MANY)]}),
     "schema-that-counts": constrained({"type": "string", "minLength": 10**6, "maxLength": 10**9}),
@@ -161,6 +161,9 @@ def asked(running: Server, path: str, body: dict[str, Any]) -> str:
         told = answer.text
     told = " ".join(str(told).split())
     return f"{answer.status_code}: {told if len(told) < 140 else told[:140] + '...'}"
+
+
+sys.setrecursionlimit(20_000)  # to write what is nested deeper than a reader may go
 
 
 def main(names: Annotated[list[str] | None, typer.Argument(help=", ".join(FLOODS))] = None) -> None:
