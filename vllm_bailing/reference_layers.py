@@ -246,6 +246,8 @@ class BailingMoeV2SparseMoe(nn.Module):
 
     def __init__(self, config: BailingMoeV2Config) -> None:
         super().__init__()
+        # Where experts are sharded over ranks, all have to call each of them, in one order.
+        self.calls_every_expert = False
         self.gate = BailingMoeV2Gate(config)
         self.experts = nn.ModuleList(
             BailingMoeV2MLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
@@ -261,7 +263,8 @@ class BailingMoeV2SparseMoe(nn.Module):
         topk_ids, topk_weights, _ = self.gate(flat)
         # Weighted outputs are summed in fp32 for bf16 models too: the order of experts then hardly matters.
         routed = torch.zeros_like(flat, dtype=torch.float32)
-        for expert in topk_ids.unique().tolist():
+        experts = range(len(self.experts)) if self.calls_every_expert else topk_ids.unique().tolist()
+        for expert in experts:
             tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
             output = self.experts[expert](flat[tokens]).float() * topk_weights[tokens, slots, None]
             routed.index_add_(0, tokens, output)

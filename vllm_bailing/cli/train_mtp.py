@@ -71,6 +71,9 @@ def train_mtp(
         int | None,
         typer.Option(min=1, help="Also choose so many tokens that drafts are made of, the most frequent ones."),
     ] = None,
+    train_ranks: Annotated[
+        int, typer.Option(min=1, help="Processes that train, a GPU each; the layer is sharded over them.")
+    ] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     seed: int = 0,
     plan: Annotated[
@@ -112,6 +115,7 @@ def train_mtp(
             merge,
             adapter,
             draft_vocab_size,
+            train_ranks,
         )
         with output.output_aside():
             result = run.train(request, Terminal(), resume)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -59,7 +60,7 @@ class MtpDraft(nn.Module):
         """
         states = hidden_states.to(self.embedding.dtype)
         rows, is_row = answer_rows(labels, lengths)
-        losses, matches = [], []
+        sums, counts, matches = [], [], []
         for step, drafted in enumerate(self.unrolled(input_ids, states, rows, lengths), 1):
             counted = is_row & (rows + step + 1 < lengths[:, None])
             wanted = taken(states, rows + step)[counted]
@@ -67,13 +68,12 @@ class MtpDraft(nn.Module):
                 checkpoint(self._compared, *pair, use_reentrant=False)
                 for pair in zip(drafted[counted].split(LOSS_ROWS), wanted.split(LOSS_ROWS), strict=True)
             ]
-            # A batch of answers that are too short for a step has nothing to say about it.
-            losses.append(sum(divergence for divergence, _ in parts) / max(1, len(wanted)))
+            sums.append(torch.stack([divergence for divergence, _ in parts]).sum())
+            counts.append(len(wanted))
             row = torch.full(counted.shape, NOT_COUNTED, device=input_ids.device)
             row[counted] = torch.cat([is_same for _, is_same in parts]).long()
             matches.append(row)
-        weights = [DECAY**step for step in range(len(losses))]
-        loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
+        loss = weighted_mean(torch.stack(sums), torch.tensor(counts, device=input_ids.device))
         return {"loss": loss} if self.training else {"loss": loss, "matches": torch.stack(matches, -1)}
 
     def _compared(self, came: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,8 +127,37 @@ class MtpDraft(nn.Module):
         """
         if isinstance(self.layer.mlp, BailingMoeV2SparseMoe) and rate:
             bias: Any = self.layer.mlp.gate.expert_bias
-            bias += rate * (self.loads.mean() - self.loads).sign()
+            loads = over_ranks(self.loads)
+            bias += rate * (loads.mean() - loads).sign()
         self.loads.zero_()
+
+
+def rank_of() -> tuple[int, int]:
+    """Number of this process among those that train the layer together, and how many they are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def over_ranks(values: Tensor) -> Tensor:
+    """`values`, which become their sum over all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def weighted_mean(sums: Tensor, counts: Tensor) -> Tensor:
+    """Loss of all ranks together: each step's mean, weighted by `DECAY`. Its gradient is that of this rank's part.
+
+    Args:
+        sums: [steps] fp32, of this rank's tokens.
+        counts: [steps], its tokens, whose number differs between ranks.
+    """
+    _, ranks = rank_of()
+    all_sums, all_counts = over_ranks(torch.stack((sums.detach(), counts.float())))
+    weights = DECAY ** torch.arange(len(sums), device=sums.device)
+    # A batch of answers that are too short for a step has nothing to say about it.
+    weights = weights / weights.sum() / all_counts.clamp(min=1)
+    part = (sums * weights).sum() * ranks  # of which the sharded layer takes the mean over the ranks
+    return part + ((all_sums * weights).sum() - part).detach()
 
 
 def answer_rows(labels: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

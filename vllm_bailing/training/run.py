@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from vllm_bailing.draft_target import DraftTarget
@@ -25,16 +24,15 @@ from vllm_bailing.plugin.options import DRAFT_VOCABULARY
 from vllm_bailing.tools.draft_vocab import coverage, most_frequent, write_tokens
 from vllm_bailing.tools.prompts import read_prompts, read_tokenizer
 from vllm_bailing.training import answers as answering
-from vllm_bailing.training import checks, files, states
+from vllm_bailing.training import checks, files, ranks, states
 from vllm_bailing.training.draft import MtpDraft
 from vllm_bailing.training.trainer import (
     Acceptance,
     Part,
     Settings,
     choose,
+    fit,
     layer_state,
-    make_trainer,
-    measure,
     require_peft,
 )
 from vllm_bailing.units import GIB
@@ -53,6 +51,7 @@ class Request:
         engine: Further arguments of `vllm.LLM`.
         generator: "vllm" or "plain".
         draft_vocab_size: Tokens of a draft vocabulary that is chosen on the answers, if one is wanted.
+        train_ranks: Processes that train, with the layer sharded over them.
     """
 
     target: str
@@ -71,6 +70,7 @@ class Request:
     merge: Path | None = None
     adapter: Path | None = None
     draft_vocab_size: int | None = None
+    train_ranks: int = 1
 
     @property
     def work(self) -> Path:
@@ -142,7 +142,19 @@ def train(request: Request, show: Show, resume: bool = False) -> Result:
     made_for = DraftTarget.at(target.folder)
     examples = _recorded(request, target, questions, ready, show)
     draft = _draft(request, target, init)
-    result = _trained(request, draft, examples, made_for, show, resume)
+    steps = request.settings.steps
+
+    def step(number: int, logs: dict[str, float]) -> None:
+        show.step(number, steps, logs)
+
+    if request.train_ranks == 1:
+        with ranks.one_line():
+            trained = fit(draft, examples, request.settings, request.work, resume, step)
+    else:
+        gpus = ranks.visible_gpus()
+        job = ranks.Job(str(target.folder), request.settings, request.draft_tokens, request.work, resume, gpus)
+        trained = ranks.fit(draft, job, request.train_ranks, step)
+    result = Result(request, made_for, trained.before, trained.after, trained.history, len(examples))
     layer = files.published_layer(layer_state(draft), target.config)
     shutil.rmtree(request.layer, ignore_errors=True)
     files.write_draft(request.layer, layer, target.folder, made_for)
@@ -321,32 +333,6 @@ def _draft(request: Request, target: checks.Source, init: Any) -> MtpDraft:
     draft = MtpDraft(target.config, layer, embedding, head, request.draft_tokens)
     choose(draft, request.settings.part)
     return draft
-
-
-def _trained(
-    request: Request,
-    draft: MtpDraft,
-    examples: list[states.Example],
-    made_for: DraftTarget,
-    show: Show,
-    resume: bool,
-) -> Result:
-    folder, steps = request.work / "states", request.settings.steps
-    learn = states.States(folder, [example for example in examples if not example.held_out])
-    held_out = states.States(folder, [example for example in examples if example.held_out])
-    checkpoints = request.work / "trainer"
-    trainer = make_trainer(
-        draft, learn, held_out, request.settings, checkpoints, lambda step, logs: show.step(step, steps, logs)
-    )
-    file = request.work / "before.json"
-    if not file.is_file():
-        before = measure(trainer, held_out)
-        write_json(file, {kind: asdict(one) for kind, one in before.items()})
-    before = {kind: Acceptance(**one) for kind, one in json.loads(file.read_text(encoding="utf-8")).items()}
-    last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    after = measure(trainer, held_out)
-    return Result(request, made_for, before, after, trainer.state.log_history, len(examples))
 
 
 def finish(request: Request) -> None:

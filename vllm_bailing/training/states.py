@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,15 @@ def recorded(folder: Path) -> list[Example] | None:
     return [Example(**row) for row in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else None
 
 
+def share(examples: list[Example], rank: int, ranks: int) -> list[Example]:
+    """Every so many of the examples, for one of several ranks.
+
+    All get as many: where that does not work out, some get one that has no answer, which counts for nothing.
+    """
+    empty = [replace(one, ids=one.ids[:1]) for one in examples[:1]]
+    return [*examples, *empty * (-len(examples) % ranks)][rank::ranks]
+
+
 class States(Dataset[dict[str, Any]]):
     """Recorded examples, read from disk when they are asked for."""
 
@@ -110,15 +119,14 @@ class States(Dataset[dict[str, Any]]):
         self.folder, self.examples = folder, examples
         self._files: dict[str, Any] = {}
 
-    def of_kind(self, kind: str) -> States:
-        """The examples of one kind of text."""
-        return States(self.folder, [example for example in self.examples if example.kind == kind])
-
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.examples[index]
+        return self.read(self.examples[index])
+
+    def read(self, example: Example) -> dict[str, Any]:
+        """A row for `collate`."""
         if example.file not in self._files:
             self._files[example.file] = safe_open(self.folder / example.file, framework="pt")
         whole = self._files[example.file].get_slice("hidden_states")
@@ -130,18 +138,21 @@ class Batches(Dataset[list[dict[str, Any]]]):
     """Recorded examples in batches of like length, which waste little on padding.
 
     Which belong together is fixed, so that the order of a run that goes on is that of one that was not interrupted.
+
+    Args:
+        size: Examples of a batch, of which each of `ranks` gets its share.
     """
 
-    def __init__(self, states: States, size: int) -> None:
+    def __init__(self, states: States, size: int, rank: int = 0, ranks: int = 1) -> None:
         self.states = states
-        order = sorted(range(len(states)), key=lambda number: len(states.examples[number].ids))
-        self.batches = [order[start : start + size] for start in range(0, len(order), size)]
+        order = sorted(states.examples, key=lambda example: len(example.ids))
+        self.batches = [share(order[start : start + size], rank, ranks) for start in range(0, len(order), size)]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        return [self.states[number] for number in self.batches[index]]
+        return [self.states.read(example) for example in self.batches[index]]
 
 
 def collate(rows: list[Any]) -> dict[str, Tensor]:
@@ -152,7 +163,7 @@ def collate(rows: list[Any]) -> dict[str, Tensor]:
         `lengths` [B] int64: tokens without padding.
     """
     rows = rows[0] if isinstance(rows[0], list) else rows
-    width = max(len(row["input_ids"]) for row in rows)
+    width = max(2, *(len(row["input_ids"]) for row in rows))
     size = rows[0]["hidden_states"].shape[1]
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     states = torch.zeros(len(rows), width, size, dtype=torch.bfloat16)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from vllm_bailing.errors import TrainError
+from vllm_bailing.json_files import write_json
 from vllm_bailing.planning.training import ATTENTION, LORA, LORA_RANK
-from vllm_bailing.training.draft import MtpDraft, engine_steps
-from vllm_bailing.training.states import Batches, States, collate
+from vllm_bailing.training.draft import MtpDraft, engine_steps, over_ranks, rank_of
+from vllm_bailing.training.states import Batches, Example, States, collate, share
 
 BIAS_RATE = 2e-3  # per step, falling to nothing over the run; as the demo was trained
 
@@ -112,17 +116,18 @@ def make_trainer(
 ) -> Trainer:
     """The trainer, which keeps its checkpoints in `folder`.
 
+    Each of several ranks has one of its own, which knows nothing of the others: they meet in `MtpDraft`.
+
     Args:
         show: Called with the step and its `loss`, or with the acceptance as `Acceptance.metrics` names it.
     """
-    import torch
-
+    rank, ranks = rank_of()
     often = max(1, settings.steps // 10)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=1,  # an item of `Batches` is a whole one
-        per_device_eval_batch_size=settings.batch_size,
+        per_device_eval_batch_size=math.ceil(settings.batch_size / ranks),
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, settings.steps // 50),
@@ -137,20 +142,21 @@ def make_trainer(
         eval_strategy="steps",
         eval_steps=often,
         save_steps=often,
-        save_total_limit=1,
+        save_total_limit=1 if ranks == 1 else 2,  # the last may be there on some of the ranks only
         label_names=["labels"],
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # or the trainer would put copies of the layer on all GPUs
     trains_experts = settings.part is Part.whole and draft.config.moe_router_enable_expert_bias
     trainer = Trainer(
         draft,
         arguments,
         data_collator=collate,
-        train_dataset=Batches(learn, settings.batch_size),
-        eval_dataset=held_out,
+        train_dataset=Batches(learn, settings.batch_size, rank, ranks),
+        eval_dataset=States(held_out.folder, share(held_out.examples, rank, ranks)),
         compute_metrics=lambda predicted: acceptance(predicted.predictions).metrics(),
         callbacks=[_Balance(draft, BIAS_RATE if trains_experts else 0.0), _Progress(show)],
     )
@@ -177,16 +183,55 @@ class Acceptance:
 
 
 def acceptance(matches: np.ndarray) -> Acceptance:
-    """Of the rows of `MtpDraft.forward`'s `matches` [B, A, steps]."""
+    """Of the rows of `MtpDraft.forward`'s `matches` [B, A, steps], and those of the other ranks."""
     steps = np.concatenate([engine_steps(row) for row in matches])
-    return Acceptance((steps >= 0).sum(0).tolist(), (steps == 1).sum(0).tolist())
+    return Acceptance(*over_ranks(torch.tensor(np.stack([(steps >= 0).sum(0), (steps == 1).sum(0)]))).tolist())
 
 
 def measure(trainer: Trainer, held_out: States) -> dict[str, Acceptance]:
     """Acceptance on the held-out answers, by kind; that of all is under ""."""
     # Kind by kind: the trainer sorts what it evaluates by length.
     kinds = sorted({example.kind for example in held_out.examples})
-    found = {kind: acceptance(trainer.predict(held_out.of_kind(kind)).predictions) for kind in kinds}
+    found = {}
+    for kind in kinds:
+        part = share([example for example in held_out.examples if example.kind == kind], *rank_of())
+        found[kind] = acceptance(trainer.predict(States(held_out.folder, part)).predictions)
     drafts = [sum(counts) for counts in zip(*(one.drafts for one in found.values()), strict=True)]
     accepted = [sum(counts) for counts in zip(*(one.accepted for one in found.values()), strict=True)]
     return {"": Acceptance(drafts, accepted), **{kind: one for kind, one in found.items() if kind}}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training brought; see `training.run.Result`."""
+
+    before: dict[str, Acceptance]
+    after: dict[str, Acceptance]
+    history: list[dict[str, float]]
+
+
+def fit(
+    draft: MtpDraft,
+    examples: list[Example],
+    settings: Settings,
+    work: Path,
+    resume: bool,
+    show: Callable[[int, dict[str, float]], object],
+) -> Trained:
+    """Train on the recorded states in `work`, from the last checkpoint on that all ranks have there if it goes on."""
+    rank, ranks = rank_of()
+    learn, held_out = (States(work / "states", [one for one in examples if one.held_out == held]) for held in (False, True))
+    folders = [work / "trainer" if ranks == 1 else work / f"trainer-{number}" for number in range(ranks)]
+    trainer = make_trainer(draft, learn, held_out, settings, folders[rank], show)
+    file = work / "before.json"
+    if file.is_file():
+        before = {kind: Acceptance(**one) for kind, one in json.loads(file.read_text(encoding="utf-8")).items()}
+    else:
+        before = measure(trainer, held_out)
+        if rank == 0:
+            write_json(file, {kind: asdict(one) for kind, one in before.items()})
+    # A checkpoint's file of that name is the last that is written.
+    there = [{path.parent.name for path in folder.glob("checkpoint-*/trainer_state.json")} for folder in folders]
+    last = max(set.intersection(*there), key=lambda name: int(name.rpartition("-")[2]), default=None)
+    trainer.train(resume_from_checkpoint=str(folders[rank] / last) if resume and last else None)
+    return Trained(before, measure(trainer, held_out), trainer.state.log_history)
