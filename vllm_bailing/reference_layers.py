@@ -246,7 +246,7 @@ class BailingMoeV2SparseMoe(nn.Module):
 
     def __init__(self, config: BailingMoeV2Config) -> None:
         super().__init__()
-        # Where experts are sharded over ranks, all have to call each of them, in one order.
+        # Experts that are sharded over ranks have to be called by all of them, in one order.
         self.calls_every_expert = False
         self.gate = BailingMoeV2Gate(config)
         self.experts = nn.ModuleList(

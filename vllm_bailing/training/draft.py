@@ -44,6 +44,9 @@ class MtpDraft(nn.Module):
         self, config: BailingMoeV2Config, layer: BailingMoeV2MTPLayer, embedding: Tensor, head: Tensor, steps: int
     ) -> None:
         super().__init__()
+        if isinstance(layer.mlp, BailingMoeV2SparseMoe):
+            # One that gets no token has a gradient of zeros then, and is moved alike however a batch is divided.
+            layer.mlp.calls_every_expert = True
         self.config, self.layer, self.steps = config, layer, steps
         self.register_buffer("embedding", embedding, persistent=False)
         self.register_buffer("head", head, persistent=False)

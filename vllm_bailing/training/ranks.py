@@ -123,8 +123,9 @@ def _work(rank: int, job: Job, count: int, port: int, told: Any) -> None:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     try:
+        join(rank, count, port, job.gpus)
         with one_line():
-            trained = _train(rank, job, count, port, told)
+            trained = train(job, (lambda *logs: told.put(("step", *logs))) if rank == 0 else (lambda *_: None))
         if rank == 0:
             told.put(("trained", trained))
         dist.destroy_process_group()
@@ -139,36 +140,32 @@ def _work(rank: int, job: Job, count: int, port: int, told: Any) -> None:
         os._exit(1)  # at once: what it holds open lets the others wait
 
 
-def _train(rank: int, job: Job, count: int, port: int, told: Any) -> trainer.Trained:
-    has_gpu = bool(job.gpus)
-    if has_gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = job.gpus[rank]  # nothing has looked at GPUs in this process so far
+def join(rank: int, count: int, port: int, gpus: tuple[str, ...]) -> None:
+    """Make this process one of `count`, which meet at a port of this machine; `gpus` as of `Job`."""
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[rank]  # nothing in this process has looked at GPUs so far
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // count))
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", store=store, rank=rank, world_size=count)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=count)
+
+
+def train(job: Job, show: Callable[[int, dict[str, float]], object]) -> trainer.Trained:
+    """This process's part of the training; the first one writes the layer."""
+    device, dtype = ("cuda", torch.bfloat16) if job.gpus else ("cpu", torch.float32)
     target = checks.target_at(job.target)
-    dtype = torch.bfloat16 if has_gpu else torch.float32
     embedding, head = files.embedding_and_head(target.checkpoint, target.config, dtype)
     with torch.device("meta"):
         layer = BailingMoeV2MTPLayer(target.config, target.config.num_hidden_layers)
-        draft = MtpDraft(target.config, layer, embedding, head, job.draft_tokens)
+    draft = MtpDraft(target.config, layer, embedding, head, job.draft_tokens)
+    with torch.device("meta"):
         trainer.choose(draft, job.settings.part)
-    draft.loads = torch.zeros(target.config.num_experts)
-    shard(draft, job.work / BEGIN, "cuda" if has_gpu else "cpu")
-    examples = states.recorded(job.work / "states") or []
-
-    def show(step: int, logs: dict[str, float]) -> None:
-        if rank == 0:
-            told.put(("step", step, logs))
-
-    trained = trainer.fit(draft, examples, job.settings, job.work, job.resume, show)
-    whole = {
-        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        for name, tensor in draft.layer.state_dict().items()
-    }
-    if rank == 0:
-        save_file({name: tensor.cpu() for name, tensor in whole.items()}, job.work / END)
+    shard(draft, job.work / BEGIN, device)
+    trained = trainer.fit(draft, states.recorded(job.work / "states") or [], job.settings, job.work, job.resume, show)
+    parts: dict[str, Any] = draft.layer.state_dict()
+    whole = {name: (one.full_tensor() if isinstance(one, DTensor) else one).cpu() for name, one in parts.items()}
+    if dist.get_rank() == 0:
+        save_file(whole, job.work / END)
     return trained
 
 
@@ -181,7 +178,6 @@ def shard(draft: MtpDraft, file: Path, device: str) -> None:
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     mlp: Any = draft.layer.mlp
     if isinstance(mlp, BailingMoeV2SparseMoe):
-        mlp.calls_every_expert = True
         # Autocast, which is what rounds the rest, would keep rounded copies of gathered experts.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device == "cuda" else MixedPrecisionPolicy()
         for expert in mlp.experts:
