@@ -149,15 +149,21 @@ def _plan(model: str, gpu: str, gpus: int, answers: int, length: int, answer_len
     table.add_row("record states, all GPUs", output.gib(record), output.gib(memory), verdict(made.record_fits))
     for part, needed in made.memory.items():
         table.add_row(f"train {part}, one GPU", output.gib(needed.train), one, verdict(made.fits[part]))
+        if gpus > 1:
+            each, fits = output.gib(made.sharded[part].train), made.sharded_fits[part]
+            table.add_row(f"train {part}, each of {gpus}", each, one, verdict(fits))
     table.add_row("states, on disk", output.gib(made.disk), "", "")
     console = output.console()
     console.print(f"{answers:,} answers of {length} tokens with their prompts, {made.tokens / 1e6:.1f} million tokens")
     console.print(table)
     answer = "do not fit" if made.answer_hours is None else f"{_time(made.answer_hours)} at least"
-    console.print(f"{all_}: answers {answer}, states {_time(made.record_hours)}, training {_time(made.train_hours)}")
+    training = _time(made.train_hours)
+    if gpus > 1:
+        training += f" on one, {_time(made.sharded_hours)} with --train-ranks {gpus}"
+    console.print(f"{all_}: answers {answer}, states {_time(made.record_hours)}, training {training}")
     console.print(
         "Memory: weights, gradients, moments and logits; a batch comes on top. Time: answers at the roofline, the rest "
-        f"at {100 * UTILIZATION:.0f} % of one GPU's peak, as the README of Ling-V2 has it for Ling-mini-2.0."
+        f"at {100 * UTILIZATION:.0f} % of a GPU's peak, as the README of Ling-V2 has it for Ling-mini-2.0."
     )
 
 

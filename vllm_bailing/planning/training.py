@@ -22,6 +22,7 @@ STATE_BYTES = 2  # of a recorded number: bfloat16
 # Rows of logits that are held at once, and copies of them in fp32: draft and target, their logarithms and a gradient.
 LOSS_ROWS, LOGIT_COPIES = 1024, 6
 LORA_RANK = 16
+EXPERTS = ".experts."  # in the name of what a routed expert consists of
 # What of a layer `--train attention` trains, and the matrices to which `--train lora` adds factors.
 ATTENTION = re.compile(r"attention\.|mlp\.shared_experts\.|eh_proj|norm")
 LORA = re.compile(r"(attention\.(query_key_value|dense)|mlp\.shared_experts\.(gate|up|down)_proj|eh_proj)\.weight")
@@ -49,9 +50,11 @@ class TrainingPlan:
         memory: By what is trained.
         record_fits: Whether the target's weights fit into all GPUs together.
         fits: Whether one GPU holds the training, by what is trained.
+        sharded, sharded_fits: The same of each of all GPUs, where the layer is sharded over them.
         answer_hours: At the roofline of decoding, which no engine passes; None where tensor parallelism cannot divide
             the model by the GPUs.
-        record_hours, train_hours: At `UTILIZATION` of one GPU: layers run one after the other, wherever they are.
+        record_hours: At `UTILIZATION` of one GPU: layers run one after the other, wherever they are.
+        train_hours, sharded_hours: At `UTILIZATION` of one GPU, and of all.
     """
 
     tokens: int
@@ -59,14 +62,23 @@ class TrainingPlan:
     memory: dict[str, Memory]
     record_fits: bool
     fits: dict[str, bool]
+    sharded: dict[str, Memory]
+    sharded_fits: dict[str, bool]
     answer_hours: float | None
     record_hours: float
     train_hours: float
+    sharded_hours: float
 
 
 def layer_elements(config: BailingMoeV2Config) -> int:
     """Numbers of the MTP layer."""
     return sum(math.prod(shape) for shape in layer_tensors(config, config.num_hidden_layers).values())
+
+
+def expert_elements(config: BailingMoeV2Config) -> int:
+    """Numbers of its routed experts."""
+    tensors = layer_tensors(config, config.num_hidden_layers)
+    return sum(math.prod(shape) for name, shape in tensors.items() if EXPERTS in name)
 
 
 def trained_elements(config: BailingMoeV2Config, part: str) -> int:
@@ -83,17 +95,28 @@ def trained_elements(config: BailingMoeV2Config, part: str) -> int:
     return sum(math.prod(shape) for name, shape in tensors.items() if ATTENTION.search(name))
 
 
-def memory_needed(config: BailingMoeV2Config, has_gpu: bool, part: str = "whole") -> Memory:
-    """Weights, their gradients and moments, and logits: fp32 on a processor; on GPUs bf16 but for the layer.
+def memory_needed(config: BailingMoeV2Config, has_gpu: bool, part: str = "whole", ranks: int = 1) -> Memory:
+    """Weights, their gradients and moments, and logits: fp32 on a processor; on GPUs bf16 but for what is trained.
 
-    What a batch needs within the layer comes on top.
+    Of each of several ranks: FSDP2 shards the layer with gradients and moments (ZeRO's third stage, 1910.02054). Gathered
+    are an expert at a time, whose gradient is kept until the last draft step was gone back through, and the rest of the
+    layer with its gradient for the length of a step; embedding and head are whole. On GPUs autocast keeps a rounded copy
+    of each gathered matrix that learns in fp32, and of its gradient. What a batch needs within the layer comes on top.
     """
     size = 2 if has_gpu else 4
     main = sum(math.prod(shape) for shape in main_tensors(config).values())
-    frozen = 0 if part == "whole" else layer_elements(config)
+    experts = expert_elements(config)
+    rest = layer_elements(config) - experts
+    layer = trained_elements(config, part) * TRAINED_BYTES + (0 if part == "whole" else experts * size + rest * 4)
+    rounded = rest * 4 if has_gpu else 0
+    learning = experts if part == "whole" else 0
+    if ranks == 1:
+        gathered = rounded + (learning * 4 if has_gpu else 0)
+    else:
+        gathered = rounded + rest * 8 + learning * size
     vocabulary = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
     logits = LOSS_ROWS * config.vocab_size * LOGIT_COPIES * 4
-    return Memory(main * size, trained_elements(config, part) * TRAINED_BYTES + frozen * 4 + vocabulary * size + logits)
+    return Memory(main * size, math.ceil(layer / ranks) + gathered + vocabulary * size + logits)
 
 
 def active_elements(config: BailingMoeV2Config, layers: range) -> int:
@@ -116,12 +139,14 @@ def plan_training(
     """
     tokens, parts = answers * length, ("whole", "attention", "lora")
     memory = {part: memory_needed(config, True, part) for part in parts}
+    sharded = {part: memory_needed(config, True, part, gpus) for part in parts}
     peak = (gpu.flops_16 or math.inf) * UTILIZATION
     main = active_elements(config, range(config.num_hidden_layers))
     layer = active_elements(config, range(config.num_hidden_layers, config.num_hidden_layers + 1))
     head = 8 * config.hidden_size * config.vocab_size * answers * answer_length
     tp = max((n for n in range(1, gpus + 1) if not tp_obstacle(config, n)), default=1)
     speed = bound(Layout(config, "bf16", tp=tp), (config.num_hidden_layers,), gpu, length, _ANSWERED_AT_ONCE)
+    train_hours = draft_tokens * (6 * layer * tokens + head) / peak / 3600
     record_fits = memory["whole"].record <= gpus * gpu.memory_bytes
     return TrainingPlan(
         tokens,
@@ -129,7 +154,10 @@ def plan_training(
         memory,
         record_fits,
         {part: memory[part].train <= gpu.memory_bytes for part in parts},
+        sharded,
+        {part: sharded[part].train <= gpu.memory_bytes for part in parts},
         answers * answer_length / speed.tokens_per_s / 3600 if record_fits else None,
         2 * main * tokens / peak / 3600,
-        draft_tokens * (6 * layer * tokens + head) / peak / 3600,
+        train_hours,
+        train_hours / gpus,
     )

@@ -130,25 +130,30 @@ def check_folder(folder: Path, flag: str) -> None:
         raise TrainError(f"{flag} {folder}: there is no folder {folder.absolute().parent}; make it first")
 
 
-def check_memory(config: BailingMoeV2Config, model: str, part: str) -> None:
+def check_memory(config: BailingMoeV2Config, model: str, part: str, ranks: int) -> None:
     """Whether the weights of either part of a run fit into the memory that is free.
 
+    Args:
+        ranks: That train, each on a GPU of its own if there are any.
     Raises:
-        TrainError: If the weights alone do not fit into the memory that is free.
+        TrainError: If the weights alone do not fit into the memory that is free, or there are fewer GPUs than ranks.
     """
     import psutil
     import torch
 
     has_gpu = torch.cuda.is_available()
-    needed = memory_needed(config, has_gpu, part)
+    needed = memory_needed(config, has_gpu, part, ranks)
+    if has_gpu and ranks > torch.cuda.device_count():
+        raise TrainError(f"--train-ranks {ranks} needs as many GPUs, and there are {torch.cuda.device_count()}")
     if has_gpu:
         free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
         parts: list[Any] = [("record its states", needed.record, sum(free), "all GPUs")]
-        parts.append(("train its layer", needed.train, free[0], "the first GPU"))
+        where = "the first GPU" if ranks == 1 else f"one of the first {ranks} GPUs"
+        parts.append(("train its layer", needed.train, min(free[:ranks]), where))
     else:
         free_here = psutil.virtual_memory().available
         parts = [("record its states", needed.record, free_here, "memory, and there is no GPU")]
-        parts.append(("train its layer", needed.train, free_here, "memory, and there is no GPU"))
+        parts.append(("train its layer", needed.train * ranks, free_here, "memory, and there is no GPU"))
     for what, wanted, there, where in parts:
         if wanted > there:
             raise TrainError(
@@ -172,6 +177,9 @@ def check_disk(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def saved_bytes(config: BailingMoeV2Config) -> int:
-    """Bytes of the trainer's checkpoints, of which there are two for a moment, and of the result."""
-    return layer_elements(config) * (2 * SAVED_BYTES + 2)
+def saved_bytes(config: BailingMoeV2Config, ranks: int) -> int:
+    """Bytes of the trainer's checkpoints, of which there are two for a moment, and of the result.
+
+    Several ranks have one more, and the layer in fp32 before and after.
+    """
+    return layer_elements(config) * (2 * SAVED_BYTES + 2 + (0 if ranks == 1 else SAVED_BYTES + 2 * 4))

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing import get_context, start_processes
+from transformers.utils import logging as transformers_logging
 
 from vllm_bailing.errors import TrainError
 from vllm_bailing.reference_layers import BailingMoeV2MTPLayer, BailingMoeV2SparseMoe
@@ -109,14 +110,13 @@ def one_line() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise TrainError(
-            f"memory ran out ({str(error).splitlines()[0].split('. GPU')[0]}); begin again with a smaller --batch-size, or "
-            "more --train-ranks"
-        ) from None
+        what = str(error).partition(". GPU")[0]
+        raise TrainError(f"{what}; begin again with a smaller --batch-size or more --train-ranks") from None
 
 
 def _work(rank: int, job: Job, count: int, port: int, told: Any) -> None:
     """One of the processes."""
+    transformers_logging.set_verbosity_error()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # comes by Ctrl-C, and if the parent is gone
     log = job.work / f"rank-{rank}.log"
     with log.open("ab") as stream:
@@ -129,15 +129,19 @@ def _work(rank: int, job: Job, count: int, port: int, told: Any) -> None:
         if rank == 0:
             told.put(("trained", trained))
         dist.destroy_process_group()
-    except BaseException as error:
+    except Exception as error:
         traceback.print_exc()
-        line = (str(error).splitlines() or [""])[0]
-        if isinstance(error, OSError):
-            line = f"{error}; make room and go on with --resume"
-        elif not isinstance(error, TrainError):
-            line = f"{type(error).__name__}: {line}; {log} has the rest"
-        told.put(("failed", f"rank {rank}: {line}"))
-        os._exit(1)  # at once: what it holds open lets the others wait
+        told.put(("failed", f"rank {rank}: {failure(error, log)}"))
+        os._exit(1)  # at once: the others wait while it holds its connections
+
+
+def failure(error: Exception, log: Path) -> str:
+    """What a rank that failed says of it, in a line."""
+    if isinstance(error, TrainError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error}; make room and go on with --resume"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}; {log} has the rest"
 
 
 def join(rank: int, count: int, port: int, gpus: tuple[str, ...]) -> None:

@@ -191,8 +191,13 @@ def _check(request: Request, target: checks.Source, resume: bool) -> None:
         raise TrainError(f"a run that did not end is in {request.work}; go on with --resume, or remove it")
     if resume and not request.work.is_dir():
         raise TrainError(f"--resume: there is no run to go on with in {request.work}; leave --resume out")
-    checks.check_memory(target.config, request.target, request.settings.part.value)
-    checks.check_disk(request.out, checks.saved_bytes(target.config), "checkpoints of the training")
+    if request.train_ranks > request.settings.batch_size:
+        raise TrainError(
+            f"--train-ranks {request.train_ranks} is more than the {request.settings.batch_size} answers of a step that they "
+            "share; give fewer, or a larger --batch-size"
+        )
+    checks.check_memory(target.config, request.target, request.settings.part.value, request.train_ranks)
+    checks.check_disk(request.out, checks.saved_bytes(target.config, request.train_ranks), "checkpoints of the training")
 
 
 def _keep_settings(request: Request, resume: bool) -> None:

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from vllm_bailing.errors import TrainError
 from vllm_bailing.json_files import write_json
-from vllm_bailing.planning.training import ATTENTION, LORA, LORA_RANK
+from vllm_bailing.planning.training import ATTENTION, EXPERTS, LORA, LORA_RANK
 from vllm_bailing.training.draft import MtpDraft, engine_steps, over_ranks, rank_of
 from vllm_bailing.training.states import Batches, Example, States, collate, share
 
@@ -44,7 +44,7 @@ class Settings:
 
 
 def choose(draft: MtpDraft, part: Part) -> None:
-    """Freeze what is not to be trained.
+    """Freeze what is not to be trained; frozen experts are kept as autocast would round them at every draft step.
 
     Raises:
         TrainError: If LoRA is wanted and PEFT is not installed.
@@ -57,6 +57,9 @@ def choose(draft: MtpDraft, part: Part) -> None:
         modules = [name for name, _ in draft.layer.named_modules() if LORA.search(f"{name}.weight")]
         config = peft.LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=modules)
         peft.inject_adapter_in_model(config, draft.layer)
+    for name, parameter in draft.layer.named_parameters():
+        if EXPERTS in name and not parameter.requires_grad:
+            parameter.data = parameter.data.to(draft.embedding.dtype)
 
 
 def require_peft(what: str, remedy: str) -> Any:
@@ -220,7 +223,9 @@ def fit(
 ) -> Trained:
     """Train on the recorded states in `work`, from the last checkpoint on that all ranks have there if it goes on."""
     rank, ranks = rank_of()
-    learn, held_out = (States(work / "states", [one for one in examples if one.held_out == held]) for held in (False, True))
+    learn, held_out = (
+        States(work / "states", [one for one in examples if one.held_out == held]) for held in (False, True)
+    )
     folders = [work / "trainer" if ranks == 1 else work / f"trainer-{number}" for number in range(ranks)]
     trainer = make_trainer(draft, learn, held_out, settings, folders[rank], show)
     file = work / "before.json"
