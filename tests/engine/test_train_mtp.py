@@ -458,7 +458,36 @@ def test_the_plan_needs_only_a_configuration(name):
     assert done.exit_code == 0, done.output
     assert "16,000 answers of 1024 tokens" in done.stdout and "8 x H200: answers" in done.stdout
     assert ("does not fit" in done.stdout) == (name == "Ling-1T")
+    assert "with --train-ranks 8" in " ".join(done.stdout.split())
     assert invoke("train-mtp", DATA / "configs" / f"{name}.json", "--plan", "--gpu", "H9").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "expert", "heads", "kv_heads", "one", "each"),
+    [
+        ("Ling-mini-2.0", 2048, 512, 16, 4, 20.22, 8.09),
+        ("Ling-flash-2.0", 4096, 1024, 32, 4, 67.58, 19.10),
+        ("Ling-1T", 8192, 2048, 64, 8, 254.68, 60.80),
+    ],
+)
+def test_memory_of_the_plan_by_hand(name, hidden, expert, heads, kv_heads, one, each):
+    head, count, vocab = 128, 256, 157184
+    experts = count * 3 * hidden * expert
+    attention = (2 * heads + 2 * kv_heads) * head * hidden + 2 * head  # q and output, k and v, norms of q and k
+    router_and_shared = count * hidden + count + 3 * hidden * expert
+    rest = attention + router_and_shared + 2 * hidden * hidden + 5 * hidden  # joined to one, five norms
+    frozen = 2 * vocab * hidden * 2 + 1024 * vocab * 6 * 4
+    # In bytes: number, gradient and two moments; on one GPU each matrix and its gradient rounded by autocast; on eight
+    # the rest of the layer gathered with its gradient and rounded, and the experts' gradients in bf16.
+    by_hand = ((16 + 4) * (experts + rest) + frozen, 16 * (experts + rest) / 8 + (8 + 4) * rest + 2 * experts + frozen)
+    config = read_config(str(DATA / "configs" / f"{name}.json"))
+    planned = [memory_needed(config, True, "whole", ranks).train for ranks in (1, 8)]
+    assert planned == pytest.approx(by_hand, rel=1e-9)
+    assert [round(size / 2**30, 2) for size in planned] == [one, each]
+    done = invoke("train-mtp", DATA / "configs" / f"{name}.json", "--plan", "--gpus", 8)
+    for what, size, fits in (("one GPU", one, name != "Ling-1T"), ("each of 8", each, True)):
+        verdict = "fits" if fits else "does not fit"
+        assert re.search(rf"train whole, {what} +{size:.2f} +79.10 +{verdict}", done.stdout), done.stdout
 
 
 def test_sizes_of_the_plan_are_those_of_the_files(base):

@@ -19,8 +19,8 @@ from vllm_bailing.reference import BailingMoeV2ForCausalLM, rotary_cos_sin
 from vllm_bailing.training.answers import Answer, Question, ask_plain, questions_of
 from vllm_bailing.training.draft import DECAY, NOT_COUNTED, MtpDraft, engine_steps
 from vllm_bailing.training.files import embedding_and_head, layer_from
-from vllm_bailing.training.states import States, collate, record
-from vllm_bailing.training.trainer import Part, Settings, acceptance, make_trainer, measure
+from vllm_bailing.training.states import Example, States, collate, record, share
+from vllm_bailing.training.trainer import Part, Settings, acceptance, choose, make_trainer, measure
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 STEPS, FIRST = 3, 5
@@ -138,6 +138,54 @@ def test_answers_too_short_for_a_step_are_no_harm(length, tmp_path):
     output = draft(**batch_of(model, PROMPT[:length]))
     assert torch.isfinite(output["loss"]) and output["matches"].shape == (1, max(1, length - FIRST - 1), STEPS)
     assert (output["matches"] != NOT_COUNTED).sum() == sum(range(length - FIRST))
+
+
+def test_an_answer_that_only_fills_a_share_counts_for_nothing(tmp_path):
+    model, draft = opened(tmp_path)
+    draft.train()
+    alone = draft(**batch_of(model, PROMPT[:12]))["loss"]
+    loads = draft.loads.clone()
+    draft.loads.zero_()
+    filler = [PROMPT[:1]]
+    torch.testing.assert_close(draft(**batch_of(model, PROMPT[:12], *filler))["loss"], alone, **CLOSE)
+    assert torch.equal(draft.loads, loads)
+    draft.loads.zero_()
+    loss = draft(**batch_of(model, *filler))["loss"]
+    loss.backward()
+    assert loss == 0 and not draft.loads.any()
+    # Nothing is learnt, but every parameter has a gradient: ranks exchange those of all.
+    assert all(one.grad is not None and not one.grad.any() for one in draft.layer.parameters())
+    assert (draft.eval()(**batch_of(model, *filler))["matches"] == NOT_COUNTED).all()
+
+
+@given(count=st.integers(1, 40), ranks=st.integers(1, 9))
+def test_shares_have_every_example_once_and_are_alike_in_size(count, ranks):
+    examples = [Example([number, 1, 2], 1, "", False) for number in range(count)]
+    shares = [share(examples, rank, ranks) for rank in range(ranks)]
+    assert len({len(one) for one in shares}) == 1
+    held = [one for part in shares for one in part]
+    assert sorted(one.ids[0] for one in held if len(one.ids) > 1) == list(range(count))
+    assert sum(len(one.ids) == 1 for one in held) == -count % ranks
+
+
+@pytest.mark.parametrize("part", [Part.attention, Part.lora])
+def test_frozen_experts_in_bf16_are_what_autocast_makes_of_them(part, tmp_path):
+    if part is Part.lora:
+        pytest.importorskip("peft")
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, draft = opened(tmp_path)
+        draft.embedding = draft.embedding.to(torch.bfloat16)
+        draft.head = draft.head.to(torch.bfloat16)
+        torch.manual_seed(0)
+        choose(draft, part)
+        experts = {one.dtype for name, one in draft.layer.named_parameters() if ".experts." in name}
+        assert experts == {torch.bfloat16}
+        assert all(one.dtype == torch.float32 for one in draft.parameters() if one.requires_grad)
+        draft.layer.mlp.experts.to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(float(draft(**batch_of(model, PROMPT[:12]))["loss"]))
+    assert losses[0] == losses[1]
 
 
 def test_an_engine_s_steps():

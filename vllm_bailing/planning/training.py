@@ -98,22 +98,19 @@ def trained_elements(config: BailingMoeV2Config, part: str) -> int:
 def memory_needed(config: BailingMoeV2Config, has_gpu: bool, part: str = "whole", ranks: int = 1) -> Memory:
     """Weights, their gradients and moments, and logits: fp32 on a processor; on GPUs bf16 but for what is trained.
 
-    Of each of several ranks: FSDP2 shards the layer with gradients and moments (ZeRO's third stage, 1910.02054). Gathered
-    are an expert at a time, whose gradient is kept until the last draft step was gone back through, and the rest of the
-    layer with its gradient for the length of a step; embedding and head are whole. On GPUs autocast keeps a rounded copy
-    of each gathered matrix that learns in fp32, and of its gradient. What a batch needs within the layer comes on top.
+    Of each of several ranks: FSDP2 shards the layer with gradients and moments (ZeRO's third stage, 1910.02054), while
+    embedding and head are whole. It gathers an expert at a time, whose gradient is kept until all draft steps are gone
+    back through, and the rest of the layer with its gradient for the length of a step. On GPUs autocast keeps a rounded
+    copy of each matrix in fp32, and of its gradient. What a batch needs within the layer comes on top.
     """
     size = 2 if has_gpu else 4
     main = sum(math.prod(shape) for shape in main_tensors(config).values())
     experts = expert_elements(config)
     rest = layer_elements(config) - experts
     layer = trained_elements(config, part) * TRAINED_BYTES + (0 if part == "whole" else experts * size + rest * 4)
-    rounded = rest * 4 if has_gpu else 0
+    rounded = 2 * 2 if has_gpu else 0
     learning = experts if part == "whole" else 0
-    if ranks == 1:
-        gathered = rounded + (learning * 4 if has_gpu else 0)
-    else:
-        gathered = rounded + rest * 8 + learning * size
+    gathered = (learning + rest) * rounded if ranks == 1 else rest * (8 + rounded) + learning * size
     vocabulary = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
     logits = LOSS_ROWS * config.vocab_size * LOGIT_COPIES * 4
     return Memory(main * size, math.ceil(layer / ranks) + gathered + vocabulary * size + logits)

@@ -70,8 +70,13 @@ def fit(draft: MtpDraft, job: Job, count: int, show: Callable[[int, dict[str, fl
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     told = get_context("spawn").SimpleQueue()
     arguments = (job, count, store.port, told)
-    processes = start_processes(_work, arguments, count, join=False, daemon=True, start_method="spawn").processes
     trained = None
+    # Until they have begun, Ctrl-C is for this process alone: they would tell of it, each for itself.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        processes = start_processes(_work, arguments, count, join=False, daemon=True, start_method="spawn").processes
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         while any(one.is_alive() for one in processes) or not told.empty():
             while not told.empty():
@@ -166,9 +171,12 @@ def train(job: Job, show: Callable[[int, dict[str, float]], object]) -> trainer.
         trainer.choose(draft, job.settings.part)
     shard(draft, job.work / BEGIN, device)
     trained = trainer.fit(draft, states.recorded(job.work / "states") or [], job.settings, job.work, job.resume, show)
-    parts: dict[str, Any] = draft.layer.state_dict()
-    whole = {name: (one.full_tensor() if isinstance(one, DTensor) else one).cpu() for name, one in parts.items()}
-    if dist.get_rank() == 0:
+    whole: dict[str, Tensor] = {}
+    for name, part in draft.layer.state_dict().items():
+        tensor = part.full_tensor() if isinstance(part, DTensor) else part
+        if dist.get_rank() == 0:
+            whole[name] = tensor.cpu()
+    if whole:
         save_file(whole, job.work / END)
     return trained
 

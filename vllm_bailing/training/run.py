@@ -191,13 +191,14 @@ def _check(request: Request, target: checks.Source, resume: bool) -> None:
         raise TrainError(f"a run that did not end is in {request.work}; go on with --resume, or remove it")
     if resume and not request.work.is_dir():
         raise TrainError(f"--resume: there is no run to go on with in {request.work}; leave --resume out")
-    if request.train_ranks > request.settings.batch_size:
+    count, answers = request.train_ranks, request.settings.batch_size
+    if count > answers:
         raise TrainError(
-            f"--train-ranks {request.train_ranks} is more than the {request.settings.batch_size} answers of a step that they "
-            "share; give fewer, or a larger --batch-size"
+            f"--train-ranks {count} is more than the {answers} answers of a step that they share; give fewer, or a "
+            "larger --batch-size"
         )
-    checks.check_memory(target.config, request.target, request.settings.part.value, request.train_ranks)
-    checks.check_disk(request.out, checks.saved_bytes(target.config, request.train_ranks), "checkpoints of the training")
+    checks.check_memory(target.config, request.target, request.settings.part.value, count)
+    checks.check_disk(request.out, checks.saved_bytes(target.config, count), "checkpoints of the training")
 
 
 def _keep_settings(request: Request, resume: bool) -> None:
