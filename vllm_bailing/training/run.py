@@ -30,6 +30,7 @@ from vllm_bailing.training.trainer import (
     Acceptance,
     Part,
     Settings,
+    Trained,
     choose,
     fit,
     layer_state,
@@ -142,18 +143,7 @@ def train(request: Request, show: Show, resume: bool = False) -> Result:
     made_for = DraftTarget.at(target.folder)
     examples = _recorded(request, target, questions, ready, show)
     draft = _draft(request, target, init)
-    steps = request.settings.steps
-
-    def step(number: int, logs: dict[str, float]) -> None:
-        show.step(number, steps, logs)
-
-    if request.train_ranks == 1:
-        with ranks.one_line():
-            trained = fit(draft, examples, request.settings, request.work, resume, step)
-    else:
-        gpus = ranks.visible_gpus()
-        job = ranks.Job(str(target.folder), request.settings, request.draft_tokens, request.work, resume, gpus)
-        trained = ranks.fit(draft, job, request.train_ranks, step)
+    trained = _trained(request, target, draft, examples, show, resume)
     result = Result(request, made_for, trained.before, trained.after, trained.history, len(examples))
     layer = files.published_layer(layer_state(draft), target.config)
     shutil.rmtree(request.layer, ignore_errors=True)
@@ -339,6 +329,27 @@ def _draft(request: Request, target: checks.Source, init: Any) -> MtpDraft:
     draft = MtpDraft(target.config, layer, embedding, head, request.draft_tokens)
     choose(draft, request.settings.part)
     return draft
+
+
+def _trained(
+    request: Request,
+    target: checks.Source,
+    draft: MtpDraft,
+    examples: list[states.Example],
+    show: Show,
+    resume: bool,
+) -> Trained:
+    settings = request.settings
+
+    def step(number: int, logs: dict[str, float]) -> None:
+        show.step(number, settings.steps, logs)
+
+    if request.train_ranks == 1:
+        with ranks.one_line():
+            return fit(draft, examples, settings, request.work, resume, step)
+    gpus = ranks.visible_gpus()
+    job = ranks.Job(str(target.folder), settings, request.draft_tokens, request.work, resume, gpus)
+    return ranks.fit(draft, job, request.train_ranks, step)
 
 
 def finish(request: Request) -> None:
