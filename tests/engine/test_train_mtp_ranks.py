@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed import TCPStore
 from torch.multiprocessing import start_processes
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors
@@ -75,9 +75,15 @@ def by_part(base, tmp_path_factory):
         trained = trainer.fit(draft, examples[0], one.settings, one.work, False, lambda *_: None)
         found[part] = (draft.layer.state_dict(), works[1], trained.history)
         jobs.append(job_in(base, part, works[1]))
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     start_processes(work_in_pairs, (store.port, jobs), 2)
     return found
+
+
+def assert_close(came, wanted, **limits):
+    for name in wanted:
+        text = f"{name}: {float((came[name] - wanted[name]).abs().max()):.2g} at most"
+        torch.testing.assert_close(came[name].float(), wanted[name].float(), msg=text, **limits)
 
 
 @pytest.mark.parametrize("part", ["whole", "attention", "lora"])
@@ -87,8 +93,7 @@ def test_two_processes_make_the_layer_that_one_makes(part, by_part):
     begin, came = load_file(work / ranks.BEGIN), load_file(work / ranks.END)
     assert came.keys() == wanted.keys()
     assert max(float((came[name] - begin[name]).abs().max()) for name in came) > 1e-3
-    for name in came:
-        torch.testing.assert_close(came[name], wanted[name], atol=3e-6, rtol=0, msg=name)
+    assert_close(came, wanted, atol=3e-6, rtol=0)
 
 
 @pytest.mark.parametrize("part", ["whole", "attention", "lora"])
@@ -150,8 +155,7 @@ def test_a_process_that_is_killed_ends_the_run_which_then_goes_on(base, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert train(base, tmp_path / "wanted").exit_code == 0
     came, wanted = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "wanted")
-    for name in wanted:  # rounded to bf16: to the neighbour at most
-        torch.testing.assert_close(came[name].float(), wanted[name].float(), atol=1e-6, rtol=2**-7, msg=name)
+    assert_close(came, wanted, atol=1e-6, rtol=2**-7)  # rounded to bf16: to the neighbour at most
     one, other = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("out", "wanted"))
     assert one["acceptance"] == other["acceptance"]
     losses = [[row["loss"] for row in numbers["history"] if "loss" in row] for numbers in (one, other)]

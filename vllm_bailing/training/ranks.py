@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.multiprocessing import get_context, start_processes
+from torch.multiprocessing import get_context
+from torch.multiprocessing.spawn import start_processes
 from transformers.utils import logging as transformers_logging
 
 from vllm_bailing.errors import TrainError
@@ -67,16 +68,17 @@ def fit(draft: MtpDraft, job: Job, count: int, show: Callable[[int, dict[str, fl
         TrainError: If one of them ended early.
     """
     save_file(draft.layer.state_dict(), job.work / BEGIN)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     told = get_context("spawn").SimpleQueue()
+    store = _store(is_master=True)
     arguments = (job, count, store.port, told)
     trained = None
     # Until they have begun, Ctrl-C is for this process alone: they would tell of it, each for itself.
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        processes = start_processes(_work, arguments, count, join=False, daemon=True, start_method="spawn").processes
+        started: Any = start_processes(_work, arguments, count, join=False, daemon=True, start_method="spawn")
     finally:
         signal.signal(signal.SIGINT, interrupt)
+    processes = started.processes
     try:
         while any(one.is_alive() for one in processes) or not told.empty():
             while not told.empty():
@@ -98,6 +100,11 @@ def fit(draft: MtpDraft, job: Job, count: int, show: Callable[[int, dict[str, fl
             one.join()
     draft.layer.load_state_dict(load_file(job.work / END))
     return trained
+
+
+def _store(port: int = 0, is_master: bool = False) -> Any:
+    """Where the processes meet: a port of this machine, at the parent a free one."""
+    return dist.TCPStore("127.0.0.1", port, is_master=is_master, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _killed(processes: list[Any]) -> str | None:
@@ -155,8 +162,8 @@ def join(rank: int, count: int, port: int, gpus: tuple[str, ...]) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[rank]  # nothing in this process has looked at GPUs so far
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=count)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, store=_store(port), rank=rank, world_size=count)
 
 
 def train(job: Job, show: Callable[[int, dict[str, float]], object]) -> trainer.Trained:
