@@ -378,7 +378,7 @@ def test_a_machine_that_is_too_small_is_told_before_any_work(base, tmp_path, mon
         patched.setattr(checks.shutil, "disk_usage", lambda _: usage._replace(free=1000))
         assert_refused(train(base, tmp_path / "out"), "checkpoints of the training need up to")
     with monkeypatch.context() as patched:
-        patched.setattr(checks, "saved_bytes", lambda _: 0)
+        patched.setattr(checks, "saved_bytes", lambda *_: 0)
         patched.setattr(checks.shutil, "disk_usage", lambda _: usage._replace(free=1000))
         assert_refused(train(base, tmp_path / "out"), "recorded states need up to")
     import psutil
