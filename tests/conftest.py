@@ -21,7 +21,7 @@ GROUPS = {
         for name in "adapters balance doctor gpu_timer grammars nodes parsers rope tuning_command tuning_table".split()
     ),
     "vLLM's view of a configuration": ("engine/test_config_in_vllm.py",),
-    "trained layers": ("engine/test_train_mtp.py",),
+    "trained layers": ("engine/test_train_mtp.py", "engine/test_train_mtp_ranks.py"),
     "servers of the pages": ("project/test_docs.py",),
     "what modules import": ("project/test_import_rules.py",),
     "the built wheel": ("project/test_packaging.py",),
@@ -35,8 +35,8 @@ GROUP_OF = {part: group for group, parts in GROUPS.items() for part in parts}
 def pytest_addoption(parser):
     text = "How many cases to draw at random and to put through an engine, where tests do so."
     parser.addoption("--random-cases", type=int, default=500, help=text)
-    text = "Serve every scheme of quantized experts that CPUs have kernels for, on one rank and two, and not some."
-    parser.addoption("--all-cpu-schemes", action="store_true", help=text)
+    text = "Also what a usual run leaves out: every scheme that CPUs have kernels for, a killed rank of a training."
+    parser.addoption("--thorough", action="store_true", help=text)
 
 
 @pytest.fixture(scope="session")
@@ -61,8 +61,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.parent.name in ("engine", "serve"):
             item.add_marker("engine")
-        if item.get_closest_marker("all_cpu_schemes") and not item.config.getoption("--all-cpu-schemes"):
-            item.add_marker(pytest.mark.skip(reason="runs with --all-cpu-schemes"))
+        if item.get_closest_marker("thorough") and not item.config.getoption("--thorough"):
+            item.add_marker(pytest.mark.skip(reason="runs with --thorough"))
 
 
 class KeepTogether(LoadScopeScheduling):

@@ -25,7 +25,7 @@ SIZES = {"hidden_size": 128, "moe_intermediate_size": 128}
 # Parts of a fused layer have to be whole blocks.
 BLOCKS = {"intermediate_size": 256, "head_dim": 128, "moe_shared_expert_intermediate_size": 128}
 # Each starts an engine, and some tell enough in a usual run.
-THOROUGH = pytest.mark.all_cpu_schemes
+THOROUGH = pytest.mark.thorough
 # How far log-probabilities may be in the mean from those of the plain model in fp32. With stand-ins bf16 is all that
 # rounds; the kernels round what goes into experts to 8 bits too, except for fp8.
 NEAR = 0.1

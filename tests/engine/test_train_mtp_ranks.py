@@ -134,6 +134,7 @@ def assert_refused(done, fragment):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.thorough
 def test_a_process_that_is_killed_ends_the_run_which_then_goes_on(base, tmp_path, monkeypatch):
     shown = []
 
