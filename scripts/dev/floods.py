@@ -163,10 +163,8 @@ def asked(running: Server, path: str, body: dict[str, Any]) -> str:
     return f"{answer.status_code}: {told if len(told) < 140 else told[:140] + '...'}"
 
 
-sys.setrecursionlimit(20_000)  # to write what is nested deeper than a reader may go
-
-
 def main(names: Annotated[list[str] | None, typer.Argument(help=", ".join(FLOODS))] = None) -> None:
+    sys.setrecursionlimit(20_000)  # to write what is nested deeper than a reader may go
     print("| request | answer | after | longest wait of another user |\n|---|---|---|---|", flush=True)
     failed = False
     with server(*FLAGS) as running:

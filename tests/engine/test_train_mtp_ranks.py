@@ -8,10 +8,10 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed import TCPStore
 from torch.multiprocessing import start_processes
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors
@@ -54,8 +54,10 @@ def draft_for(base, part):
     return draft
 
 
-def work_in_pairs(rank, port, jobs):
-    ranks.join(rank, 2, port, ())
+def work_in_pairs(rank, meet, jobs):
+    ranks.join(rank, 2, meet, ())
+    listening = [one.laddr.ip for one in psutil.Process().net_connections() if one.status == psutil.CONN_LISTEN]
+    assert set(listening) == {"127.0.0.1"}
     for job in jobs:
         ranks.train(job, lambda *_: None)
 
@@ -75,8 +77,7 @@ def by_part(base, tmp_path_factory):
         trained = trainer.fit(draft, examples[0], one.settings, one.work, False, lambda *_: None)
         found[part] = (draft.layer.state_dict(), works[1], trained.history)
         jobs.append(job_in(base, part, works[1]))
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    start_processes(work_in_pairs, (store.port, jobs), 2)
+    start_processes(work_in_pairs, (base / "meet", jobs), 2)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,15 +14,18 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from tests.support.commands import invoke
+from tests.support.configs import CONFIGS
 from tests.support.paths import ROOT
+from tests.support.server import free_port
 from vllm_bailing import DEMO, cli
 from vllm_bailing.bench import in_tree
 from vllm_bailing.cli import app
 from vllm_bailing.errors import BenchError
 from vllm_bailing.planning.gpus import GPUS
-from vllm_bailing.tools import demo, verify
+from vllm_bailing.tools import demo, doctor, verify
 from vllm_bailing.tuning import space
 
 
@@ -399,3 +403,43 @@ def test_wrong_numbers_are_refused_before_an_engine_starts(arguments, monkeypatc
     monkeypatch.setattr(mtp, "MtpTask", lambda *_: pytest.fail("goes on"))
     done = invoke("bench", "mtp", DEMO, *arguments)
     assert done.exit_code == 2 and "is not a list of numbers from" in " ".join(done.stderr.split()), done.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", CONFIGS / "Ling-flash-2.0.json", "--gpu", "H100", "--gpus", "4"),
+        ("doctor", DEMO, "--deep"),
+        ("doctor", "--url", "URL"),
+        ("verify", DEMO, "--url", "URL"),
+        ("report", "--model", DEMO, "--url", "URL"),
+        ("bench", "mtp", DEMO, "--url", "URL"),
+        ("balance", DEMO, "--url", "URL"),
+        ("chat", "hello", "--url", "URL"),
+    ],
+    ids=lambda arguments: " ".join(str(one) for one in arguments if not isinstance(one, Path)),
+)
+def test_nothing_is_asked_but_the_server_named(arguments, tmp_path, monkeypatch):
+    """Not the hub either, which knows nothing of a folder."""
+    url, asked = f"http://127.0.0.1:{free_port()}", set()
+
+    def connect(_, address):
+        asked.add(address)
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    look_up = socket.getaddrinfo
+
+    def resolve(host, *rest, **options):
+        asked.add(host)
+        return look_up(host, *rest, **options)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(doctor, "Worker", lambda: SimpleNamespace(checks=lambda: iter(())))  # a process imports vLLM
+    monkeypatch.chdir(tmp_path)
+    words = [url if one == "URL" else str(one) for one in arguments]
+    done = CliRunner().invoke(app, words, env={"XDG_CACHE_HOME": str(tmp_path)})
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    port = int(url.rpartition(":")[2])
+    assert asked <= {"127.0.0.1", ("127.0.0.1", port)}
+    assert bool(asked) == ("URL" in arguments), done.output

@@ -19,6 +19,7 @@ from vllm_bailing.tools.doctor import Check
 
 COMPARED = ROOT / "docs" / "benchmarks" / "cpu-mid-eager-bf16.json"
 DRAFTED = ROOT / "docs" / "mtp-demo.json"
+BALANCED = ROOT / "docs" / "balance.json"
 ROW = {"tokens": 67, "mean": 0.014, "max": 0.2, "divergence": 3e-4, "agreement": 1.0}
 VERIFIED = {
     "checkpoint": "folder/Ling-mini-2.0",
@@ -133,6 +134,30 @@ def test_drafts_and_what_verify_found_are_those_of_the_files(written):
     assert verified[2] == ["2", "1,062", "0.0829", "0.2", "0.0003", "100.0 %", "above"]
     assert verified[3] == ["all", "1,129", "0.024", "0.2", "0.0003", "100.0 %", "within"]
     assert shown.texts["h1"] == ["Deployment of folder/Ling-mini-2.0"]
+
+
+def test_the_load_of_experts_and_ranks_is_that_of_the_file(written):
+    found = json.loads(BALANCED.read_text())
+    shown = written(BALANCED)
+    load, ranks = shown.tables[:2]
+    for cells, row in zip(load[1:], found["load"], strict=True):
+        picks = row["picks"]
+        even, most, least = sum(picks) / len(picks), max(picks), min(picks)
+        assert cells == [
+            str(row["layer"]),
+            f"{most / even:.2f}",
+            str(picks.index(most)),
+            f"{least / even:.2f}",
+            str(picks.count(0)),
+        ]
+    for cells, row in zip(ranks[1:], found["ranks"], strict=True):
+        worth, without = row["worth"], row["eplb"][0]
+        copies = f"{worth['imbalance']:.2f}, {worth['redundant']}, {worth['bytes'] / 2**20:.2f} MiB"
+        assert cells[:4] == [str(row["ep"]), *(f"{row[key]:.2f}" for key in ("linear", "round_robin")), cells[3]]
+        assert without["redundant"] == 0 and cells[3] == f"{without['imbalance']:.2f}"
+        assert cells[4] == (copies if worth["redundant"] else "none") and cells[5] == f"{row['even']:.2f}"
+        assert cells[6] == f"{100 * row['waiting']:.1f} % to {100 * row['waiting_with_eplb']:.1f} %"
+    assert len([tag for tag, _ in shown.tags if tag == "figure"]) == 1
 
 
 def test_what_decided_and_where_it_differs_is_shown(written):
@@ -261,6 +286,8 @@ def hostile(kind: str):
             row["figure"] += HOSTILE
     elif kind == "mtp":
         found = json.loads(DRAFTED.read_text()) | {"model": HOSTILE, "advice": {HOSTILE: HOSTILE}}
+    elif kind == "balance":
+        found = json.loads(BALANCED.read_text()) | {"model": HOSTILE}
     elif kind == "plan":
         found = planned(model=50 * HOSTILE, serve=HOSTILE, notes=[HOSTILE], verdict=HOSTILE)
         found["gpu"]["name"] = HOSTILE
@@ -271,7 +298,7 @@ def hostile(kind: str):
     return found
 
 
-@pytest.mark.parametrize("kind", ["verify", "plan", "doctor", "compare", "mtp"])
+@pytest.mark.parametrize("kind", ["verify", "plan", "doctor", "compare", "mtp", "balance"])
 def test_what_stands_in_a_file_stays_text(kind, written):
     shown = written(hostile(kind))
     assert not {tag for tag, _ in shown.tags} & {"script", "img"}
@@ -318,6 +345,10 @@ def test_without_matplotlib_the_page_says_so(monkeypatch, written):
         (json.dumps(VERIFIED | {"overall": {**ROW, "mean": "x"}}), "`vllm-bailing verify --json`, but overall.mean:"),
         (json.dumps(VERIFIED | {"prompts": [{}]}), "but prompts.0.tokens: Field required; make it again"),
         (json.dumps(VERIFIED | {"overall": {**ROW, "tokens": 10**30}}), "but overall.tokens: Input should be less"),
+        (
+            json.dumps({"load": [], "ranks": []}),
+            "`vllm-bailing balance --json`, but model: Field required; make it again",
+        ),
         (json.dumps([{"name": "x", "ok": 1.5, "detail": "y"}]), "`vllm-bailing doctor --json`, but 0.ok:"),
     ],
     ids=lambda text: str(text)[:20],

@@ -13,7 +13,9 @@ from vllm_bailing.cli import options, output
 def report(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(help="Results of plan, verify, doctor and info with --json, and of bench.", show_default=False),
+        typer.Argument(
+            help="Results of plan, verify, doctor, balance and info with --json, and of bench.", show_default=False
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Also check this checkpoint: a folder or a hub name.")

@@ -169,6 +169,44 @@ class AcceptanceShape(_Shape):
     interval: list[tuple[float, float]]
 
 
+class LoadRow(_Shape):
+    layer: Count
+    busiest: Count
+    most: float
+    least: float
+    never: Count
+
+
+class CopiesShape(_Shape):
+    redundant: Count
+    imbalance: float
+    bytes: Count
+
+
+class RanksRow(_Shape):
+    ep: Count
+    linear: float
+    round_robin: float
+    eplb: Annotated[list[CopiesShape], Field(min_length=1)]
+    worth: CopiesShape
+    even: float
+    waiting: float
+    waiting_with_eplb: float
+
+
+class BalanceShape(_Shape):
+    """Of `balance --json`; loads are times an even share."""
+
+    model: str
+    requests: Count
+    tokens: Count
+    experts: Count
+    experts_per_token: Count
+    step_tokens: Count
+    load: Annotated[list[LoadRow], Field(min_length=1)]
+    ranks: list[RanksRow]
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of result: the command that makes it, the keys by which it is told, and what it has to hold."""
@@ -187,6 +225,7 @@ KINDS = {
     "acceptance": Kind(
         "bench mtp --url --json", frozenset({"drafts", "acceptance"}), TypeAdapter(dict[str, AcceptanceShape])
     ),
+    "balance": Kind("balance --json", frozenset({"load", "ranks"}), TypeAdapter(BalanceShape)),
     "info": Kind("info --json", frozenset({"vllm-bailing", "active"}), TypeAdapter(dict[str, Any])),
 }
 

@@ -15,13 +15,14 @@ from vllm_bailing.report.inputs import Result
 from vllm_bailing.report.live import Live
 from vllm_bailing.tools.doctor import Check
 
-_ORDER = ("verify", "plan", "doctor", "compare", "mtp", "acceptance")
+_ORDER = ("verify", "plan", "doctor", "compare", "mtp", "acceptance", "balance")
 _MAKE = {
     "verify": sections.verify,
     "doctor": sections.doctor,
     "compare": sections.compare,
     "mtp": sections.mtp,
     "acceptance": sections.acceptance,
+    "balance": sections.balance,
 }
 _WANTED = {
     "verify": "vllm-bailing verify MODEL --url URL --json > verify.json",

@@ -21,11 +21,25 @@ _STYLE = {
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), "none"),
     "svg.hashsalt": "vllm-bailing",
 }
-_DRAW = {"verify": plots.plot_verify, "compare": plots.plot_comparison, "mtp": plots.plot_mtp}
+
+
+def _plot_balance(measured: Any, path: Path) -> None:
+    from vllm_bailing.balance.report import plot_balance  # brings torch, which a page does without
+
+    plot_balance(measured, path)
+
+
+_DRAW = {
+    "verify": plots.plot_verify,
+    "compare": plots.plot_comparison,
+    "mtp": plots.plot_mtp,
+    "balance": _plot_balance,
+}
 _ALT = {
     "verify": "Deviation from the reference by prompt, with the limits; the numbers are in the table above.",
     "compare": "Ratios to vLLM's own class with their intervals; the numbers are in the table above.",
     "mtp": "Speed by number of draft tokens, and acceptance by position; the numbers are in the table above.",
+    "balance": "Picks of the experts of each layer, and the busiest rank; the numbers are in the tables above.",
 }
 _numbers = itertools.count(1)
 

@@ -355,6 +355,57 @@ def acceptance(result: Result) -> Section:
     return Section("Drafts of a running server", NONE, f"{len(rows)} kinds of text", result.file, tables=[table])
 
 
+# ---- balance ---------------------------------------------------------------------------------------------------
+
+
+def balance(result: Result) -> Section:
+    """Which experts were picked, and how even that keeps the ranks of expert parallelism."""
+    found: inputs.BalanceShape = result.value
+    load = [
+        Row([number(one.layer), f"{one.most:.2f}", number(one.busiest), f"{one.least:.2f}", number(one.never)])
+        for one in found.load
+    ]
+    ranks = []
+    for one in found.ranks:
+        worth = one.worth
+        copies = f"{worth.imbalance:.2f}, {number(worth.redundant)}, {size(worth.bytes)}" if worth.redundant else "none"
+        loads = [f"{value:.2f}" for value in (one.linear, one.round_robin, one.eplb[0].imbalance)]
+        wait = f"{share(one.waiting)} to {share(one.waiting_with_eplb)}"
+        ranks.append(Row([number(one.ep), *loads, copies, f"{one.even:.2f}", wait]))
+    most = max(found.load, key=lambda one: one.most)
+    headings = ["ranks", "in order", "round robin", "EPLB", "with copies", "by chance", "waiting"]
+    return Section(
+        f"Load of the experts: {found.model}",
+        NONE,
+        f"the busiest expert, of layer {number(most.layer)}, is picked {most.most:.2f} times an even share",
+        result.file,
+        [
+            ("recorded", f"{number(found.tokens)} tokens of {number(found.requests)} requests"),
+            ("router", f"{number(found.experts_per_token)} of {number(found.experts)} experts for each token"),
+        ],
+        [
+            Table(
+                "Picks of the busiest and the least picked expert of each layer, times an even share",
+                ["layer", "busiest", "expert", "least", "never picked"],
+                load[:_MOST_ROWS],
+                frozenset(range(5)),
+            ),
+            Table(
+                f"The busiest rank, times an even share, in steps of {number(found.step_tokens)} tokens",
+                headings,
+                ranks[:_MOST_ROWS],
+                frozenset(range(len(headings))),
+            ),
+        ],
+        [drawn("balance", result.read)],
+        [
+            "with copies: of as many experts of each layer as are worth having, and what they take of each GPU",
+            "waiting: of the average rank in expert layers, in order and with EPLB and these copies",
+            "other prompts pick other experts",
+        ],
+    )
+
+
 # ---- versions --------------------------------------------------------------------------------------------------
 
 

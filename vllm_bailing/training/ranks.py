@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from vllm_bailing.reference_layers import BailingMoeV2MTPLayer, BailingMoeV2Spar
 from vllm_bailing.training import checks, files, states, trainer
 from vllm_bailing.training.draft import MtpDraft
 
+MEET = "rendezvous"  # a file of torch.distributed
 BEGIN, END = "begin.safetensors", "end.safetensors"  # the layer before and after, with low-rank factors if it has them
 
 
@@ -69,8 +71,8 @@ def fit(draft: MtpDraft, job: Job, count: int, show: Callable[[int, dict[str, fl
     """
     save_file(draft.layer.state_dict(), job.work / BEGIN)
     told = get_context("spawn").SimpleQueue()
-    store = _store(is_master=True)
-    arguments = (job, count, store.port, told)
+    (job.work / MEET).unlink(missing_ok=True)  # of a run that was killed
+    arguments = (job, count, told)
     trained = None
     # Until they have begun, Ctrl-C is for this process alone: they would tell of it, each for itself.
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -102,11 +104,6 @@ def fit(draft: MtpDraft, job: Job, count: int, show: Callable[[int, dict[str, fl
     return trained
 
 
-def _store(port: int = 0, is_master: bool = False) -> Any:
-    """Where the processes meet: a port of this machine, at the parent a free one."""
-    return dist.TCPStore("127.0.0.1", port, is_master=is_master, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
-
-
 def _killed(processes: list[Any]) -> str | None:
     """Which process was ended from outside, if one was; the others then fail for its sake."""
     for rank, one in enumerate(processes):
@@ -126,7 +123,7 @@ def one_line() -> Iterator[None]:
         raise TrainError(f"{what}; begin again with a smaller --batch-size or more --train-ranks") from None
 
 
-def _work(rank: int, job: Job, count: int, port: int, told: Any) -> None:
+def _work(rank: int, job: Job, count: int, told: Any) -> None:
     """One of the processes."""
     transformers_logging.set_verbosity_error()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # comes by Ctrl-C, and if the parent is gone
@@ -135,7 +132,7 @@ def _work(rank: int, job: Job, count: int, port: int, told: Any) -> None:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     try:
-        join(rank, count, port, job.gpus)
+        join(rank, count, job.work / MEET, job.gpus)
         with one_line():
             trained = train(job, (lambda *logs: told.put(("step", *logs))) if rank == 0 else (lambda *_: None))
         if rank == 0:
@@ -156,14 +153,18 @@ def failure(error: Exception, log: Path) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}; {log} has the rest"
 
 
-def join(rank: int, count: int, port: int, gpus: tuple[str, ...]) -> None:
-    """Make this process one of `count`, which meet at a port of this machine; `gpus` as of `Job`."""
+def join(rank: int, count: int, meet: Path, gpus: tuple[str, ...]) -> None:
+    """Make this process one of `count`, which find each other by the file `meet`; `gpus` as of `Job`."""
+    # Not for other machines: whoever reaches these ports could change what is learned.
+    for library in ("GLOO", "NCCL"):
+        os.environ[f"{library}_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[rank]  # nothing in this process has looked at GPUs so far
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // count))
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    dist.init_process_group(backend, store=_store(port), rank=rank, world_size=count)
+    store = dist.FileStore(str(meet), count)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
 
 
 def train(job: Job, show: Callable[[int, dict[str, float]], object]) -> trainer.Trained:
