@@ -163,7 +163,7 @@ def join(rank: int, count: int, meet: Path, gpus: tuple[str, ...]) -> None:
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // count))
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    store = dist.FileStore(str(meet), count)
+    store = dist.FileStore(str(meet), count)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(backend, store=store, rank=rank, world_size=count)
 
 
