@@ -166,7 +166,7 @@ def _turns(connection: Any, log: str, env: dict[str, str]) -> None:
 def _forget_engines() -> None:
     """Free what the job's engines hold, above all their caches."""
     # Collections of garbage have only this engine to walk through as long as all else is set aside.
-    with mock.patch.object(gc, "collect"), mock.patch.object(gc, "unfreeze"):
+    with mock.patch.object(gc, "collect"):
         for llm in _engines:
             llm.llm_engine.engine_core.shutdown()
     _engines.clear()
@@ -264,17 +264,6 @@ _engines: list[Any] = []  # keeps engines: one that is dropped waits some second
 def make_llm(model: str | Path, **options: Any) -> Any:
     """An offline engine with the options that the comparisons need; `options` override them."""
     from vllm import LLM
-    from vllm.model_executor.layers import vocab_parallel_embedding
-    from vllm.v1.sample import sampler
-
-    # vLLM compiles these little helpers, for ranks of log-probabilities and for a divided vocabulary: longer work than
-    # all else here.
-    for module, name in (
-        (sampler, "batched_count_greater_than"),
-        (vocab_parallel_embedding, "get_masked_input_and_mask"),
-    ):
-        helper = getattr(module, name, None)
-        setattr(module, name, getattr(helper, "_torchdynamo_orig_callable", helper))
 
     defaults: dict[str, Any] = {
         "dtype": "float32",

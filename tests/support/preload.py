@@ -6,6 +6,7 @@ What is imported here is imported once; what is not, by every engine again, whic
 import contextlib
 import gc
 import importlib
+import logging
 import os
 
 import torch
@@ -74,6 +75,27 @@ with contextlib.suppress(Exception):
     layer = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.SiLU())
     torch.compile(layer, backend="eager", fullgraph=True)(torch.zeros(1, 2))
     torch._dynamo.reset()
-# Collections of garbage would walk through all of this in every engine.
+# vLLM compiles these little helpers, for ranks of log-probabilities and for a divided vocabulary: longer work than all
+# else in an engine for a few prompts.
+for module, name in (
+    ("vllm.v1.sample.sampler", "batched_count_greater_than"),
+    ("vllm.model_executor.layers.vocab_parallel_embedding", "get_masked_input_and_mask"),
+):
+    with contextlib.suppress(ImportError, AttributeError):
+        holder = importlib.import_module(module)
+        setattr(holder, name, getattr(holder, name)._torchdynamo_orig_callable)
+# Engines of tests have small caches, and a cache is filled with zeros: VLLM_CPU_KVCACHE_SPACE, whole gigabytes, counts
+# eighths here.
+with contextlib.suppress(ImportError):
+    from vllm.platforms import cpu
+
+    cpu.GiB_bytes = 2**27
+# Each engine sets up vLLM's logging, for which Python gives every logger below its level again, and walks through all
+# loggers for each.
+_set_level = logging.Logger.setLevel
+logging.Logger.setLevel = lambda self, level: None if self.level == level else _set_level(self, level)
+# Collections of garbage would walk through all of this in every engine, and again when one ends and vLLM takes back
+# what it set aside.
 gc.collect()
 gc.freeze()
+gc.unfreeze = lambda: None

@@ -61,16 +61,20 @@ def _rounded_inputs(config: BailingMoeV2Config) -> str | None:
     return "int8" if "int8" in kinds else next(iter(kinds), None)
 
 
+def _power(x: Tensor, mask: int) -> Tensor:
+    """The power of two at or below |x|, of fp32; with the sign of `x` where `mask` keeps it; 0 of 0."""
+    return (x.detach().view(torch.int32) & mask).view(torch.float32)
+
+
 def dithered(x: Tensor, bits: int) -> Tensor:
-    """`x` with errors as large as those of rounding to `bits` bits of mantissa, and at random."""
-    _, exponent = torch.frexp(x)
-    return x + torch.ldexp(torch.rand_like(x) - 0.5, exponent - 1 - bits)
+    """`x` (fp32) with errors as large as those of rounding to `bits` bits of mantissa, and at random."""
+    errors = torch.rand_like(x).sub_(0.5).mul_(_power(x, 0x7F800000))
+    return x.add(errors, alpha=2.0**-bits)
 
 
 def cut(x: Tensor, bits: int) -> Tensor:
     """As `dithered`, with errors of rounding toward zero, which are twice as large and make everything smaller."""
-    _, exponent = torch.frexp(x)
-    return x - torch.ldexp(x.sign() * torch.rand_like(x), exponent - 1 - bits)
+    return x.sub(torch.rand_like(x).mul_(_power(x, -(2**23))), alpha=2.0**-bits)
 
 
 def _dithered_input(x: Tensor, inputs: str) -> Tensor:
