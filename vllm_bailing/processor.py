@@ -53,6 +53,8 @@ def kernels() -> dict[str, str]:
     has = instructions()
     lacking = lacking_for_quantized_experts()
     bf16 = "AVX-512 bf16 kernels" if "AVX-512 bf16" in has else "oneDNN and vLLM's portable kernel"
+    if has == ["AVX2"]:  # oneDNN takes none: plugin/kernels/cpu_widened.py
+        bf16 = "products in fp32, a part of a weight at a time, and vLLM's portable kernel for experts"
     quantized = "vLLM's kernels, each after a proof" if not lacking else f"none (no {', no '.join(lacking)})"
     return {
         "bf16": "AMX kernels" if "AMX" in has else bf16,

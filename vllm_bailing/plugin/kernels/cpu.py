@@ -2,7 +2,8 @@
 
 *Matrices.* vLLM's CPU build multiplies bf16 matrices in two ways: with oneDNN and a portable kernel for experts, or
 with kernels of AVX-512 bf16 instructions (ported from SGLang), which it takes only where the CPU has AMX besides. They
-run without AMX (AMD from Zen 4 on, Intel's Cooper Lake). A bf16 model without quantization gets them here.
+run without AMX (AMD from Zen 4 on, Intel's Cooper Lake). A bf16 model without quantization gets them here. Without
+AVX-512 oneDNN takes no bf16 at all: see cpu_widened.py.
 
 *Norms.* In eager mode vLLM computes them in PyTorch, operation by operation, and has kernels for them that lie idle.
 `torch.compile` fuses them, so that compiled engines do without.
@@ -27,6 +28,7 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from vllm_bailing.errors import SettingsError
+from vllm_bailing.plugin.kernels.cpu_widened import widen, widens
 from vllm_bailing.plugin.kernels.proof import TOKENS, difference, experts_problem, proof, random, sample
 from vllm_bailing.plugin.options import CPU_KERNELS, wants_cpu_kernels
 from vllm_bailing.plugin.shims import portable_cpu_experts
@@ -53,12 +55,19 @@ def use_cpu_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> None
     if not current_platform.is_cpu() or is_asked_for is False:
         return
     eager = not vllm_config.compilation_config.mode
+    widened = bool(obstacle) and widens(vllm_config.model_config.dtype)
     for module in model.modules():
         if eager and type(module) is RMSNorm:
             _switch_norm(module)
         elif not obstacle:
             _switch_matrices(module, is_head=module is head)
-    if obstacle:
+        elif widened:
+            widen(module, is_head=module is head)
+    if widened:
+        logger.info_once(
+            "Matrix products run in fp32, a part of a weight at a time: this CPU has none for bf16 or fp16."
+        )
+    elif obstacle:
         logger.debug("vLLM's choice of CPU kernels for matrices stays: %s", obstacle)
     else:
         logger.info_once("Matrix products run on AVX-512 bf16 kernels of vLLM that it keeps for CPUs with AMX.")
