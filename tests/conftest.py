@@ -16,9 +16,11 @@ GROUPS = {
     "answers of the demo": tuple(
         f"engine/test_{name}.py" for name in "mtp_answers mtp_checkpoints draft_vocab eagle3 quantized_demo".split()
     ),
-    "vLLM imported by unit tests": tuple(
-        f"unit/test_{name}.py"
-        for name in "adapters balance doctor gpu_timer grammars nodes parsers rope tuning_command tuning_table".split()
+    "vLLM imported by tests": tuple(
+        f"engine/test_{name}.py"
+        for name in (
+            "balancing gpu_timer nodes optional_reasoning parsers repeated_lists tuning_command tuning_files window"
+        ).split()
     ),
     "vLLM's view of a configuration": ("engine/test_config_in_vllm.py",),
     "trained layers": ("engine/test_train_mtp.py", "engine/test_train_mtp_ranks.py"),
@@ -76,6 +78,14 @@ class KeepTogether(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config, log):
     # Not by the mark xdist_group, which pytest-xdist 3.8 writes where pytest 9.2 does not look.
     return KeepTogether(config, log)
+
+
+@pytest.fixture(scope="session")
+def registered():
+    """The configuration class, known to transformers."""
+    from vllm_bailing.config import register_with_transformers
+
+    register_with_transformers()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,10 @@
 """The served model against what the official code and the plain PyTorch reference compute."""
 
+import copy
+
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from tests.support.cases import CASES, load_case
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer
@@ -56,3 +60,18 @@ def test_pipeline_stages_compute_the_same(tmp_path):
     )
     assert (logprobs - wanted).abs().max() <= TOLERANCE
     assert token_ids == wanted_ids
+
+
+@torch.no_grad()
+def _traced(folder):
+    """Logits of the plain model, traced by torch.compile and not."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    ids = torch.tensor([PROMPT])
+    return compiled(ids, use_cache=False).logits, model(ids).logits
+
+
+def test_torch_compile_traces_the_plain_reference(tmp_path):
+    few = {"num_hidden_layers": 2, "num_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1}
+    traced, plain = run_in_turn(_traced, make_checkpoint(tmp_path, **few))
+    torch.testing.assert_close(traced, plain, atol=1e-4, rtol=1e-4)

@@ -160,11 +160,14 @@ def test_every_patch_and_shim_says_what_differs_where_and_until_when(file):
     assert silent <= several
 
 
-def test_unit_tests_start_no_process_that_imports_vllm():
-    """It takes longer than a hundred of them: such tests belong into the other rooms."""
+def test_unit_tests_import_no_vllm_and_start_no_process_that_does():
+    """It takes longer than a hundred of them: such tests belong into the other rooms. See also unit/conftest.py."""
     for file in (ROOT / "tests" / "unit").glob("*.py"):
-        modules = {node.module for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)}
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         assert not modules & {"tests.support.engine", "tests.support.warm", "tests.support.preload"}, file.name
+        assert not {module for module in modules if module and module.split(".")[0] == "vllm"}, file.name
         assert "run_command" not in file.read_text(), file.name
 
 

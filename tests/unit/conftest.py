@@ -1,11 +1,12 @@
-"""What unit tests share."""
+"""What unit tests share: they do without vLLM, whose import takes longer than a hundred of them."""
+
+import sys
 
 import pytest
 
-from vllm_bailing.config import register_with_transformers
 
-
-@pytest.fixture(scope="session")
-def registered():
-    """The configuration class, known to transformers."""
-    register_with_transformers()
+@pytest.fixture(autouse=True)
+def _without_vllm():
+    before = "vllm" in sys.modules  # by tests of the other rooms
+    yield
+    assert before or "vllm" not in sys.modules, "this test imports vLLM: it belongs into tests/engine"

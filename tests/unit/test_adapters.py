@@ -12,8 +12,6 @@ from vllm_bailing.adapters import (
     TARGETS,
     AdapterSlots,
     adaptable,
-    is_prepared,
-    name_in_vllm,
     target_of,
     unknown_targets,
 )
@@ -101,17 +99,6 @@ def test_a_plan_of_adapters_that_vllm_would_refuse(options, fragment):
         plan(zoo_config("Ling-mini-2.0", num_nextn_predict_layers=1), "H100", 1, 4096, 4, **options)
 
 
-def test_ranks_are_those_of_vllm():
-    from typing import get_args
-
-    from vllm.config.lora import MaxLoRARanks
-
-    from vllm_bailing.planning.request import LORA_RANKS, Request
-
-    assert get_args(MaxLoRARanks) == LORA_RANKS
-    assert Request.max_lora_rank == AdapterSlots(()).rank == 16
-
-
 def test_every_linear_module_but_the_router_takes_an_adapter():
     config = small_config(num_nextn_predict_layers=1)
     shapes = adaptable(config)
@@ -121,19 +108,6 @@ def test_every_linear_module_but_the_router_takes_an_adapter():
     assert not any("gate" in name.split(".") or "norm" in name or ".layers.3." in name for name in shapes)
     assert {target_of(name) for name in shapes} == set(TARGETS)
     assert "lm_head" not in adaptable(small_config(tie_word_embeddings=True))
-
-
-def test_names_and_targets_are_vllms(tmp_path):
-    """Its own function decides, for every module and every kind of target."""
-    from vllm.lora.utils import is_in_target_modules
-
-    packed = {"gate_up_proj": ["gate_proj", "up_proj"], "query_key_value": ["query_key_value"]}
-    packed["experts"] = [f"experts.{e}.{p}" for e in range(16) for p in ("gate_proj", "down_proj", "up_proj")]
-    modules = adaptable(small_config())
-    whole = ("model.layers.1.mlp.experts", "model.layers.0.mlp.gate_up_proj", "model.layers.2.attention.dense")
-    for target in (*TARGETS, "gate_up_proj", *whole):
-        wanted = {name for name in modules if is_in_target_modules(name_in_vllm(name), [target], packed)}
-        assert {name for name in modules if is_prepared(name, [target])} == wanted != set(), target
 
 
 def test_unknown_targets():

@@ -223,12 +223,6 @@ def test_the_scheme_of_config_json_is_looked_at(method, ok, detail, tmp_path):
     assert (check.ok, check.detail) == (ok, detail) and bool(check.fix) == (ok is False)
 
 
-def test_schemes_are_those_that_vllm_lists():
-    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
-
-    assert doctor._vllm_schemes() == {*QUANTIZATION_METHODS}
-
-
 def test_a_wrong_number_of_layers_is_told_once(tmp_path):
     shutil.copytree(DEMO, tmp_path / "model")
     change_config(tmp_path / "model", num_hidden_layers=3)
