@@ -1,6 +1,6 @@
 """A model over two machines: are the answers those of the official code, and what is said if the machines differ?
 
-    .venv/bin/python scripts/dev/two_machines.py               all of it, about half an hour on two cores
+    .venv/bin/python scripts/dev/two_machines.py               all of it, about forty minutes on two cores
     .venv/bin/python scripts/dev/two_machines.py tp no-plugin
 
 The second machine is a network namespace, so this needs root on Linux. docs/scale-out.md has results.
@@ -21,11 +21,13 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
+import psutil
 import typer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -37,7 +39,7 @@ from tests.support.streams import Stream, streamed
 
 BIN = Path(sys.executable).parent
 ENV = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-FLAGS = ["--served-model-name", "m", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "4"]
+FLAGS = ["--served-model-name", "m", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"]
 FLAGS += ["--skip-tokenizer-init", "--max-logprobs", "-1"]
 START_SECONDS = 900
 EAGER = ["--enforce-eager"]
@@ -52,9 +54,10 @@ class Way:
         flags: Of both.
         over: "nodes" for --nnodes, "data" for ranks of data parallelism.
         env: Of both.
-        there, env_there: What only the second machine has.
+        there, env_there, env_here: What only the second machine has, or the first.
         words: Which one of the lines of each side has to hold, where they differ.
-        killed: "idle" or "under load", where the second machine is killed.
+        victim: Whose processes are killed (0 for the first machine), and how the title of the one begins ("" for all).
+        load: Whether there are streams under way then.
     """
 
     flags: list[str]
@@ -62,20 +65,35 @@ class Way:
     env: dict[str, str] = field(default_factory=dict)
     there: tuple[str, ...] = ()
     env_there: dict[str, str] = field(default_factory=dict)
+    env_here: dict[str, str] = field(default_factory=dict)
     words: tuple[str, str] | None = None
-    killed: str = ""
+    victim: tuple[int, str] | None = None
+    load: bool = False
 
 
 OTHER = json.dumps({"routed_scaling_factor": 2.4})
+DATA = [*EAGER, "--data-parallel-size", "2", "--data-parallel-size-local", "1"]
+KILLS = {
+    "second": (1, ""),
+    "second-worker": (1, "VLLM::Worker"),
+    "first-worker": (0, "VLLM::Worker"),
+    "first-engine": (0, "VLLM::EngineCore"),
+}
+DATA_KILLS = {"dp-second": (1, ""), "dp-second-engine": (1, "VLLM::EngineCore")}
 WAYS = {
     "tp": Way([*EAGER, *TWO]),
     "tp-ep": Way([*EAGER, *TWO, "--enable-expert-parallel"]),
     "pp-compiled": Way(["--pipeline-parallel-size", "2"]),
-    "dp": Way([*EAGER, "--data-parallel-size", "2", "--data-parallel-size-local", "1"], "data"),
+    "dp": Way(DATA, "data"),
     "no-plugin": Way(
         [*EAGER, *TWO, "--distributed-timeout-seconds", "90"],
         env_there={"VLLM_PLUGINS": ""},
         words=("has waited", "does not recognize"),
+    ),
+    "no-plugin-first": Way(
+        [*EAGER, *TWO, "--distributed-timeout-seconds", "90"],
+        env_here={"VLLM_PLUGINS": ""},
+        words=("does not recognize", "has waited"),
     ),
     "in-tree": Way(
         [*EAGER, *TWO],
@@ -88,8 +106,12 @@ WAYS = {
     "other-config": Way(
         [*EAGER, *TWO], there=("--hf-overrides", OTHER), words=("routed_scaling_factor 2.5 and 2.4",) * 2
     ),
-    "killed-idle": Way([*EAGER, *TWO], killed="idle"),
-    "killed-under-load": Way([*EAGER, *TWO], killed="under load"),
+    **{
+        f"{name}-killed-{'under-load' if load else 'idle'}": Way(flags, over, victim=victim, load=load)
+        for flags, over, kills in (([*EAGER, *TWO], "nodes", KILLS), (DATA, "data", DATA_KILLS))
+        for name, victim in kills.items()
+        for load in (False, True)
+    },
 }
 
 
@@ -108,13 +130,17 @@ class Side:
             start_new_session=True,
         )
 
-    def said(self, words: str) -> tuple[str, float] | None:
-        """The first line of the log with `words`, and seconds since the start."""
-        for line in self.log.read_text(errors="replace").splitlines():
-            if words in line:
-                told = re.sub(r"^.*?(?:\[[\w.]+:\d+\]|Error:) ", "", line).strip()
-                return told, time.monotonic() - self.start
-        return None
+    def said(self, words: str, since: int = 0) -> str:
+        """The first line of the log with `words`, a regular expression, from a place on; empty if there is none."""
+        for line in self.log.read_bytes()[since:].decode(errors="replace").splitlines():
+            if re.search(words, line):
+                return re.sub(r"^.*?(?:\[[\w.]+:\d+\]|Error:) ", "", line).strip()
+        return ""
+
+    def pids(self, title: str) -> list[int]:
+        """Of the processes whose title begins so."""
+        family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        return [one.pid for one in family if " ".join(one.cmdline()).startswith(title)]
 
     def end(self) -> None:
         try:
@@ -152,7 +178,7 @@ def pair(way: Way, folder: Path, model: Path) -> Iterator[tuple[Side, Side, str]
         shared = [str(model), *FLAGS, *way.flags, *where]
         sides = []
         for machine, name, role, core, extra, env in (
-            (here, "first", [*roles[0], "--port", str(port)], cores[0], (), {}),
+            (here, "first", [*roles[0], "--port", str(port)], cores[0], (), way.env_here),
             (there, "second", roles[1], cores[1], way.there, env_there),
         ):
             settings = {"VLLM_CPU_OMP_THREADS_BIND": core, **way.env, **env}
@@ -202,69 +228,134 @@ def answered(url: str, expected: dict[str, Any]) -> str:
 LONG = {"model": "m", "prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": True, "detokenize": False}
 
 
-def killed(side: Side, other: Side, url: str, when: str) -> str:
-    """What clients see when the second machine is gone, and who notices when."""
+WATCHED_SECONDS, IDLE_SECONDS = 90, 30
+TROUBLE = r"Error|died unexpectedly|Connection closed"
+
+
+def kill(way: Way, sides: tuple[Side, Side]) -> None:
+    assert way.victim
+    side, title = sides[way.victim[0]], way.victim[1]
+    if not title:
+        os.killpg(side.process.pid, signal.SIGKILL)
+        return
+    (pid,) = side.pids(title)
+    os.kill(pid, signal.SIGKILL)
+
+
+class Ends:
+    """Watches from now on when each side ends."""
+
+    def __init__(self, sides: tuple[Side, Side]) -> None:
+        self.sides, self.begun = sides, time.monotonic()
+        self.after: list[float | None] = [None, None]
+        self.places = [side.log.stat().st_size for side in sides]
+
+    def watch(self, seconds: float) -> None:
+        """Until both have ended, or `seconds` after the beginning."""
+        while None in self.after and time.monotonic() < self.begun + seconds:
+            for number, side in enumerate(self.sides):
+                if self.after[number] is None and side.process.poll() is not None:
+                    self.after[number] = time.monotonic() - self.begun
+            time.sleep(0.2)
+
+    def told(self) -> list[str]:
+        words = []
+        for name, side, after, place in zip(("first", "second"), self.sides, self.after, self.places, strict=True):
+            runs = f"still runs after {time.monotonic() - self.begun:.0f} s"
+            end = runs if after is None else f"ends after {after:.0f} s, code {side.process.returncode}"
+            words.append(f"the {name} {end} ({side.said(TROUBLE, place)[:150] or 'says nothing'})")
+        return words
+
+
+def killed(way: Way, sides: tuple[Side, Side], url: str) -> str:
+    """What clients see when something is killed, and who notices when."""
     streams: list[Future[Stream]] = []
     with ThreadPoolExecutor(8) as pool:
-        if when == "under load":
+        if way.load:
             begun = [threading.Event() for _ in range(8)]
             streams = [pool.submit(streamed, url, LONG, one) for one in begun]
             for one in begun:
                 one.wait(120)
-        os.killpg(other.process.pid, signal.SIGKILL)
-        start = time.monotonic()
-        if when == "idle":
-            time.sleep(30)
-            told = [f"/health after 30 s: {'200' if is_healthy(url) else 'refused'}"]
+            under_way = sum(not one.done() for one in streams)
+        ends = Ends(sides)
+        kill(way, sides)
+        if way.load:
+            watch = pool.submit(ends.watch, WATCHED_SECONDS)
+            counts = Counter(one.result().judged(400) for one in streams)
+            seconds = time.monotonic() - ends.begun
+            told = [f"{under_way} of 8 streams under way: {dict(counts)} after {seconds:.0f} s"]
+            told.append(f"/health then: {'200' if is_healthy(url) else 'refused'}")
+            watch.result()
+        else:
+            ends.watch(IDLE_SECONDS)
+            told = [f"/health after {IDLE_SECONDS} s: {'200' if is_healthy(url) else 'refused'}"]
             start = time.monotonic()
             doctor = [str(BIN / "vllm-bailing"), "doctor", "--url", url, "--timeout", "20"]
-            code = subprocess.run(doctor, capture_output=True).returncode
-            told.append(f"doctor --url: exit code {code} after {time.monotonic() - start:.0f} s")
-        else:
-            counts = Counter(one.result().judged(400) for one in streams)
-            told = [f"8 streams: {dict(counts)} after {time.monotonic() - start:.0f} s"]
-    try:
-        side.process.wait(120)
-        told.append(f"the first ends {time.monotonic() - start:.0f} s after {'that began' if when == 'idle' else 'it'}")
-    except subprocess.TimeoutExpired:
-        told.append(f"the first still runs after 120 s; /health: {'200' if is_healthy(url) else 'refused'}")
-    return "; ".join(told)
+            done = subprocess.run(doctor, capture_output=True, text=True)
+            told.append(f"then doctor --url: exit code {done.returncode} after {time.monotonic() - start:.0f} s")
+            told += [line.strip() for line in done.stdout.splitlines() if line.startswith("no  ")]
+            if done.returncode == 0:
+                told.append("WRONG: doctor says that all is well")
+            ends.watch(WATCHED_SECONDS)
+    return "; ".join(told + ends.told())
 
 
-def refused(side: Side, other: Side, words: tuple[str, str]) -> str:
+def refused(sides: tuple[Side, Side], words: tuple[str, str]) -> str:
     """What each side says, and when."""
     found: list[tuple[str, float] | None] = [None, None]
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and None in found:
-        found = [known or one.said(word) for known, one, word in zip(found, (side, other), words, strict=True)]
-        time.sleep(0.5)
+    ends = Ends(sides)
+    while time.monotonic() < ends.begun + START_SECONDS and None in (*found, *ends.after):
+        for number, (side, word) in enumerate(zip(sides, words, strict=True)):
+            if found[number] is None and (line := side.said(word)):
+                found[number] = (line, time.monotonic() - side.start)
+        ends.watch(time.monotonic() - ends.begun + 0.5)
+        if found[0] and None not in ends.after:
+            break
     told = []
-    for said, one in zip(found, (side, other), strict=True):
-        try:
-            one.process.wait(120)
-            ended = f"ended after {time.monotonic() - one.start:.0f} s"
-        except subprocess.TimeoutExpired:
-            ended = f"WRONG: still runs after {time.monotonic() - one.start:.0f} s"
+    for said, side, after in zip(found, sides, ends.after, strict=True):
+        ended = "WRONG: still runs" if after is None else f"ended after {after + ends.begun - side.start:.0f} s"
         told.append(f"{said[0]} ({said[1]:.0f} s, {ended})" if said else f"WRONG: nothing ({ended})")
     return "\n    first:  {}\n    second: {}".format(*told)
 
 
-def judged(way: Way, first: Side, second: Side, url: str, expected: dict[str, Any]) -> str:
-    if way.words:
-        return refused(first, second, way.words)
-    return trouble(first, second, url) or (
-        killed(first, second, url, way.killed) if way.killed else answered(url, expected)
-    )
+def up(sides: tuple[Side, Side], url: str, expected: dict[str, Any]) -> str:
+    return trouble(*sides, url) or answered(url, expected)
 
 
-def once(way: Way, folder: Path, model: Path, expected: dict[str, Any]) -> str:
-    """Both sides from their start to their end, and what came of it."""
-    with pair(way, folder, model) as (first, second, url):
-        result = judged(way, first, second, url, expected)
-        if "WRONG" in result:
-            for side in (first, second):
-                print(side.log.read_text(errors="replace")[-3000:], file=sys.stderr)
-        return result
+def show_logs(result: str, sides: tuple[Side, Side]) -> None:
+    if "WRONG" in result:
+        for side in sides:
+            print(side.log.read_text(errors="replace")[-3000:], file=sys.stderr)
+
+
+def each(names: list[str], model: Path, expected: dict[str, Any]) -> Iterator[str]:
+    """What came of every way, each from the start of both sides to their end."""
+    for name in names:
+        way = WAYS[name]
+        with tempfile.TemporaryDirectory() as folder, pair(way, Path(folder), model) as (*sides, url):
+            result = refused(tuple(sides), way.words) if way.words else up(tuple(sides), url, expected)
+            show_logs(result, tuple(sides))
+        yield f"{name}: {result}"
+
+
+def kills(names: list[str], model: Path, expected: dict[str, Any]) -> Iterator[str]:
+    """What came of every kill; the start after one is the start before the next."""
+    told = ""
+    for name in [*names, ""]:
+        way = WAYS[name or names[-1]]
+        with tempfile.TemporaryDirectory() as folder, pair(way, Path(folder), model) as (*sides, url):
+            begun, sides = time.monotonic(), tuple(sides)
+            answer = up(sides, url, expected)
+            if told:
+                yield f"{told}; both started again: {answer} after {time.monotonic() - begun:.0f} s"
+            elif "WRONG" in answer:
+                yield f"{name}: {answer}"
+            if "WRONG" in answer:
+                show_logs(answer, sides)
+                return
+            if name:
+                told = f"{name}: {killed(way, sides, url)}"
+                show_logs(told, sides)
 
 
 def main(
@@ -275,20 +366,16 @@ def main(
     if unknown:
         raise SystemExit(f"two_machines: {', '.join(sorted(unknown))} is none of {', '.join(WAYS)}")
     model, expected = load_case("plain")
+    chosen = names or list(WAYS)
     wrong = False
-    for name in names or WAYS:
-        way = WAYS[name]
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                result = once(way, Path(folder), model, expected)
-                if way.killed:
-                    begun = time.monotonic()
-                    again = once(replace(way, killed=""), Path(folder), model, expected)
-                    result += f"; both started again: {again}, after {time.monotonic() - begun:.0f} s"
-            except NoSecondMachineError as error:
-                raise SystemExit(f"two_machines: no second machine can be made here ({error})") from None
-        print(f"{name}: {result}", flush=True)
-        wrong |= "WRONG" in result
+    try:
+        # One run of kills for each way to divide the model.
+        for (_, killing), group in groupby(chosen, lambda name: (WAYS[name].over, WAYS[name].victim is not None)):
+            for line in (kills if killing else each)(list(group), model, expected):
+                print(line, flush=True)
+                wrong |= "WRONG" in line
+    except NoSecondMachineError as error:
+        raise SystemExit(f"two_machines: no second machine can be made here ({error})") from None
     raise SystemExit(wrong)
 
 

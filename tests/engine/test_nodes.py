@@ -68,6 +68,7 @@ def told(monkeypatch):
     logger, handler = init_logger("vllm.plugins.bailing.nodes"), logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logger.addHandler(handler)
+    monkeypatch.setattr(nodes, "FIRST_TOLD", {"first": 0.2, "other": 0.4})
     monkeypatch.setattr(nodes, "PATIENCE", 0.4)
     monkeypatch.setattr(nodes, "_LOOK", 0.1)
     yield lines

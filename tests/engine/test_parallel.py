@@ -171,6 +171,26 @@ def test_ranks_have_requests_of_their_own(case, cores, options):
         check(answer, expected, len(rank.prompt))
 
 
+@pytest.mark.parametrize("case", ["plain", "mtp"])
+def test_ranks_go_and_come(case):
+    """Two ranks that share experts and their copies become one that has all of them, and two again."""
+    model, expected = load_case(case)
+    prompt = expected["input_ids"].tolist()
+    experts = read_config(model).num_experts
+    shared = {"speculative_config": mtp(2)} if case == "mtp" else {}
+    ranks = [
+        Rank(model, prompt, {"rank": rank, "experts": experts, **shared}, job=resized)
+        for rank in range(2)
+    ]
+    first, second = data_parallel(ranks)
+    for rank in (first, second):
+        for answer in rank["answers"].values():
+            if case == "mtp":
+                assert answer[1] == expected["greedy_ids"].tolist()
+            else:
+                check(answer, expected)
+
+
 # ---- ranks that are not alike ----------------------------------------------------------------------------------------
 
 

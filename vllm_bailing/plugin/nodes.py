@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from vllm_bailing import __version__
 
-PATIENCE = 45.0  # seconds until it is told first, and from then on
+FIRST_TOLD = {"first": 10.0, "other": 30.0}  # seconds; the first node is seen to wait, others may be starting still
+PATIENCE = 45.0  # seconds from then on
 _LOOK = 1.0  # seconds between two looks
 
 
@@ -43,7 +44,7 @@ def _watch(nodes: int, node: int, ranks: int, address: str, port: int, stop: thr
     from vllm.logger import init_logger
 
     logger = init_logger("vllm.plugins.bailing.nodes")
-    waited = 0.0
+    waited, tell = 0.0, FIRST_TOLD["other" if node else "first"]
     while not stop.wait(_LOOK):
         links = links_here()
         # The first node is waiting once it listens. What the others do until they meet is not seen.
@@ -53,8 +54,9 @@ def _watch(nodes: int, node: int, ranks: int, address: str, port: int, stop: thr
         if number == 0:
             return
         waited += _LOOK
-        if waited % PATIENCE < _LOOK:
+        if waited >= tell:
             logger.warning(waiting(nodes, node, f"{address}:{port}", number, round(waited)))
+            tell += PATIENCE
 
 
 def missing(links: list[Link], nodes: int, node: int, ranks: int, port: int) -> int:
