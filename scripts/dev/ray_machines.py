@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import typer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -53,6 +54,14 @@ def node(machine: Machine, core: int, session: Path, own: Path, *role: str) -> I
         kill(process)
 
 
+def busy(node: subprocess.Popen[bytes], seconds: float = 3) -> float:
+    """Seconds of the processor that engines on a machine take meanwhile; one without requests takes none."""
+    engines = [one for one in psutil.Process(node.pid).children(recursive=True) if "VLLM::EngineCore" in one.name()]
+    before = [sum(one.cpu_times()[:2]) for one in engines]
+    time.sleep(seconds)
+    return sum(sum(one.cpu_times()[:2]) for one in engines) - sum(before)
+
+
 def main(
     prompts: Annotated[int, typer.Option(help="How many.")] = 1000,
     rows: Annotated[int, typer.Option(help="In a block.")] = 20,
@@ -83,9 +92,12 @@ def main(
         told: list[str] = []
         while process.poll() is None:
             done = len(wrong_answers(folder / "out", {})[1])
-            if not told and done >= kill_after * prompts:
+            if not told and done >= kill_after * prompts and (work := busy(other)) > 0.1:
                 kill(other)
-                told.append(f"{done} were answered after {time.monotonic() - begun:.0f} s, when one machine was killed")
+                told.append(
+                    f"{done} were answered after {time.monotonic() - begun:.0f} s, when one machine was killed, whose "
+                    f"engine had worked for {work:.1f} of the last 3 s"
+                )
             time.sleep(0.5)
         wrong, ids = wrong_answers(folder / "out", right_answers(asked))
         summary = (folder / "batch.log").read_text(errors="replace").strip().splitlines()[-1]

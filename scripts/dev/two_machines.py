@@ -228,7 +228,7 @@ def answered(url: str, expected: dict[str, Any]) -> str:
 LONG = {"model": "m", "prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": True, "detokenize": False}
 
 
-WATCHED_SECONDS, IDLE_SECONDS = 90, 30
+WATCHED_SECONDS, IDLE_SECONDS = 60, 30
 TROUBLE = r"Error|died unexpectedly|Connection closed"
 
 
@@ -340,14 +340,14 @@ def each(names: list[str], model: Path, expected: dict[str, Any]) -> Iterator[st
 
 def kills(names: list[str], model: Path, expected: dict[str, Any]) -> Iterator[str]:
     """What came of every kill; the start after one is the start before the next."""
-    told = ""
+    before = ""
     for name in [*names, ""]:
         way = WAYS[name or names[-1]]
         with tempfile.TemporaryDirectory() as folder, pair(way, Path(folder), model) as (*sides, url):
             begun, sides = time.monotonic(), tuple(sides)
             answer = up(sides, url, expected)
-            if told:
-                yield f"{told}; both started again: {answer} after {time.monotonic() - begun:.0f} s"
+            if before:
+                yield f"{before}, both started again: {answer} after {time.monotonic() - begun:.0f} s"
             elif "WRONG" in answer:
                 yield f"{name}: {answer}"
             if "WRONG" in answer:
@@ -356,6 +356,8 @@ def kills(names: list[str], model: Path, expected: dict[str, Any]) -> Iterator[s
             if name:
                 told = f"{name}: {killed(way, sides, url)}"
                 show_logs(told, sides)
+                yield told
+            before = name
 
 
 def main(

@@ -1,11 +1,11 @@
-"""vLLM's elastic expert parallelism on its CPU build, which has none: two ranks become one, and two again.
+"""vLLM's elastic expert parallelism on its CPU build, which has none: three ranks become two, and three again.
 
-Two data-parallel ranks share the experts, each once and each with a copy. vLLM's own executor moves what the second has
-to the first and tells layers and model of the new size; then the first answers alone, while the second forgets its
-experts, as a rank that starts has none; then both answer again.
+Three data-parallel ranks share the experts and copies of some. vLLM's own executor moves what the third has to the
+others, and tells layers and model of the new size; then two answer without it, while it forgets its experts, as a rank
+that starts has none; then all answer again. vLLM cannot make several of one: its map of experts wants one before.
 
 What stands in, besides the parts of tests/support/balancing.py: groups of ranks are PyTorch's, formed beforehand,
-where vLLM forms stateless ones of NCCL; the second rank stays in its process; nothing is captured that were to be
+where vLLM forms stateless ones of NCCL; the third rank stays in its process; nothing is captured that were to be
 released. vLLM refuses drafts with it ("Elastic EP is not supported with drafter model"): a draft is resized by the
 same steps all the same, after its target.
 """
@@ -21,7 +21,8 @@ import torch
 from tests.support.balancing import _balance, _experts, _gpu_clocks, _rearrange, with_balancing
 from tests.support.engine import ask, make_llm
 
-RANKS = 2
+RANKS, FEWER = 3, 2
+REDUNDANT = 8  # of 16 experts, so that two ranks have each once
 
 
 class _Worker(SimpleNamespace):
@@ -41,18 +42,16 @@ def _models(worker: Any) -> list[Any]:
 
 
 def _form_groups(worker: Any) -> None:
-    """Those of this rank alone, and those of both."""
+    """Those of all ranks, and those of the first ones."""
     from vllm.distributed import parallel_state as state
 
     names = {"world": "get_world_group", "dp": "get_dp_group", "ep": "get_ep_group", "eplb": "get_eplb_group"}
     of_all = {name: getattr(state, function)() for name, function in names.items()}
-    alone = [[rank] for rank in range(RANKS)]
-    of_one = {
-        name: state.init_model_parallel_group(alone, 0, "gloo", group_name=f"{name}_alone") for name in names
-    }
-    for group in (*of_all.values(), *of_one.values()):
+    parts = [list(range(FEWER)), list(range(FEWER, RANKS))]
+    of_few = {name: state.init_model_parallel_group(parts, 0, "gloo", group_name=f"few_{name}") for name in names}
+    for group in (*of_all.values(), *of_few.values()):
         group.tcp_store_group = group.cpu_group
-    worker.groups = {RANKS: of_all, 1: of_one}
+    worker.groups = {RANKS: of_all, FEWER: of_few}
 
 
 def _executors(worker: Any, ranks: int) -> list[Any]:
@@ -105,10 +104,10 @@ def _reshuffle(worker: Any, rank_mapping: dict[int, int] | None = None) -> None:
 
 
 def _shrink(worker: Any) -> None:
-    """The first rank gets all experts, and knows that it is alone."""
-    _reshuffle(worker, {0: 0, 1: -1})
-    if torch.distributed.get_rank() == 0:
-        _switch(worker, 1)
+    """The first ranks get all experts, and know that they are fewer."""
+    _reshuffle(worker, {rank: rank if rank < FEWER else -1 for rank in range(RANKS)})
+    if torch.distributed.get_rank() < FEWER:
+        _switch(worker, FEWER)
 
 
 def _forget(worker: Any) -> None:
@@ -120,15 +119,15 @@ def _forget(worker: Any) -> None:
 
 
 def _grow(worker: Any) -> None:
-    """The first rank shares its experts out again."""
-    first = torch.distributed.get_rank() == 0
-    if first:
+    """The first ranks share their experts out again."""
+    stayed = torch.distributed.get_rank() < FEWER
+    if stayed:
         _switch(worker, RANKS)
     for runner in _models(worker):
         state = runner.eplb_state.model_states[runner.model_config.compute_hash()]
         mapping = state.physical_to_logical_map_buffer.clone()
         torch.distributed.broadcast(mapping, 0)
-        if not first:
+        if not stayed:
             runner.eplb_state.update_mapping(runner.model_config, mapping)
     _reshuffle(worker)
 
@@ -143,19 +142,15 @@ def _sizes(worker: Any) -> list[dict[str, Any]]:
     return found
 
 
-def resized(model: Any, prompt: list[int], rank: int, experts: int, **options: Any) -> dict[str, Any]:
-    """Answers of this rank, and what each of its slots held, at every size.
-
-    Args:
-        experts: Of a layer.
-    """
+def resized(model: Any, prompts: list[list[int]], rank: int, **options: Any) -> list[dict[str, Any]]:
+    """[what this rank answers, what its slots hold, and its sizes, for each number of ranks]."""
     with with_balancing():
         llm = make_llm(
             model,
             enable_prefix_caching=False,
             enable_expert_parallel=True,
             enable_eplb=True,
-            eplb_config={"num_redundant_experts": experts, "use_async": False, "communicator": "torch_gloo"},
+            eplb_config={"num_redundant_experts": REDUNDANT, "use_async": False, "communicator": "torch_gloo"},
             **options,
         )
     logprobs = "speculative_config" not in options
@@ -164,18 +159,18 @@ def resized(model: Any, prompt: list[int], rank: int, experts: int, **options: A
     def note(when: str) -> None:
         found["experts"][when] = llm.collective_rpc(_experts)[0]
         found["sizes"][when] = llm.collective_rpc(_sizes)[0]
-        found["answers"][when] = ask(llm, [prompt], logprobs=logprobs)[0]
+        found["answers"][when] = ask(llm, prompts, logprobs=logprobs)[0]
 
     llm.collective_rpc(_balance)
     llm.collective_rpc(_form_groups)
-    llm.collective_rpc(_rearrange)  # the first rank would have every expert else
-    note("two")
+    llm.collective_rpc(_rearrange)  # the first two would have every expert else
+    note("all")
     llm.collective_rpc(_shrink)
-    if rank == 0:
-        with mock.patch.object(llm.llm_engine, "dp_group", None):  # it would wait for the other
-            note("one")
+    if rank < FEWER:
+        with mock.patch.object(llm.llm_engine, "dp_group", None):  # it would wait for the third to have no request
+            note("fewer")
     else:
         llm.collective_rpc(_forget)
     llm.collective_rpc(_grow)
-    note("two again")
-    return found
+    note("all again")
+    return [found]
