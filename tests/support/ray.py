@@ -24,6 +24,7 @@ ENV = {
     "RAY_AUTH_MODE": "disabled",  # it would write a token into the home folder
     "RAY_worker_niceness": "0",  # 15 otherwise: starved by whatever else runs here
     "RAY_raylet_start_wait_time_s": "240",
+    "RAY_agent_register_timeout_ms": "240000",
     "RAY_health_check_failure_threshold": "20",
     "RAY_memory_monitor_refresh_ms": "0",  # it would count the memory of the whole machine
     "VLLM_CPU_KVCACHE_SPACE": "1",

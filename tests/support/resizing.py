@@ -48,7 +48,11 @@ def _form_groups(worker: Any) -> None:
     names = {"world": "get_world_group", "dp": "get_dp_group", "ep": "get_ep_group", "eplb": "get_eplb_group"}
     of_all = {name: getattr(state, function)() for name, function in names.items()}
     parts = [list(range(FEWER)), list(range(FEWER, RANKS))]
-    of_few = {name: state.init_model_parallel_group(parts, 0, "gloo", group_name=f"few_{name}") for name in names}
+    of_few = {
+        # vLLM knows the group of experts by its name.
+        name: state.init_model_parallel_group(parts, 0, "gloo", group_name=name, use_all2all=name == "ep")
+        for name in names
+    }
     for group in (*of_all.values(), *of_few.values()):
         group.tcp_store_group = group.cpu_group
     worker.groups = {RANKS: of_all, FEWER: of_few}
