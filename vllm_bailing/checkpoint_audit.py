@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_bailing.checkpoint import Checkpoint, Kind, damaged_files
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.errors import CheckpointError, first_of, shown
+from vllm_bailing.errors import CheckpointError, Finding, first_of, shown
 from vllm_bailing.likely_causes import likely_cause
 from vllm_bailing.tensor_names import EMBEDDING, HEAD, KV_SCALES, ROUTER, Shape, layer_of, main_tensors, mtp_tensors
 
@@ -212,11 +212,10 @@ class Audit:
         )
         parts = [f"{len(names)} {title} ({first_of(names)})" for title, names in found if names]
         if parts:
-            cause = likely_cause(self, missing)
-            remedy = (
-                f"Likely cause: {shown(cause, 1000)}" if cause else "Take weights and config.json from the same place"
-            )
-            raise CheckpointError(f"{what}: {'; '.join(parts)}. {remedy}")
+            cause = shown(likely_cause(self, missing), 1000)
+            detail, todo = f"{what}: {'; '.join(parts)}", "take weights and config.json from the same place"
+            remedy = f"Likely cause: {cause}" if cause else todo.capitalize()
+            raise CheckpointError(f"{detail}. {remedy}", Finding(detail, cause or todo))
 
 
 def _quantized_kind(quantization: Any) -> Kind | None:

@@ -17,7 +17,7 @@ from typing import Any
 from transformers.configuration_utils import PretrainedConfig
 
 from vllm_bailing.errors import OtherModelError, shown, told
-from vllm_bailing.folders import nowhere, without_config
+from vllm_bailing.folders import nowhere, only_from_cache, without_config
 from vllm_bailing.rope import ROPE_KEYS, settled_rope, with_original_window
 from vllm_bailing.validation import (
     LARGEST,
@@ -577,10 +577,11 @@ def read_config(model: str | Path, overrides: dict[str, Any] | None = None) -> B
     from transformers import AutoConfig
 
     if reason := nowhere(str(model)) or without_config(Path(model)):
-        raise ValueError(reason)
+        raise ValueError(str(reason))
+    where = {"local_files_only": only_from_cache(str(model))}
     register_with_transformers()
     try:
-        raw, _ = PretrainedConfig.get_config_dict(str(model))
+        raw, _ = PretrainedConfig.get_config_dict(str(model), **where)
         if not isinstance(raw, dict):
             raise TypeError(f"it holds a {type(raw).__name__}")
         if raw.get("model_type") != MODEL_TYPE:  # which `adopt` gave to the family's
@@ -588,7 +589,7 @@ def read_config(model: str | Path, overrides: dict[str, Any] | None = None) -> B
                 f"{model} is not a BailingMoeV2 model: its config.json has model_type={told(raw.get('model_type'))} "
                 f"and architectures={told(raw.get('architectures'))}, not {MODEL_TYPE!r} and ['{ARCHITECTURE}']"
             )
-        config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(model), trust_remote_code=False, **where)
     except (OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{model} has no config.json that can be read: {shown(error)}") from None
     assert isinstance(config, BailingMoeV2Config)

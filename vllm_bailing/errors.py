@@ -20,7 +20,7 @@ plain ValueError, which is what transformers and vLLM expect of a configuration 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 NAME_ANOTHER_DRAFT = (
     "name a checkpoint that has it, such as the base model of the same size, by --speculative-config "
@@ -63,6 +63,24 @@ def named(names: Collection[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) != 1 else ''} ({first_of(sorted(names))})"
 
 
+class Finding(NamedTuple):
+    """What is wrong, and what to do; as text, both in one sentence."""
+
+    detail: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, self))
+
+
+class TokenizerError(ValueError):
+    """A checkpoint has no tokenizer that can be used; `finding` is the message in two parts."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(str(finding))
+        self.finding = finding
+
+
 class OtherModelError(ValueError):
     """A config.json is another architecture's, for which there is nothing here."""
 
@@ -71,7 +89,14 @@ class CheckpointError(RuntimeError):
     """The checkpoint does not fit its configuration.
 
     Deliberately not a ValueError: pydantic would bury the message of one that is raised while vLLM checks its settings.
+
+    Attributes:
+        finding: The message in two parts where it has them, without the words that join them.
     """
+
+    def __init__(self, message: str, finding: Finding | None = None) -> None:
+        super().__init__(message)
+        self.finding = finding or Finding(message, "")
 
 
 class UpdateError(CheckpointError):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vllm_bailing.errors import shown
+from vllm_bailing.errors import Finding, shown
 from vllm_bailing.json_files import read_json
 
+_HUB_SECONDS = 10.0  # for one answer, to a name on the hub
 FileStates = tuple[tuple[str, int, int], ...]  # name, size in bytes, time of the last change in ns
 
 
@@ -62,6 +63,37 @@ def nowhere(model: str) -> str | None:
     return f"{model} is no folder and no file on this machine; correct it, or give a model's name on the hub"
 
 
+def only_from_cache(model: str) -> bool:
+    """Whether the files of a name on the hub can come from this machine's cache alone, since the hub does not answer.
+
+    It is asked once: the hub's client would try five times, and print each.
+
+    Raises:
+        ValueError: If config.json is not in the cache either.
+    """
+    if is_path(model):
+        return False
+    from huggingface_hub import constants, get_session, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
+        return False
+    except Exception as error:  # requests', httpx's or httpx2's: the hub's releases have one each
+        reason = shown(error) or type(error).__name__
+    if constants.is_offline_mode():
+        reason = "HF_HUB_OFFLINE is set"
+    try:
+        if isinstance(try_to_load_from_cache(model, "config.json"), str):
+            return True
+    except HFValidationError:
+        raise ValueError(f"{shown(model)} is no folder, and no name that the hub allows; correct it") from None
+    raise ValueError(
+        f"{model} is no folder here and was not downloaded, and {constants.ENDPOINT} cannot be asked ({reason}); give "
+        "a folder or a config.json, or set HF_ENDPOINT or HTTPS_PROXY to what can be reached"
+    )
+
+
 def how_to_fetch(model: str) -> str:
     """The command that fetches `model`; advice for a folder of which nobody knows where it comes from."""
     if not is_path(model):
@@ -70,7 +102,7 @@ def how_to_fetch(model: str) -> str:
     return f"hf download {cached[1]}/{cached[2]}" if cached else "copy, fetch or export it again"
 
 
-def without_config(folder: Path) -> str | None:
+def without_config(folder: Path) -> Finding | None:
     """What a folder without a config.json is, or with none that is JSON, and what to do; None for any other path."""
     file = folder / "config.json"
     if not folder.is_dir():
@@ -79,23 +111,21 @@ def without_config(folder: Path) -> str | None:
         try:
             read_json(file)
         except ValueError as error:
-            return f"{folder} has no config.json that can be read: it {error}; {how_to_fetch(str(folder))}"
+            return Finding(f"{folder} has no config.json that can be read: it {error}", how_to_fetch(str(folder)))
         return None
     if file.is_symlink():
-        return f"{file} links to {shown(str(file.readlink()))}, which is gone; {how_to_fetch(str(folder))}"
+        return Finding(f"{file} links to {shown(str(file.readlink()))}, which is gone", how_to_fetch(str(folder)))
     names = sorted(path.name for path in folder.iterdir())
     if "adapter_config.json" in names:
-        return (
-            f"{folder} is a LoRA adapter; name its base model here, and serve the adapter with --enable-lora "
-            f"--lora-modules NAME={folder}"
-        )
+        todo = f"name its base model here, and serve the adapter with --enable-lora --lora-modules NAME={folder}"
+        return Finding(f"{folder} is a LoRA adapter", todo)
     if any(name.endswith(".gguf") for name in names):
-        return f"{folder} has GGUF files, llama.cpp's; give a folder with config.json and safetensors files"
+        return Finding(f"{folder} has GGUF files, llama.cpp's", "give a folder with config.json and safetensors files")
     if not names:
-        return f"{folder} is empty; {how_to_fetch(str(folder))}"
+        return Finding(f"{folder} is empty", how_to_fetch(str(folder)))
     inner = [name for name in names if (folder / name / "config.json").is_file()]
     hint = f"is {folder / inner[0]} meant?" if inner else how_to_fetch(str(folder))
-    return f"{folder} has no config.json; {hint}"
+    return Finding(f"{folder} has no config.json", hint)
 
 
 def endless_file(folder: Path) -> str | None:

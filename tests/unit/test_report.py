@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from tests.support.paths import ROOT
 from vllm_bailing.report import live, page, pictures
 from vllm_bailing.report.inputs import read_result
 from vllm_bailing.report.live import Live
+from vllm_bailing.tools import doctor_server
 from vllm_bailing.tools.doctor import Check
 
 COMPARED = ROOT / "docs" / "benchmarks" / "cpu-mid-eager-bf16.json"
@@ -238,7 +240,11 @@ def test_metrics_are_read():
         'vllm:request_success_total{finished_reason="stop"} 4.0\n'
         'vllm:request_success_total{finished_reason="length"} 2.0\n'
     )
-    assert live._of_metrics(text) == {
+
+    def counted(shown):
+        return doctor_server._counted(SimpleNamespace(get=lambda path: SimpleNamespace(text=shown)))
+
+    assert live._of_metrics(counted(text)) == {
         "kv_tokens": 16 * 150,
         "kv_dtype": "auto",
         "memory_utilization": 0.9,
@@ -247,7 +253,7 @@ def test_metrics_are_read():
         "requests": 6,
     }
     for other in ("", "<html>", 'vllm:cache_config_info{num_gpu_blocks="None",block_size="16"} 1.0\n'):
-        assert live._of_metrics(other)["kv_tokens"] is None
+        assert live._of_metrics(counted(other))["kv_tokens"] is None
 
 
 # ---- the page --------------------------------------------------------------------------------------------------

@@ -33,9 +33,9 @@ def balance(
     out: Annotated[Path, typer.Option(help="Where to write NAME.npz, NAME.json and NAME.png.")] = Path("balance"),
     as_json: options.AsJson = False,
 ) -> None:
-    """Which experts does this model pick, and what would EPLB gain?
+    """Which experts does this model pick, and how evenly?
 
-    Records the picks for prompts and greedy answers, here or from a server with --enable-return-routed-experts, and
+    Says what expert load balancing (EPLB) would gain. Records the picks for prompts and greedy answers, here or from a server with --enable-return-routed-experts, and
     plays them against placements of the experts: in their order, and as vLLM's own load balancing places them. Other
     prompts than yours pick other experts. Nothing is timed.
     """

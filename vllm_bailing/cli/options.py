@@ -41,9 +41,6 @@ Bandwidth = Annotated[
     float | None,
     typer.Option("--bandwidth", min=0.0, help="TB/s of the memory of each GPU or rank, if it is not a known GPU."),
 ]
-EnableExpertParallel = Annotated[
-    bool, typer.Option("--enable-expert-parallel", "--ep", "-ep", help="Whole experts on each rank, as for vLLM.")
-]
 BatchSizes = Annotated[str, typer.Option("--batch-size", help="Requests at once, each measured in turn.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="How often each is measured, alternating.")]
 ReportName = Annotated[Path, typer.Option("--out", help="Where to write NAME.json and NAME.png.")]
@@ -53,6 +50,12 @@ URL = typer.Option("--url", help="A running vLLM server, such as http://localhos
 TENSOR_PARALLEL_SIZE = typer.Option(
     "--tensor-parallel-size", "--tp", "-tp", min=1, help="Ranks of tensor parallelism, as for vLLM."
 )
+
+
+def enable_expert_parallel(also: str = "") -> Any:
+    """The option of that name; `also` ends its help text."""
+    help_text = f"Whole experts on each rank, as for vLLM{also}."
+    return typer.Option("--enable-expert-parallel", "--ep", "-ep", help=help_text)
 
 
 def one_of(*values: str) -> Callable[[str], list[str]]:

@@ -78,7 +78,7 @@ def plan(
     data_parallel_size: Annotated[
         int | None, _size("--data-parallel-size", "--dp", "-dp", help="Ranks of data parallelism, as for vLLM.")
     ] = None,
-    enable_expert_parallel: options.EnableExpertParallel = False,
+    enable_expert_parallel: Annotated[bool, options.enable_expert_parallel("; --dp implies it")] = False,
     redundant_experts: Annotated[int, typer.Option(help="Copies of experts in each layer for EPLB, in all.")] = 0,
     memory_gib: Annotated[float | None, typer.Option(help="Memory of a GPU that is not known.")] = None,
     bandwidth: options.Bandwidth = None,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def tune(
     model: Annotated[str, typer.Argument(help="A hub name, a folder or a config.json; no weights are read.")],
     tensor_parallel_size: Annotated[int, options.TENSOR_PARALLEL_SIZE] = 1,
-    enable_expert_parallel: options.EnableExpertParallel = False,
+    enable_expert_parallel: Annotated[bool, options.enable_expert_parallel()] = False,
     dtype: Annotated[
         str | None, options.dtype("bf16, or fp8 in blocks of 128 x 128; the checkpoint's if left out.", "bf16", "fp8")
     ] = None,

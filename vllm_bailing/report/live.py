@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_bailing.errors import ReportError, shown
-from vllm_bailing.tools import metrics
-from vllm_bailing.tools.chat import base_of, http_client
+from vllm_bailing.tools.chat import base_of
 from vllm_bailing.tools.doctor import Check
-from vllm_bailing.tools.doctor_server import SECONDS, json_of, server
+from vllm_bailing.tools.doctor_server import SECONDS, Counted, Said, server
 
 
 @dataclass(frozen=True)
@@ -50,25 +49,17 @@ def ask(url: str, model: str | None = None, seconds: float = SECONDS) -> Live:
     Raises:
         ReportError: If it does not answer, or has no such model.
     """
-    import httpx
-
-    checks = list(server(url, model, seconds))
+    said = Said()
+    checks = list(server(url, model, seconds, said))
     for check in checks:
         if check.ok is False and check.name in ("server", "model"):
             raise ReportError(f"--url {shown(check.detail)}; {check.fix}")
-    try:
-        with http_client(url, seconds) as client:
-            text, models = client.get("/metrics").text, json_of(client.get("/v1/models"))
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ReportError(f"--url {base_of(url)}: {shown(error) or type(error).__name__}") from None
-    served = [entry for entry in models.get("data") or [] if isinstance(entry, dict)]
-    (chosen, *_) = [entry for entry in served if entry.get("id") == model] or served
-    return Live(base_of(url), checks, str(chosen.get("id")), chosen.get("max_model_len"), **_of_metrics(text))
+    name = model or next(iter(said.models))
+    window = said.models[name].get("max_model_len")
+    return Live(base_of(url), checks, name, window, **_of_metrics(said.counted))
 
 
-def _of_metrics(text: str) -> dict[str, Any]:
-    samples = _samples(text)
-
+def _of_metrics(samples: Counted) -> dict[str, Any]:
     def found(name: str) -> list[Any]:
         return samples.get(f"vllm:{name}", [])
 
@@ -90,14 +81,6 @@ def _of_metrics(text: str) -> dict[str, Any]:
         "tokens_per_s": tokens / seconds if seconds > 0 else None,
         "requests": int(total("request_success_total")),
     }
-
-
-def _samples(text: str) -> dict[str, list[Any]]:
-    """The samples of a text of metrics by name; none if it is something else."""
-    try:
-        return metrics.samples(text)
-    except (ValueError, LookupError):
-        return {}
 
 
 def _value(kind: Callable[[Any], Any], text: Any) -> Any:

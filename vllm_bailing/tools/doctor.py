@@ -208,8 +208,7 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
         )
         return
     if reason := without_config(folder):
-        detail, _, todo = reason.partition("; ")
-        yield Check("files", False, detail, todo)
+        yield Check("files", False, *reason)
         return
     try:
         config = read_config(folder, overrides)
@@ -361,20 +360,19 @@ def _audited(audit: Any, stored_files: Any, name: str) -> Iterator[Check]:
     try:
         audit.check(stored_files)
     except CheckpointError as error:
-        detail, _, cause = str(error).partition(". Likely cause: ")
-        yield Check(name, False, detail, cause)
+        yield Check(name, False, *error.finding)
     else:
         yield Check(name, True, "complete, every shape as config.json says")
 
 
 def _template(folder: Path) -> Iterator[Check]:
+    from vllm_bailing.errors import TokenizerError
     from vllm_bailing.tools.prompts import read_tokenizer
 
     try:
         tokenizer = read_tokenizer(folder, "fetch tokenizer.json and tokenizer_config.json again")
-    except ValueError as error:
-        detail, _, fix = str(error).rpartition("; ")
-        yield Check("tokenizer", False, detail, fix)
+    except TokenizerError as error:
+        yield Check("tokenizer", False, *error.finding)
         return
     yield Check("tokenizer", True, f"{len(tokenizer)} tokens")
     if not tokenizer.chat_template:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_bailing.errors import shown
@@ -16,42 +17,58 @@ Counted = dict[str, list[Any]]  # of `metrics.samples`
 _TOOL = {"type": "function", "function": {"name": "noop", "parameters": {"type": "object", "properties": {}}}}
 
 
-def server(url: str, model: str | None = None, seconds: float = SECONDS) -> Iterator[Check]:
+@dataclass
+class Said:
+    """What a server said while it was checked, for those who want more of it.
+
+    Attributes:
+        counted: Of /metrics; empty if it shows something else.
+        models: Of /v1/models, by name.
+    """
+
+    counted: Counted = field(default_factory=dict)
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def server(
+    url: str, model: str | None = None, seconds: float = SECONDS, said: Said | None = None
+) -> Iterator[Check]:
     """Checks of the server at `url`, which end with a generated token; nothing is sent anywhere else.
 
     Args:
         model: The server's name of the model; its first one if left out.
         seconds: That it may take for each answer.
+        said: Is filled with what it says.
     """
     import httpx
 
     base = base_of(url)
     try:
         with http_client(url, seconds) as client:
-            yield from _checks(client, base, model)
+            yield from _checks(client, base, model, said or Said())
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         what = "no answer within" if isinstance(error, httpx.TimeoutException) else shown(error) or type(error).__name__
         limit = f" {seconds:g} s" if isinstance(error, httpx.TimeoutException) else ""
         yield Check("server", False, f"{base}: {what}{limit}", "start it, or restart it: see the end of its log")
 
 
-def _checks(client: Any, base: str, model: str | None) -> Iterator[Check]:
+def _checks(client: Any, base: str, model: str | None, said: Said) -> Iterator[Check]:
     health = client.get("/health")
     if health.status_code != 200:
         yield Check("server", False, f"{base}: HTTP {health.status_code}", "restart it: see the end of its log")
         return
     vllm = json_of(client.get("/version")).get("version")
     yield Check("server", True, f"{base}, vLLM {shown(str(vllm))}" if vllm else f"{base}, not a vLLM server")
-    counted = _counted(client)
+    said.counted = counted = _counted(client)
     yield _plugin(counted)
     models = json_of(client.get("/v1/models")).get("data")
-    names = {entry.get("id"): entry for entry in models or [] if isinstance(entry, dict)}
+    said.models = names = {str(entry.get("id")): entry for entry in models or [] if isinstance(entry, dict)}
     if not names or (model and model not in names):
-        known = ", ".join(shown(str(name)) for name in names) or "none"
+        known = ", ".join(map(shown, names)) or "none"
         yield Check("model", False, f"the server has {known}", "name one of them by --served-model-name")
         return
     name = model or next(iter(names))
-    yield Check("model", True, f"{shown(str(name))}, window of {names[name].get('max_model_len', '?')} tokens")
+    yield Check("model", True, f"{shown(name)}, window of {names[name].get('max_model_len', '?')} tokens")
     yield from _chat(client, name)
     yield _drafts(counted)
     yield _token(client, name, counted)
@@ -70,7 +87,7 @@ def _counted(client: Any) -> Counted:
     """The samples of /metrics; none if it shows something else, which is no fault of a server."""
     try:
         return samples(client.get("/metrics").text)
-    except ValueError:
+    except (ValueError, LookupError):
         return {}
 
 

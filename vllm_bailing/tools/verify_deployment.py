@@ -150,10 +150,14 @@ def ask_offline(folder: str, options: dict[str, Any], prompts: list[Prompt]) -> 
     """What `vllm.LLM(folder, **options)` computes in this process, as `ask_server`, its dtype, and its first drafts."""
     llm = engine(folder, options)
     served = ask_engine(llm, prompts)
+    return served, dtype_name(llm.llm_engine.model_config.dtype), draft_counts_of(llm)
+
+
+def draft_counts_of(llm: LLM) -> Drafts | None:
+    """First drafts of an engine since its start; None if it makes none."""
     metrics: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}
     accepted = metrics[ACCEPTED].values if ACCEPTED in metrics else []
-    drafts = (metrics[DRAFTS].value, accepted[0]) if accepted else None
-    return served, dtype_name(llm.llm_engine.model_config.dtype), drafts
+    return (metrics[DRAFTS].value, accepted[0]) if accepted else None
 
 
 def engine(folder: str, options: dict[str, Any]) -> LLM:

@@ -61,20 +61,19 @@ def _rounded_inputs(config: BailingMoeV2Config) -> str | None:
     return "int8" if "int8" in kinds else next(iter(kinds), None)
 
 
-def _power(x: Tensor, mask: int) -> Tensor:
-    """The power of two at or below |x|, of fp32; with the sign of `x` where `mask` keeps it; 0 of 0."""
-    return (x.detach().view(torch.int32) & mask).view(torch.float32)
-
-
 def dithered(x: Tensor, bits: int) -> Tensor:
-    """`x` (fp32) with errors as large as those of rounding to `bits` bits of mantissa, and at random."""
-    errors = torch.rand_like(x).sub_(0.5).mul_(_power(x, 0x7F800000))
-    return x.add(errors, alpha=2.0**-bits)
+    """`x`, in fp32, with errors as large as those of rounding to `bits` bits of mantissa, and at random."""
+    return torch.rand_like(x).sub_(0.5).mul_(_powers(x)).mul_(2.0**-bits).add_(x)
 
 
 def cut(x: Tensor, bits: int) -> Tensor:
     """As `dithered`, with errors of rounding toward zero, which are twice as large and make everything smaller."""
-    return x.sub(torch.rand_like(x).mul_(_power(x, -(2**23))), alpha=2.0**-bits)
+    return torch.rand_like(x).mul_(_powers(x)).mul_(-(2.0**-bits)).add_(x)
+
+
+def _powers(x: Tensor) -> Tensor:
+    """The powers of two of fp32 numbers, with their signs: sign and exponent alone."""
+    return (x.contiguous().view(torch.int32) & -(1 << 23)).view(torch.float32)
 
 
 def _dithered_input(x: Tensor, inputs: str) -> Tensor:
@@ -216,6 +215,7 @@ class Computed:
         logprobs: Of the wanted values, exact: float64 [V].
         copies: The same of the copies that are rounded to the nearest: float64 [copies, V].
         cut: The same of those that are rounded toward zero; as many in bf16, else none.
+        coarse: Whether what quantized layers multiply is rounded to 8 bits.
         likeliest: Token id for each position.
         experts: Of every MoE layer, the share of its experts that a token went to.
     """
@@ -225,6 +225,7 @@ class Computed:
     cut: np.ndarray
     likeliest: np.ndarray
     experts: list[float]
+    coarse: bool = False
 
 
 class Reference:
@@ -295,7 +296,8 @@ class Reference:
             logprobs, likeliest = self._head(torch.stack(rows), bits)
         self.reader.close()
         shares = [experts[index] for index in sorted(experts)]
-        return Computed(logprobs[0], logprobs[1 : copies + 1], logprobs[copies + 1 :], likeliest, shares)
+        rounded_ones = logprobs[1 : copies + 1], logprobs[copies + 1 :]
+        return Computed(logprobs[0], *rounded_ones, likeliest, shares, self.rounding.inputs is not None)
 
     def _rounded_layer(self, index: int, around: tuple[Tensor, Tensor, Any], rounded: Tensor, to_zero: bool) -> Tensor:
         with torch.random.fork_rng([]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import shutil
@@ -288,9 +289,13 @@ def _questions(request: Request, target: checks.Source, show: Show) -> list[answ
 
 
 def _tokenizer(request: Request, target: checks.Source) -> Any:
-    without = "leave --draft-vocab-size out" if request.data is None else "give --answers"
+    return _read_once(target.folder, "leave --draft-vocab-size out" if request.data is None else "give --answers")
+
+
+@functools.lru_cache(1)  # read early, to refuse early, and used at the end
+def _read_once(folder: Path, without: str) -> Any:
     try:
-        return read_tokenizer(target.folder, without)
+        return read_tokenizer(folder, without)
     except ValueError as error:
         raise TrainError(str(error)) from None
 
