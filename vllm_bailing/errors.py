@@ -73,8 +73,8 @@ class Finding(NamedTuple):
         return "; ".join(filter(None, self))
 
 
-class TokenizerError(ValueError):
-    """A checkpoint has no tokenizer that can be used; `finding` is the message in two parts."""
+class FilesError(ValueError):
+    """A checkpoint is not here, or has no tokenizer that can be used; `finding` is the message in two parts."""
 
     def __init__(self, finding: Finding) -> None:
         super().__init__(str(finding))

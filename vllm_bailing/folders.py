@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vllm_bailing.errors import Finding, shown
+from vllm_bailing.errors import FilesError, Finding, shown
 from vllm_bailing.json_files import read_json
 
 _HUB_SECONDS = 10.0  # for one answer, to a name on the hub
+_NO_OWNER = "names on the hub are OWNER/MODEL, and the demo's folder is what `vllm-bailing demo-path` prints"
 FileStates = tuple[tuple[str, int, int], ...]  # name, size in bytes, time of the last change in ns
 
 
@@ -32,23 +33,23 @@ def local_folder(model: str) -> Path:
     """The folder of a checkpoint that is on this machine.
 
     Raises:
-        ValueError: If it is not.
+        FilesError: If it is not.
     """
     if Path(model).is_dir():
         return Path(model).resolve()
     if Path(model).exists():
-        raise ValueError(f"{model} is a file; give the folder that it is in")
+        raise FilesError(Finding(f"{model} is a file", "give the folder that it is in"))
     if is_path(model):
-        raise ValueError(f"{model} is no folder on this machine; correct it, or give a model's name on the hub")
+        todo = "correct it, or give a model's name on the hub"
+        raise FilesError(Finding(f"{model} is no folder on this machine", todo))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, ValueError):
-        raise ValueError(
-            f"{model} is neither a folder nor a model that was downloaded; fetch it by `hf download {model}`"
-        ) from None
+        todo = _NO_OWNER if "/" not in model else f"fetch it by `hf download {model}`"
+        raise FilesError(Finding(f"{model} is neither a folder nor a model that was downloaded", todo)) from None
 
 
 def is_path(model: str) -> bool:
@@ -88,6 +89,8 @@ def only_from_cache(model: str) -> bool:
             return True
     except HFValidationError:
         raise ValueError(f"{shown(model)} is no folder, and no name that the hub allows; correct it") from None
+    if "/" not in model:
+        raise FilesError(Finding(f"{model} is no folder here and was not downloaded", _NO_OWNER))
     raise ValueError(
         f"{model} is no folder here and was not downloaded, and {constants.ENDPOINT} cannot be asked ({reason}); give "
         "a folder or a config.json, or set HF_ENDPOINT or HTTPS_PROXY to what can be reached"

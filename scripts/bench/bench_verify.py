@@ -1,7 +1,7 @@
 """How far are right deployments from the reference? Makes and tries the limits of `vllm-bailing verify`.
 
     python scripts/bench/bench_verify.py --right 10                     judges them by the limits as they are
-    python scripts/bench/bench_verify.py --right 10 --write             and makes the limits from them
+    python scripts/bench/bench_verify.py --right 10 --write FILE        and makes limits from them
     python scripts/bench/bench_verify.py --faults --words 4096          what of planted faults is above the limits
     python scripts/bench/bench_verify.py --faults --arm "plain fp8"
 
@@ -45,7 +45,6 @@ from vllm_bailing.tools.verify_deployment import (
     engine,
     prompts_of,
 )
-from vllm_bailing.tools.verify_verdict import RIGHT
 
 Fault = Callable[[Any], object]  # changes the plain model
 HELD_OUT = ROOT / "tests" / "data" / "demo_heldout.jsonl"
@@ -392,7 +391,7 @@ def main(
     first: Annotated[int, typer.Option(help="Number of the first set.", min=1)] = 1,
     arm: Annotated[list[str] | None, typer.Option(help="Only this one, as often as you like.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for what comes.")] = None,
-    out: Annotated[Path | None, typer.Option("--write", help="File to write: the limits.")] = None,
+    out: Annotated[Path | None, typer.Option("--write", help="File to write: vllm_bailing/assets/verify.json.")] = None,
     faults: Annotated[bool, typer.Option("--faults", help="Plant faults in plain models instead.")] = False,
     words: Annotated[int, typer.Option(help="For --faults.")] = WORDS,
 ) -> None:

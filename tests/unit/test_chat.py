@@ -8,8 +8,9 @@ import random
 import textwrap
 from types import SimpleNamespace
 
+import httpx
 import pytest
-from openai import OpenAIError
+from openai import APIConnectionError, InternalServerError, OpenAIError
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
@@ -22,6 +23,7 @@ from vllm_bailing.errors import ChatError
 from vllm_bailing.tools.chat import Answer, Call, Chat, as_json, with_scheme
 
 URL = "http://server"
+REQUEST = httpx.Request("POST", URL)
 
 
 def delta(content=None, reasoning=None, calls=(), finish=None, usage=None):
@@ -149,9 +151,13 @@ def test_the_last_question_may_be_asked_again():
         (OpenAIError("overloaded"), "overloaded"),
         ([delta("Half an"), OpenAIError("gone")], "gone"),
         ([delta("Half an")], "the connection ended before the answer did; ask again"),
+        ([delta("Half an"), APIConnectionError(request=REQUEST)], "the connection ended before the answer did; ask"),
+        ([delta("Half an"), httpx.ReadError("reset")], "the connection ended before the answer did; ask again"),
+        (InternalServerError("", response=httpx.Response(503, request=REQUEST), body=None), "is not ready (HTTP 503);"),
+        (APIConnectionError(request=REQUEST), "no server at http://server; start one by"),
         (["<html>"], "no answer of a vLLM server"),
     ],
-    ids=["refused", "failed in the middle", "cut off", "a web page"],
+    ids=["refused", "failed", "cut off", "lost", "reset", "loading", "gone", "a web page"],
 )
 def test_a_request_that_fails_leaves_the_conversation_as_it_was(answer, words):
     chat, requests = a_chat([delta("a"), STOP], answer, [delta("c"), STOP])
@@ -289,9 +295,11 @@ def test_what_is_no_server_of_models_is_one_line(page):
 def test_no_server_says_how_to_start_one():
     done = invoke("chat", "hello", "--url", "localhost:9")
     assert done.exit_code == 1 and done.stderr == (
-        "vllm-bailing chat: no server at http://localhost:9; start one by `vllm serve MODEL`, or "
-        "`vllm-bailing demo --keep`\n"
+        "vllm-bailing chat: no server at http://localhost:9; start one by `vllm serve MODEL` or "
+        "`vllm-bailing demo --keep`, and wait until its log says that the start is complete\n"
     )
+    done = invoke("chat", "hello", "--url", "htp://localhost:9")
+    assert done.exit_code == 1 and "htp://localhost:9 begins with htp://; give a URL such as http://" in done.stderr
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "no JSON"])

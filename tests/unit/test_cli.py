@@ -157,6 +157,12 @@ def test_help_fits_into_80_columns(words, flag):
     assert all(option in done.stdout for option in options)
 
 
+@pytest.mark.parametrize("words", [(), ("bench",)], ids=["all", "bench"])
+def test_a_list_of_commands_cuts_none_off(words):
+    shown = invoke(*words, "--help", COLUMNS="80", TERMINAL_WIDTH="80").output
+    assert not [line for line in shown.splitlines() if line.endswith("...")], shown
+
+
 def test_help_and_version_import_nothing_heavy():
     calls = [["--version"], *([*words, "--help"] for words in COMMANDS)]
     code = f"""

@@ -174,7 +174,7 @@ OTHER = "vLLM serves it by its own class"
         (with_gguf, "files", "has GGUF files, llama.cpp's", "safetensors"),
         (with_a_dangling("config.json"), "files", "config.json links to /gone/blob, which is gone", FETCH),
         (with_a_dangling("model.safetensors"), "files", "model.safetensors links to /gone/blob, which is gone", FETCH),
-        (lambda folder: None, "files", "is no folder on this machine", "name a folder that is there"),
+        (lambda folder: None, "files", "is no folder on this machine", "correct it, or give a model's name on the hub"),
         (lambda folder: folder.write_text(""), "files", "is a file; give the folder that it is in", "name a folder"),
         (lambda folder: with_config(folder, "[1]"), "config.json", "it holds a list", "correct config.json"),
         (
@@ -308,7 +308,7 @@ def test_deep_checks_need_a_model():
 def test_a_model_that_is_not_here_is_told_how_to_get(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (check,) = doctor.checkpoint("no-such/model")
-    assert check.ok is False and check.fix == "hf download no-such/model"
+    assert check.ok is False and check.fix == "fetch it by `hf download no-such/model`"
 
 
 @pytest.mark.parametrize(("wrong", "line"), [(0, "all is well"), (1, "1 problem"), (2, "2 problems")])

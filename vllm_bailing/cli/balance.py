@@ -35,9 +35,9 @@ def balance(
 ) -> None:
     """Which experts does this model pick, and how evenly?
 
-    Says what expert load balancing (EPLB) would gain. Records the picks for prompts and greedy answers, here or from a server with --enable-return-routed-experts, and
-    plays them against placements of the experts: in their order, and as vLLM's own load balancing places them. Other
-    prompts than yours pick other experts. Nothing is timed.
+    Records the picks for prompts and greedy answers, here or from a server with --enable-return-routed-experts, and
+    plays them against placements of the experts: in their order, and as vLLM's own load balancing (EPLB) places them.
+    Other prompts than yours pick other experts. Nothing is timed.
     """
     from vllm_bailing.balance import report, simulate
     from vllm_bailing.bench.report import write_report

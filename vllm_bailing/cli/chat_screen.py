@@ -109,10 +109,18 @@ def remark(answer: Answer, console: Console) -> None:
 
 def explained(error: Exception, url: str) -> str:
     """What went wrong, and what to do."""
-    from openai import APIConnectionError
+    from openai import APIConnectionError, APIStatusError
 
+    scheme = url.partition("://")[0]
+    if scheme not in ("http", "https"):
+        return f"{shown(url)} begins with {shown(scheme)}://; give a URL such as http://localhost:8000"
     if isinstance(error, APIConnectionError):
-        return f"no server at {url}; start one by `vllm serve MODEL`, or `vllm-bailing demo --keep`"
+        return (
+            f"no server at {url}; start one by `vllm serve MODEL` or `vllm-bailing demo --keep`, and wait until its "
+            "log says that the start is complete"
+        )
+    if isinstance(error, APIStatusError) and error.status_code in (502, 503, 504):
+        return f"{url} is not ready (HTTP {error.status_code}); wait until it has loaded its model, and ask again"
     return f"{url}: {shown(error, 1000)}"
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI
 
 from vllm_bailing.errors import ChatError, shown
 from vllm_bailing.json_files import read_json
 from vllm_bailing.reasoning import ReasoningStream
+
+_CUT_OFF = "the connection ended before the answer did; ask again"
 
 
 def with_scheme(url: str) -> str:
@@ -144,8 +146,10 @@ class Chat:
             raise
         except (AttributeError, LookupError, TypeError) as error:
             raise ChatError(f"what came is no answer of a vLLM server ({shown(error)})") from error
+        except (APIConnectionError, httpx.HTTPError) as error:  # there was a server, or nothing would have come
+            raise ChatError(_CUT_OFF) from error
         if answer.finish_reason is None:
-            raise ChatError("the connection ended before the answer did; ask again")
+            raise ChatError(_CUT_OFF)
         self.messages = [*self.messages, *messages, _as_message(answer)]
 
     def ask_again(self) -> Iterator[tuple[str, str]]:

@@ -197,15 +197,13 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
     """Checks of a checkpoint on this machine; reads configuration and headers, no weights."""
     from vllm_bailing.checkpoint import Checkpoint
     from vllm_bailing.config import read_config
-    from vllm_bailing.errors import OtherModelError
-    from vllm_bailing.folders import how_to_fetch, is_path, local_folder, without_config
+    from vllm_bailing.errors import FilesError, OtherModelError
+    from vllm_bailing.folders import how_to_fetch, local_folder, without_config
 
     try:
         folder = local_folder(model)
-    except ValueError as error:
-        yield Check(
-            "files", False, str(error), "name a folder that is there" if is_path(model) else how_to_fetch(model)
-        )
+    except FilesError as error:
+        yield Check("files", False, *error.finding)
         return
     if reason := without_config(folder):
         yield Check("files", False, *reason)
@@ -366,12 +364,12 @@ def _audited(audit: Any, stored_files: Any, name: str) -> Iterator[Check]:
 
 
 def _template(folder: Path) -> Iterator[Check]:
-    from vllm_bailing.errors import TokenizerError
+    from vllm_bailing.errors import FilesError
     from vllm_bailing.tools.prompts import read_tokenizer
 
     try:
         tokenizer = read_tokenizer(folder, "fetch tokenizer.json and tokenizer_config.json again")
-    except TokenizerError as error:
+    except FilesError as error:
         yield Check("tokenizer", False, *error.finding)
         return
     yield Check("tokenizer", True, f"{len(tokenizer)} tokens")

@@ -30,9 +30,7 @@ class Said:
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def server(
-    url: str, model: str | None = None, seconds: float = SECONDS, said: Said | None = None
-) -> Iterator[Check]:
+def server(url: str, model: str | None = None, seconds: float = SECONDS, said: Said | None = None) -> Iterator[Check]:
     """Checks of the server at `url`, which end with a generated token; nothing is sent anywhere else.
 
     Args:

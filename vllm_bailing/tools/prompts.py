@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_bailing.errors import Finding, TokenizerError, shown, told
+from vllm_bailing.errors import FilesError, Finding, shown, told
 from vllm_bailing.folders import endless_file
 from vllm_bailing.json_files import parsed, read_text
 
@@ -62,18 +62,18 @@ def read_tokenizer(model: Path | str, remedy: str) -> Any:
         remedy: What to do if it has none, for the message.
 
     Raises:
-        TokenizerError: If it has none that can be read and used.
+        FilesError: If it has none that can be read and used.
     """
     from transformers import AutoTokenizer
 
     if detail := endless_file(Path(model)):
-        raise TokenizerError(Finding(detail, "remove it, and fetch the files again"))
+        raise FilesError(Finding(detail, "remove it, and fetch the files again"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
         tokenizer.encode("?")
     except Exception as error:  # of any type, depending on the file that is wrong
         detail = f"{model} has no tokenizer that can be read ({shown(error)})"
-        raise TokenizerError(Finding(detail, remedy)) from None
+        raise FilesError(Finding(detail, remedy)) from None
     return tokenizer
 
 
