@@ -45,6 +45,8 @@ def test_dithering_is_as_large_as_rounding_and_has_no_direction(dtype, bits):
     assert float(error.std()) == pytest.approx(float(rounding.std()), rel=0.02)
     assert abs(float(error.mean())) < 4 * float(error.std()) / math.sqrt(len(x))
     assert float((error / x).abs().max()) <= verify_statistics.roundoff(str(dtype).removeprefix("torch."))
+    exact = torch.tensor([0.0, -0.0])
+    assert torch.equal(dithered(exact, bits), exact) and torch.equal(cut(exact, bits), exact)
 
 
 def test_cutting_makes_smaller_as_rounding_toward_zero_does():
@@ -68,6 +70,28 @@ def test_an_engine_that_rounds_toward_zero_is_compared_with_that():
     found = Differences.between(exact + noise[0], computed, asked)
     assert np.allclose(found.served, noise[0]) and np.allclose(found.rounded, noise)
     assert len(Differences.between(served, replace(computed, cut=noise[:0]), asked).served) == 40
+
+
+def test_noise_of_8_bits_is_counted_from_its_mean():
+    """It makes what the norms give smaller, for right deployments and for the copies alike."""
+    random = np.random.default_rng(0)
+    exact = np.full(8000, -1.0)
+    served, *copies = exact - 0.05 + 0.1 * random.standard_normal((5, 8000))
+    position = np.arange(8000) // 20
+    asked = SimpleNamespace(position=position, token=position, given=np.arange(400))
+    computed = Computed(exact, np.array(copies), np.zeros((0, 8000)), position, [])
+    directed = Differences.between(served, computed, asked)
+    assert float(directed.served.mean()) == pytest.approx(-0.05, abs=0.005)
+    found = Differences.between(served, replace(computed, coarse=True), asked)
+    # The mean of four copies is off by a half of their deviation.
+    assert abs(float(found.served.mean())) < 5 * 0.1 * math.sqrt(1.25 / 8000)
+    assert float(np.median(found.size)) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("inputs", [None, "fp8", "int8"])
+def test_only_rounding_to_8_bits_is_coarse(inputs, checkpoint, tmp_path):
+    given = checkpoint, read_config(checkpoint), ASKED, tmp_path / "work", Rounding("bfloat16", inputs)
+    assert Reference(*given).forward(copies=1).coarse == (inputs is not None)
 
 
 PARTS = {  # what a tensor's scale is the scale of
