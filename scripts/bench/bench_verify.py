@@ -354,6 +354,7 @@ def show_faults(arm: Arm, work: Path, words: int) -> None:
             f"{name} {value:.3g} > {limit:.3g}" for name, (value, limit) in found.items() if value > limit
         )
         table.add_row(fault, f"{found['significance'][0]:.3g}", above, report["looks_like"])
+        print(f"{fault}: {above or 'nothing'} above; {report['looks_like']}", flush=True)
     Console(width=130).print(table)
 
 

@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from vllm_bailing.errors import ChatError, shown
-from vllm_bailing.tools.chat import Answer, Chat
+from vllm_bailing.tools.chat import NOT_READY, Answer, Chat
 
 HELP = """\
 /help              this text
@@ -119,7 +119,7 @@ def explained(error: Exception, url: str) -> str:
             f"no server at {url}; start one by `vllm serve MODEL` or `vllm-bailing demo --keep`, and wait until its "
             "log says that the start is complete"
         )
-    if isinstance(error, APIStatusError) and error.status_code in (502, 503, 504):
+    if isinstance(error, APIStatusError) and error.status_code in NOT_READY:
         return f"{url} is not ready (HTTP {error.status_code}); wait until it has loaded its model, and ask again"
     return f"{url}: {shown(error, 1000)}"
 

@@ -17,6 +17,7 @@ from vllm_bailing.errors import ChatError, shown
 from vllm_bailing.json_files import read_json
 from vllm_bailing.reasoning import ReasoningStream
 
+NOT_READY = (502, 503, 504)  # what stands for a server that does not answer yet
 _CUT_OFF = "the connection ended before the answer did; ask again"
 
 

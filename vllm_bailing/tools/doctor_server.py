@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_bailing.errors import shown
-from vllm_bailing.tools.chat import base_of, http_client
+from vllm_bailing.tools.chat import NOT_READY, base_of, http_client
 from vllm_bailing.tools.doctor import Check
 from vllm_bailing.tools.metrics import DRAFTS, samples
 
@@ -53,7 +53,10 @@ def server(url: str, model: str | None = None, seconds: float = SECONDS, said: S
 def _checks(client: Any, base: str, model: str | None, said: Said) -> Iterator[Check]:
     health = client.get("/health")
     if health.status_code != 200:
-        yield Check("server", False, f"{base}: HTTP {health.status_code}", "restart it: see the end of its log")
+        todo = "restart it: see the end of its log"
+        if health.status_code in NOT_READY:
+            todo = f"wait until it has loaded its model; if it had, {todo}"
+        yield Check("server", False, f"{base}: HTTP {health.status_code}", todo)
         return
     vllm = json_of(client.get("/version")).get("version")
     yield Check("server", True, f"{base}, vLLM {shown(str(vllm))}" if vllm else f"{base}, not a vLLM server")

@@ -269,7 +269,7 @@ class Reference:
         kinds = (False, True) if self.rounding.dtype == "bfloat16" else (False,)  # whether toward zero
         if rounded is None:
             rounded = exact.repeat(copies * len(kinds), 1, 1)
-        around, around_copies = self._around(1), self._around(max(copies, 1))
+        around = self._around(1)
         for index in range(done, self.config.num_hidden_layers):
             self.progress(index)
             if index == 0:
@@ -280,7 +280,7 @@ class Reference:
                 experts[index] = seen / self.config.num_experts
             if copies:
                 halves = zip(rounded.chunk(len(kinds)), kinds, strict=True)
-                rounded = torch.cat([self._rounded_layer(index, around_copies, *half) for half in halves])
+                rounded = torch.cat([self._rounded_layer(index, *half) for half in halves])
             self.reader.close()
             self._keep_state(index + 1, exact)
             self._keep_rounded(index + 1, rounded, experts)
@@ -299,11 +299,15 @@ class Reference:
         rounded_ones = logprobs[1 : copies + 1], logprobs[copies + 1 :]
         return Computed(logprobs[0], *rounded_ones, likeliest, shares, self.rounding.inputs is not None)
 
-    def _rounded_layer(self, index: int, around: tuple[Tensor, Tensor, Any], rounded: Tensor, to_zero: bool) -> Tensor:
+    def _rounded_layer(self, index: int, rounded: Tensor, to_zero: bool) -> Tensor:
         with torch.random.fork_rng([]):
             torch.manual_seed(index)
             hooks = _Rounded(self.reader, self.rounding, to_zero)
-            return hooks.round(_layer(self.reader, index, hooks)(rounded, *around)[0], hooks.bits)
+            # Copies are deployments: each rounds its weights anew if it rounds them.
+            apart = rounded.split(len(self.mask)) if hooks.at_start else [rounded]
+            around = self._around(len(apart[0]) // len(self.mask))
+            outputs = [_layer(self.reader, index, hooks)(one, *around)[0] for one in apart]
+            return hooks.round(torch.cat(outputs), hooks.bits)
 
     @torch.no_grad()
     def accepted_drafts(self, prompts: list[int]) -> tuple[int, int]:
