@@ -96,7 +96,7 @@ ARMS = {
     "bf16": Arm(),
     "bf16, drafts": Arm(options=MTP),
     "bf16, chunks of 64": Arm(options={"max_num_batched_tokens": 64, "max_num_seqs": 32}),
-    "bf16, cached prefixes": Arm(options={"enable_prefix_caching": True, "block_size": 16}, twice=True),
+    "bf16, cached prefixes": Arm(options={"enable_prefix_caching": True, "block_size": 32}, twice=True),
     "bf16, 2 ranks": Arm(options={"tensor_parallel_size": 2}),
     "fp16": Arm("float16"),
     "fp16, drafts": Arm("float16", MTP),
@@ -266,7 +266,7 @@ def _quantize_layers(model: Any, arm: Arm, folder: Path) -> None:
         def forward(x: Any, weight: Any = weight, kind: str = kind) -> Any:
             return torch.nn.functional.linear(_rounded(x.float(), kind, -1), weight).to(x.dtype)
 
-        module.forward = forward
+        module.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _rounded(x: Any, kind: str, over: int | tuple[int, ...]) -> Any:

@@ -159,8 +159,8 @@ def test_help_fits_into_80_columns(words, flag):
 
 @pytest.mark.parametrize("words", [(), ("bench",)], ids=["all", "bench"])
 def test_a_list_of_commands_cuts_none_off(words):
-    shown = invoke(*words, "--help", COLUMNS="80", TERMINAL_WIDTH="80").output
-    assert not [line for line in shown.splitlines() if line.endswith("...")], shown
+    _, commands = invoke(*words, "--help", COLUMNS="80").output.split("\nCommands:\n")
+    assert commands and not [line for line in commands.splitlines() if line.endswith("...")], commands
 
 
 def test_help_and_version_import_nothing_heavy():

@@ -175,7 +175,7 @@ OTHER = "vLLM serves it by its own class"
         (with_a_dangling("config.json"), "files", "config.json links to /gone/blob, which is gone", FETCH),
         (with_a_dangling("model.safetensors"), "files", "model.safetensors links to /gone/blob, which is gone", FETCH),
         (lambda folder: None, "files", "is no folder on this machine", "correct it, or give a model's name on the hub"),
-        (lambda folder: folder.write_text(""), "files", "is a file; give the folder that it is in", "name a folder"),
+        (lambda folder: folder.write_text(""), "files", "is a file", "give the folder that it is in"),
         (lambda folder: with_config(folder, "[1]"), "config.json", "it holds a list", "correct config.json"),
         (
             lambda folder: with_config(folder, '{"architectures": ["BailingMoeForCausalLM"], "model_type": "bailing"}'),
