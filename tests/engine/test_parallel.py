@@ -16,7 +16,6 @@ from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer
 from tests.support.conversations import prompt_ids, spread
 from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, generate, run, run_in_turn
 from tests.support.quantized import DEQUANTIZE, quantized_demo
-from tests.support.resizing import FEWER, RANKS, resized
 from tests.support.server import free_port
 from tests.support.speculation import mtp
 from vllm_bailing import DEMO
@@ -170,44 +169,6 @@ def test_ranks_have_requests_of_their_own(case, cores, options):
     ranks = [Rank(model, prompt), Rank(model, prompt[:-7])]  # so that each has another number of tokens
     for rank, answer in zip(ranks, data_parallel(ranks, cores, **options), strict=True):
         check(answer, expected, len(rank.prompt))
-
-
-@pytest.mark.parametrize("case", ["plain", "mtp"])
-def test_ranks_go_and_come(case):
-    """Three ranks share experts and copies, then two without copies, then three again."""
-    model, expected = load_case(case)
-    options = {"speculative_config": mtp(2)} if case == "mtp" else {}
-    ranks = [Rank(model, expected["input_ids"].tolist(), {"rank": rank}, job=resized) for rank in range(RANKS)]
-    found = data_parallel(ranks, "0|1|0", **options)
-    for rank in found:
-        if isinstance(rank, EngineError):
-            raise rank
-        for answer in rank["answers"].values():
-            if case == "mtp":
-                assert answer[1] == expected["greedy_ids"].tolist()
-            else:
-                check(answer, expected)
-    assert [list(rank["answers"]) for rank in found] == [["all", "fewer", "all again"]] * FEWER + [["all", "all again"]]
-    of = [{} for _ in found[0]["experts"]["all"]]  # by model: the weights of each layer's expert
-    for when, ranks_then, physical in (("all", RANKS, 24), ("fewer", FEWER, 16), ("all again", RANKS, 24)):
-        for rank in found[:ranks_then]:
-            for sizes in rank["sizes"][when]:
-                each = {key: set(values) for key, values in sizes.items()}
-                assert each == {
-                    "num_physical_experts": {physical},
-                    "num_local_physical_experts": {8},
-                    "num_redundant_experts": {physical - 16},
-                }
-        for number, (places, _) in enumerate(found[0]["experts"][when]):
-            for layer, experts in enumerate(places):
-                held = [mark for rank in found[:ranks_then] for mark in rank["experts"][when][number][1][layer]]
-                assert len(experts) == len(held) == physical
-                assert set(experts) == set(range(16))
-                for expert, mark in zip(experts, held, strict=True):
-                    assert of[number].setdefault((layer, expert), mark) == mark
-    before = [set(places[:16]) for places, _ in found[0]["experts"]["all"] for places in places]
-    assert any(experts != set(range(16)) for experts in before)  # else nothing had to move
-    assert all(len(set(marks.values())) == len(marks) for marks in of)  # no two experts are alike
 
 
 # ---- ranks that are not alike ----------------------------------------------------------------------------------------

@@ -7,8 +7,6 @@ itself, the exchange of weights between ranks, and this package's answers to vLL
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -33,15 +31,6 @@ class _WithBalancing:
 
     def __getattr__(self, name: str) -> Any:
         return (lambda: True) if name == "is_cuda_alike" else getattr(self._platform, name)
-
-
-@contextmanager
-def with_balancing() -> Iterator[None]:
-    """vLLM takes the flags of balancing."""
-    from vllm.config import parallel
-
-    with mock.patch.object(parallel, "current_platform", _WithBalancing(parallel.current_platform)):
-        yield
 
 
 def _to_physical(
@@ -96,34 +85,28 @@ def _counts(worker: Any) -> list[list[list[int]]]:
     return [state.expert_load_pass.tolist() for state in states]
 
 
-@contextmanager
-def _gpu_clocks() -> Iterator[None]:
-    """A GPU's stopwatch and stream, which a CPU lacks."""
+def _rearrange(worker: Any) -> None:
     import vllm.distributed.eplb.eplb_state as module
 
-    stopwatch = SimpleNamespace(record=lambda *_: None, elapsed_time=lambda *_: 0.0, synchronize=lambda: None)
-    stream = SimpleNamespace(synchronize=lambda: None, wait_stream=lambda *_: None)
-    with (
-        mock.patch.object(module.torch, "Event", lambda **_: stopwatch),
-        mock.patch.object(torch.accelerator, "current_stream", lambda *_: stream),
-        mock.patch.object(torch.accelerator, "synchronize", lambda *_: None),
-    ):
-        yield
-
-
-def _rearrange(worker: Any) -> None:
     state = worker.model_runner.eplb_state
     skewed = torch.Generator().manual_seed(7)
     for model in state.model_states.values():
         window = model.expert_load_window
         window.copy_((torch.rand(window[0].shape, generator=skewed).pow(6) * 1000).to(window.dtype).expand_as(window))
-    with _gpu_clocks():
+    stopwatch = SimpleNamespace(record=lambda *_: None, elapsed_time=lambda *_: 0.0, synchronize=lambda: None)
+    stream = SimpleNamespace(synchronize=lambda: None, wait_stream=lambda *_: None)
+    with (
+        mock.patch.object(module.torch, "Event", lambda **_: stopwatch),
+        mock.patch.object(torch.accelerator, "current_stream", lambda *_: stream),
+    ):
         state.rearrange()
 
 
 def balanced(model: Any, prompt: list[int], **options: Any) -> dict[str, Any]:
     """Answers of an engine before and after its experts were rearranged, and what each rank's slots held."""
-    with with_balancing():
+    from vllm.config import parallel
+
+    with mock.patch.object(parallel, "current_platform", _WithBalancing(parallel.current_platform)):
         llm = make_llm(model, enable_prefix_caching=False, **{**BALANCED, **options})
     llm.collective_rpc(_balance)
     logprobs = "speculative_config" not in options
