@@ -28,7 +28,7 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from vllm_bailing.errors import SettingsError
-from vllm_bailing.plugin.kernels.cpu_widened import widen, widens
+from vllm_bailing.plugin.kernels.cpu_widened import has_zentorch, widen, widens
 from vllm_bailing.plugin.kernels.proof import TOKENS, difference, experts_problem, proof, random, sample
 from vllm_bailing.plugin.options import CPU_KERNELS, wants_cpu_kernels
 from vllm_bailing.plugin.shims import portable_cpu_experts
@@ -85,7 +85,7 @@ def _obstacle(dtype: torch.dtype) -> str:
         return "this CPU has no AVX-512 bf16 instructions"
     if torch.cpu._is_amx_tile_supported():
         return "this CPU has AMX, for which vLLM chooses well"
-    if hasattr(torch.ops, "zentorch") and hasattr(torch.ops.zentorch, "zentorch_linear_unary"):
+    if has_zentorch():
         return "zentorch brings its own"
     return ""
 

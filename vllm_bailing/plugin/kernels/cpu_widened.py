@@ -24,10 +24,15 @@ _FEW_TOKENS = 4  # up to so many, PyTorch's loops are as fast: they read the wei
 _PART = 2**19  # numbers of the weight that become fp32 at a time
 
 
+def has_zentorch() -> bool:
+    """Whether AMD's zentorch is there, which brings matrix products of its own."""
+    return hasattr(torch.ops, "zentorch") and hasattr(torch.ops.zentorch, "zentorch_linear_unary")
+
+
 def widens(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has no matrix product of `dtype` on this CPU."""
+    """Whether nothing but PyTorch's loops has a matrix product of `dtype` on this CPU."""
     asked = getattr(torch.ops.mkldnn, _SUPPORTED.get(dtype, ""), None)
-    return current_platform.is_cpu() and asked is not None and not asked()
+    return current_platform.is_cpu() and asked is not None and not asked() and not has_zentorch()
 
 
 def widened_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
