@@ -49,6 +49,7 @@ from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
 from vllm_bailing.plugin.kernels.cpu_experts import heed_expert_map
 from vllm_bailing.plugin.kernels.cpu_quantized import offer_quantized_layers
 from vllm_bailing.plugin.options import draft_vocabulary
+from vllm_bailing.plugin.shims import takes_a_part_of_the_files
 from vllm_bailing.plugin.weight_loading import WeightLoading
 from vllm_bailing.tensor_names import EMBEDDING, HEAD, layer_of
 
@@ -233,7 +234,7 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
             .published(config)
             .files_with(lambda name: name in audit.expected or layer_of(name) in config.mtp_layer_ids)
         )
-        self.allow_patterns_overrides = [files] if files else None
+        self.allow_patterns_overrides = [files] if files and takes_a_part_of_the_files() else None
         self.weight_loading = WeightLoading(self, vllm_config, lambda: audit, self._load)
         use_cpu_kernels(self, self.draft_head.head if self.draft_head else self.lm_head, vllm_config)
         heed_expert_map(self, vllm_config)

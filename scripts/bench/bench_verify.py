@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -337,7 +338,8 @@ def judged(
     """`verify`'s report, and the seconds that it took."""
     with tempfile.TemporaryDirectory() as scratch:
         start = time.monotonic()
-        report = verify.judged(folder, config, served, arm.dtype, Path(scratch), drafts=drafts)
+        vllm = None if arm.options is None else version("vllm")
+        report = verify.judged(folder, config, served, arm.dtype, Path(scratch), vllm=vllm, drafts=drafts)
         return {**report, "seconds": time.monotonic() - start}
 
 

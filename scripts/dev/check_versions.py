@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -335,7 +336,8 @@ def overlay_plan(version: str) -> Iterator[None]:
     load_general_plugins()
     ensure("BailingMoeV2ForCausalLM" in register.register().active, register.register().reason)
     yield
-    arguments: dict[str, Any] = {"model": str(CHECKPOINT), "dtype": "float32", "enforce_eager": True}
+    folder = in_several_files(Path(tempfile.mkdtemp(dir=Path.cwd())) / "model")  # which is a temporary folder
+    arguments: dict[str, Any] = {"model": str(folder), "dtype": "float32", "enforce_eager": True}
     vllm_config = EngineArgs(**arguments, skip_tokenizer_init=True).create_engine_config()
     resolved, _ = ModelRegistry.resolve_model_cls(["BailingMoeV2ForCausalLM"], vllm_config.model_config)
     ensure(resolved.__module__ == "vllm_bailing.model", f"the class comes from {resolved.__module__}")
@@ -352,7 +354,7 @@ def overlay_plan(version: str) -> Iterator[None]:
         model: Any = cast("Any", resolved)(vllm_config=vllm_config, prefix="")
         torch.set_default_dtype(default_dtype)
         yield
-        load_all(model)
+        load_all(model, vllm_config.model_config)
         yield
     speculation = {"method": "mtp", "num_speculative_tokens": 1}
     vllm_config = EngineArgs(
@@ -368,18 +370,37 @@ def overlay_plan(version: str) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
         model = cast("Any", resolved)(vllm_config=vllm_config, prefix="")
         torch.set_default_dtype(default_dtype)
-        load_all(model)
+        load_all(model, draft)
     yield
 
 
-def load_all(model: Any) -> None:
-    """Load CHECKPOINT and see that every parameter got a value."""
-    from safetensors.torch import load_file
+def in_several_files(folder: Path) -> Path:
+    """A copy of CHECKPOINT whose tensors lie in several files with an index, as in what is published."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(CHECKPOINT, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = [names[start : start + 20] for start in range(0, len(names), 20)]
+    where = {}
+    for number, part in enumerate(parts, 1):
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+def load_all(model: Any, model_config: Any) -> None:
+    """Load a model as vLLM does, and see that every parameter got a value."""
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     parameters = dict(model.named_parameters())
     for parameter in parameters.values():
         parameter.data.fill_(float("nan"))
-    model.load_weights(load_file(CHECKPOINT / "model.safetensors").items())
+    DefaultModelLoader(LoadConfig()).load_weights(model, model_config)
     unset = [name for name, parameter in parameters.items() if parameter.data.isnan().any()]
     ensure(not unset, f"{len(unset)} of {len(parameters)} parameters got no value, first {unset[:1]}")
 

@@ -10,6 +10,7 @@ import torch
 
 from tests.support.conversations import greedy
 from tests.support.engine import TWO_RANKS, run
+from tests.support.versions import since
 from vllm_bailing import DEMO
 from vllm_bailing.balance import recording
 from vllm_bailing.config import read_config
@@ -30,6 +31,7 @@ def recorded(**options):
     return trace.picks, trace.lengths, trace.layers
 
 
+@since("0.32", "routers on CPUs that can be watched")
 @pytest.mark.parametrize(
     ("env", "options"),
     [({}, {}), (TWO_RANKS, {"tensor_parallel_size": 2, "enable_expert_parallel": True})],

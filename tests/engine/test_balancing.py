@@ -13,6 +13,7 @@ from pytest import approx
 
 from tests.support.commands import invoke
 from tests.support.paths import ROOT
+from tests.support.versions import since
 from vllm_bailing import DEMO
 from vllm_bailing.balance import recording
 from vllm_bailing.balance.simulate import imbalance, rebalanced, simulate, waiting
@@ -174,6 +175,10 @@ def asked(picks, monkeypatch, prompts=2):
     return recording.from_server("http://localhost:1", None, "m", CONFIG, lines, 4)
 
 
+RETURNS_PICKS = since("0.32", "picks of experts in chat completions")
+
+
+@RETURNS_PICKS
 def test_what_a_server_returns_is_read(monkeypatch):
     picks = np.arange(2 * 2 * 2, dtype=np.uint8).reshape(2, 2, 2) % 8  # two tokens, layer 0 has no experts
     found = asked(picks, monkeypatch)
@@ -181,6 +186,7 @@ def test_what_a_server_returns_is_read(monkeypatch):
     assert (found.lengths, found.layers) == ((2, 2), (1,))
 
 
+@RETURNS_PICKS
 @pytest.mark.parametrize(
     ("picks", "words"),
     [

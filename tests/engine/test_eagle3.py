@@ -13,6 +13,7 @@ from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, wri
 from tests.support.conversations import evenly
 from tests.support.engine import TOLERANCE, run, run_in_turn
 from tests.support.speculation import answers, draft_logits
+from tests.support.versions import since
 from vllm_bailing import DEMO
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 
@@ -161,6 +162,7 @@ def _run_in_two_stages(worker, split):
     whole.forward = forward
 
 
+@since("0.31", "auxiliary hidden states between pipeline stages")
 @pytest.mark.parametrize("split", [1, 2, 3])
 def test_an_eagle3_draft_gets_them_from_all_pipeline_stages(split, tmp_path):
     """vLLM's CPU build has no drafts with stages, so what lies between them is a stand-in here."""

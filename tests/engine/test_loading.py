@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 import pytest
 import torch
 from packaging.version import Version
@@ -20,6 +18,7 @@ from tests.support.checkpoints import (
 from tests.support.configs import change_config
 from tests.support.engine import EngineError, generate, loaded_rank, run, run_ranks
 from tests.support.quantized import quantize
+from tests.support.versions import INSTALLED
 
 SIZES = {
     "hidden_size": 256,
@@ -65,7 +64,7 @@ def test_a_pipeline_stage_reads_its_own_files_only(scheme, tmp_path):
     assert whole >= size
     (first, first_names), (second, second_names) = read_by_ranks(model, 2, **overrides)
     assert sorted(first_names + second_names) == names
-    if Version(version("vllm")) >= Version("0.32"):  # older ones open every file
+    if Version("0.32") <= INSTALLED:  # older ones open every file
         assert whole < 1.1 * size  # MTP layers without speculation are not read either
         assert 0.45 * size < first < 0.65 * size and 0.45 * size < second < 0.65 * size
 

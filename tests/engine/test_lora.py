@@ -24,6 +24,7 @@ from tests.support.adapters import (
 from tests.support.checkpoints import PROMPT, Judge, make_checkpoint, plain_answer, read_tensors
 from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, ask, make_llm, run, run_in_turn
 from tests.support.speculation import mtp
+from tests.support.versions import since
 from vllm_bailing import DEMO, DEMO_ADAPTER
 
 KINDS = {
@@ -124,6 +125,7 @@ def test_targets_that_cannot_be_adapted_are_refused_at_the_start(targets, fragme
     assert fragment in refusal.value.message
 
 
+@since("0.32", "scales of single modules")
 def test_changed_adapters_answer_as_if_they_were_merged(tmp_path):
     """All that the audit lets pass, see tests/unit/test_adapter_audit.py."""
     folders = {case: changed_adapter(tmp_path / case, change) for case, change in SERVED.items()}
@@ -309,11 +311,16 @@ def _landed_bytes(model):
     return _set_aside(model, lora_target_modules=["experts"], max_loras=2)
 
 
+ADAPTED_EXPERTS = since("0.32", "experts on CPUs that can be taken for ones with adapters")
+
+
+@ADAPTED_EXPERTS
 def test_the_memory_of_experts_is_counted_as_vllm_allocates_it(tmp_path):
     found, counted = run(_landed_bytes, make_checkpoint(tmp_path / "model"))
     assert found == counted and min(found) > 0
 
 
+@ADAPTED_EXPERTS
 def test_factors_of_the_experts_land_where_they_belong(tmp_path):
     model = make_checkpoint(tmp_path / "model")
     adapter = make_adapter(tmp_path / "adapter", model, MLP, keep=lambda module: EXPERTS_NAME in module)

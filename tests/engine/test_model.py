@@ -8,6 +8,7 @@ from tests.support.checkpoints import PROMPT, make_checkpoint, read_tensors, wri
 from tests.support.cpu import NEEDS_AVX512
 from tests.support.engine import ask, loaded_rank, make_llm, run_in_turn, run_ranks
 from tests.support.quantized import no_expert, quantize
+from tests.support.versions import since
 
 
 def _cache_scales(model):
@@ -92,6 +93,7 @@ def _logits_of_rank(rank, ranks, init, model, hidden):
     return module.compute_logits_local(hidden), module.compute_logits(hidden)
 
 
+@since("0.31", "logits of a rank's own rows")
 @torch.inference_mode()
 def test_logits_of_the_ranks_are_the_parts_of_all(tmp_path):
     """For --enable-batch-sharded-sampling, in which ranks exchange requests and not the vocabulary."""

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from tests.support.versions import since
 from vllm_bailing import DEMO
 
 OPEN, CLOSE, SPACE, A, B, STOP = 60, 31, 2, 3, 63, 5
@@ -232,6 +233,10 @@ def constrained(manager, plain, question, thinking, constraint, reasoning_ended=
     return plain.tokenizer.decode(request.output_token_ids).removesuffix(plain.tokenizer.eos_token)
 
 
+MANAGER_ACCEPTS = since("0.32", "a manager of grammars that takes the tokens itself")
+
+
+@MANAGER_ACCEPTS
 @pytest.mark.parametrize("kind", CONSTRAINTS)
 def test_vllm_holds_the_content_after_reasoning_to_the_grammar(manager, plain, kind):
     constraint, holds = CONSTRAINTS[kind]
@@ -241,6 +246,7 @@ def test_vllm_holds_the_content_after_reasoning_to_the_grammar(manager, plain, k
         assert reasoning.lstrip().startswith("<think>") and holds(content), text
 
 
+@MANAGER_ACCEPTS
 def test_vllm_holds_an_answer_to_the_grammar_that_would_do_without_reasoning(manager, plain):
     """The demo thinks nonsense first, at length, as it has learned no other form of an answer."""
     constraint, holds = CONSTRAINTS["regex"]

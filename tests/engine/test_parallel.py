@@ -18,6 +18,7 @@ from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, generate, ru
 from tests.support.quantized import DEQUANTIZE, quantized_demo
 from tests.support.server import free_port
 from tests.support.speculation import mtp
+from tests.support.versions import SHARED_EXPERTS
 from vllm_bailing import DEMO
 
 EXPERTS = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
@@ -38,6 +39,7 @@ def check(answer, expected, length=None):
 # ---- experts ---------------------------------------------------------------------------------------------------------
 
 
+@SHARED_EXPERTS
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_share_the_experts(case):
     model, expected = load_case(case)
@@ -45,6 +47,7 @@ def test_ranks_share_the_experts(case):
     check(answer, expected)
 
 
+@SHARED_EXPERTS
 def test_ranks_share_the_experts_of_compiled_models():
     model, expected = load_case("plain")
     options = {**EXPERTS, "enforce_eager": False}
@@ -52,6 +55,7 @@ def test_ranks_share_the_experts_of_compiled_models():
     check(answer, expected)
 
 
+@SHARED_EXPERTS
 @pytest.mark.parametrize("scheme", ["", "w8a8"], ids=["bf16", "int8"])
 def test_ranks_share_experts_in_few_bits_as_exactly_as_one_has_them(scheme, plain, tmp_path):
     model = quantized_demo(scheme, tmp_path / "demo") if scheme else DEMO
@@ -67,6 +71,7 @@ def test_ranks_share_experts_in_few_bits_as_exactly_as_one_has_them(scheme, plai
     assert shared.max() <= 2 * alone.max()
 
 
+@SHARED_EXPERTS
 def test_ranks_share_the_experts_of_a_draft():
     model, expected = load_case("mtp")
     options = {**EXPERTS, "speculative_config": mtp(2), "logprobs": False}
@@ -74,6 +79,7 @@ def test_ranks_share_the_experts_of_a_draft():
     assert token_ids == expected["greedy_ids"].tolist()
 
 
+@SHARED_EXPERTS
 def test_ranks_that_share_the_experts_take_adapters(tmp_path):
     model = make_checkpoint(tmp_path / "model")
     adapter = make_adapter(tmp_path / "adapter", model, ("query_key_value", "dense"))
@@ -82,6 +88,7 @@ def test_ranks_that_share_the_experts_take_adapters(tmp_path):
     assert ids == wanted_ids
 
 
+@SHARED_EXPERTS
 @pytest.mark.parametrize("case", ["plain", "one_group", "two_shared", "mtp"])
 def test_experts_move_between_ranks(case):
     model, expected = load_case(case)
@@ -138,18 +145,23 @@ def data_parallel(ranks, cores="0|1", **options):
         return list(pool.map(ask_rank, range(len(ranks))))
 
 
+def shared(*values):
+    """A row of a table of tests whose ranks share the experts."""
+    return pytest.param(*values, marks=SHARED_EXPERTS)
+
+
 @pytest.mark.parametrize(
     ("case", "cores", "options"),
     [
         ("plain", "0|1", {}),
         ("mtp", "0|1", {}),
-        ("plain", "0|1", {"enable_expert_parallel": True}),
-        ("one_group", "0|1", {"enable_expert_parallel": True}),
+        shared("plain", "0|1", {"enable_expert_parallel": True}),
+        shared("one_group", "0|1", {"enable_expert_parallel": True}),
         ("plain", "0|1", {"enforce_eager": False}),
-        ("plain", "0|1", {"enable_expert_parallel": True, "enforce_eager": False}),
-        ("plain", "0|1|0|1", EXPERTS),
-        ("two_shared", "0|1|0|1", EXPERTS),
-        ("mtp", "0|1|0|1", {**EXPERTS, **DIVIDED}),
+        shared("plain", "0|1", {"enable_expert_parallel": True, "enforce_eager": False}),
+        shared("plain", "0|1|0|1", EXPERTS),
+        shared("two_shared", "0|1|0|1", EXPERTS),
+        shared("mtp", "0|1|0|1", {**EXPERTS, **DIVIDED}),
     ],
     ids=[
         "data",

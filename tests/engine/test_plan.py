@@ -13,6 +13,7 @@ from tests.support.checkpoints import make_checkpoint
 from tests.support.config_switches import SWITCHES, switched
 from tests.support.engine import TWO_RANKS, loaded_rank, make_llm, run, run_in_turn, run_ranks
 from tests.support.planning import MIDDLE, PARTITIONS, plan
+from tests.support.versions import SHARED_EXPERTS, since
 from vllm_bailing import DEMO
 from vllm_bailing.config import read_config
 from vllm_bailing.planning.gpus import GPUS, find_gpu
@@ -86,7 +87,9 @@ def loaded_bytes(model, folder, ranks, way, draft_tokens):
     return max(size - 2 * routers for size, routers in run_ranks(_loaded_bytes, ranks, folder, options))
 
 
-@pytest.mark.parametrize(("way", "ranks"), [("tensor", 1), ("tensor", 2), ("pipeline", 2), ("expert", 2)])
+@pytest.mark.parametrize(
+    ("way", "ranks"), [("tensor", 1), ("tensor", 2), ("pipeline", 2), pytest.param("expert", 2, marks=SHARED_EXPERTS)]
+)
 @pytest.mark.parametrize("shape", ["demo", *SHAPES])
 def test_weights_are_to_the_byte_what_a_rank_loads(shape, way, ranks, tmp_path):
     model = DEMO if shape == "demo" else make_checkpoint(tmp_path / "model", **{**MIDDLE, **SHAPES[shape]})
@@ -96,6 +99,7 @@ def test_weights_are_to_the_byte_what_a_rank_loads(shape, way, ranks, tmp_path):
     assert found.weights.total == loaded_bytes(model, tmp_path, ranks, way, draft_tokens)
 
 
+@SHARED_EXPERTS
 @pytest.mark.parametrize(("way", "ranks"), [("data", 2), ("data, tensor", 4), ("redundant", 2)])
 def test_so_they_are_where_experts_are_divided_among_all_ranks(way, ranks, tmp_path):
     """Two data-parallel ranks of two keep the shared experts whole; redundant experts are on every rank."""
@@ -152,6 +156,7 @@ def _vllms_defaults(machines):
     return tokens_of_a_step
 
 
+@since("0.32", "these defaults")
 def test_vllm_takes_as_many_tokens_of_a_step_by_default_as_planned():
     machines = [(gpu.memory_bytes, name) for gpu in GPUS.values() for name in gpu.driver_names]
     # Described by the user, under the name that the driver gives: memory decides, but for the A100.

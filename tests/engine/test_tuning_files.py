@@ -14,6 +14,9 @@ from vllm_bailing.plugin import patches, register
 from vllm_bailing.tuning import plan, table
 from vllm_bailing.tuning.space import FIELDS, LADDER, Experts
 
+H100 = "NVIDIA H100 80GB HBM3"
+VLLMS_OWN = "E=256,N=512,device_name=NVIDIA_H100_80GB_HBM3.json"  # for Ling-mini, in every supported release
+
 # ---- the files -------------------------------------------------------------------------------------------------------
 
 
@@ -23,7 +26,7 @@ def test_the_file_has_the_name_that_vllm_looks_for(experts, device, name):
 
 
 def test_vllms_own_table_is_found():
-    assert table.vllm_table("E=256,N=512,device_name=NVIDIA_H20.json")
+    assert table.vllm_table(VLLMS_OWN)
     assert table.vllm_table("E=256,N=1024,device_name=NVIDIA_H20.json") is None
 
 
@@ -40,17 +43,17 @@ def test_the_gpus_name_is_borrowed_for_the_look_up_only():
 
 def test_the_baseline_is_what_vllm_does_without_the_users_folder(tmp_path):
     """That is vLLM's own table for this shape, and for the next one its rules."""
-    own = json.loads(table.vllm_table("E=256,N=512,device_name=NVIDIA_H20.json").read_text())
-    with patches.pretend_device(H20):
+    own = json.loads(table.vllm_table(VLLMS_OWN).read_text())
+    with patches.pretend_device(H100):
         assert table.baseline(MINI, 64) == {field: own["64"][field] for field in FIELDS}
         rules = table.baseline(Experts(256, 1024, 4096, 8, 8, 4, "bf16"), 64)
     assert tuple(rules) == FIELDS and all(type(value) is int for value in rules.values())
 
 
 def test_a_run_writes_table_and_provenance_and_removes_its_notes(tmp_path, monkeypatch):
-    made = plan.make_tuning_plan(MINI, tmp_path / "tables", H20)
+    made = plan.make_tuning_plan(MINI, tmp_path / "tables", H100)
     one = {tokens: [ONE, TEN] for tokens in LADDER}
-    made = plan.TuningPlan(MINI, H20, made.file, one, 1.0, made.replaced, False, None)
+    made = plan.TuningPlan(MINI, H100, made.file, one, 1.0, made.replaced, False, None)
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", "another")
     monkeypatch.setattr(plan, "device_info", lambda: MACHINE)
 
@@ -77,7 +80,7 @@ def test_a_run_writes_table_and_provenance_and_removes_its_notes(tmp_path, monke
     }
     assert origin.items() >= MACHINE.items()
     assert (origin["model"], origin["tensor_parallel_size"]) == ("Ling-mini-2.0", 1)
-    assert origin["baseline"] == "vLLM's table E=256,N=512,device_name=NVIDIA_H20.json"
+    assert origin["baseline"] == f"vLLM's table {VLLMS_OWN}"
     assert (origin["candidates_tried"], origin["entries_kept"]) == (2 * len(LADDER), len(LADDER))
     assert origin["date"].endswith("+00:00")
 

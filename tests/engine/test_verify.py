@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -72,7 +73,8 @@ def judged(planted, dtype, prompts, folder):
     if "change" in planted or "keys" in planted:
         served_folder = changed_demo(folder / "faulty", planted.get("change"), **planted.get("keys", {}))
     served = run(_ask, served_folder, {"dtype": dtype}, prompts, planted.get("patch"))
-    return verify.judged(DEMO, read_config(DEMO, planted.get("overrides")), served, dtype, folder / "work")
+    config = read_config(DEMO, planted.get("overrides"))
+    return verify.judged(DEMO, config, served, dtype, folder / "work", vllm=version("vllm"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -23,6 +23,7 @@ from tests.support.checkpoints import (
 )
 from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, ask, make_llm, run, run_in_turn
 from tests.support.quantized import DEQUANTIZE, quantize
+from tests.support.versions import PARTS_OF_EXPERTS, since
 from vllm_bailing import DEMO, DEMO_ADAPTER
 
 SIZES = {"num_nextn_predict_layers": 0}
@@ -167,6 +168,7 @@ def _every_way(folders, **options):
     return found
 
 
+@PARTS_OF_EXPERTS
 def test_however_weights_are_sent_the_engine_has_them(checkpoints):
     found = run_in_turn(_every_way, checkpoints)
     assert {name: value for name, value in found.items() if value > TOLERANCE} == {}
@@ -202,6 +204,7 @@ PARTS = {
 CHOICES = [(f"{part} by {send.__name__}", send, choice) for part, choice in PARTS.items() for send in (reload, load)]
 
 
+@PARTS_OF_EXPERTS
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_part_is_replaced_and_the_rest_stays(ranks, checkpoints):
     options = {"env": TWO_RANKS, "tensor_parallel_size": 2} if ranks == 2 else {}
@@ -236,6 +239,7 @@ def _exactly(folders, dtype):
     return found
 
 
+@PARTS_OF_EXPERTS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_part_leaves_the_very_numbers_of_a_whole_update(dtype, checkpoints):
     assert [title for title, same in run_in_turn(_exactly, checkpoints, dtype) if not same] == []
@@ -293,6 +297,7 @@ def _random_updates(folders, seeds):
     return wrong, refused
 
 
+@PARTS_OF_EXPERTS
 def test_random_updates_end_in_the_weights_sent_or_in_a_refusal(checkpoints, random_cases):
     """Random cuts, orders and subsets, some of them spoiled."""
     wrong, refused = run_in_turn(_random_updates, checkpoints, range(random_cases), timeout=3600)
@@ -350,6 +355,7 @@ def _dummy(folder, portions, send=reload):
     return served(llm)
 
 
+@PARTS_OF_EXPERTS
 def test_dummy_weights_are_replaced_in_any_portions(checkpoints):
     names = sorted(read_tensors(checkpoints[0]))
     wanted = plain_answer(checkpoints[0], PROMPT)[0]
@@ -401,7 +407,7 @@ def _sleeping(folders, portions, send):
 
 
 @pytest.mark.parametrize("send", [reload, load, session])
-@pytest.mark.parametrize("size", [1000, 7])
+@pytest.mark.parametrize("size", [1000, pytest.param(7, marks=PARTS_OF_EXPERTS)])
 def test_parameters_alone_wake_a_model_that_slept_deeply(checkpoints, send, size, tmp_path):
     """Parameters of the second checkpoint, beside the first one's buffers."""
     olds, news = map(read_tensors, checkpoints)
@@ -476,6 +482,7 @@ def _with_adapters(demo, items):
     return [torch.equal(*pair) for pair in zip(before, after, strict=True)]
 
 
+@since("0.32", "weight updates beneath adapters")
 def test_adapters_outlive_an_update_of_their_base():
     tensors = read_tensors(DEMO)
     some = [(name, tensor) for name, tensor in tensors.items() if crc32(name.encode()) % 3]

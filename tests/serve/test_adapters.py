@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.error
 import urllib.request
 
@@ -82,5 +83,5 @@ def test_a_server_does_not_start_with_an_adapter_that_does_not_fit(tmp_path):
     log = tmp_path / "log"
     with pytest.raises(AssertionError), serving(log, "--enable-lora", "--lora-modules", f"bad={folder}"):
         pass
-    lines = [line for line in log.read_text().splitlines() if line.startswith("vllm-bailing: ")]
+    lines = [line for line in log.read_text().splitlines() if re.match(r"(\(\w+ pid=\d+\) )?vllm-bailing: ", line)]
     assert len(lines) == 1 and "20 factor(s) are of the wrong shape" in lines[0]

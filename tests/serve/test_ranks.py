@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tests.support.conversations import MAX_TOKENS, greedy, prompt_ids, spread
 from tests.support.server import serving
+from tests.support.versions import SHARED_EXPERTS
 
 
+@SHARED_EXPERTS
 def test_ranks_of_data_parallelism_give_the_plain_models_answers(tmp_path, plain):
     flags = ("--data-parallel-size", "2", "--enable-expert-parallel")
     rows = spread(12)

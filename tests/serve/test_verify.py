@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.support.checkpoints import changed_demo, with_two_experts_swapped
 from tests.support.commands import invoke, run_command
 from vllm_bailing import DEMO
 from vllm_bailing.tools import verify
+from vllm_bailing.tools.verify_deployment import vllm_version
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -20,6 +22,7 @@ def test_a_server_is_verified(dtype, request, tmp_path):
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = invoke("verify", DEMO, "--url", server.url, "--dtype", dtype, "--json", **cache)
     assert done.exit_code == 0, done.output
+    assert vllm_version(server.url) == version("vllm")
     report = json.loads(done.stdout)
     assert report["computes"] and len(report["prompts"]) == len(verify.DEFAULT_PROMPTS)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))

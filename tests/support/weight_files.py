@@ -56,6 +56,10 @@ class FileTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     def shutdown(self) -> None:
         pass
 
+    @staticmethod
+    def trainer_send_weights(iterator: object, trainer_args: object) -> None:
+        """vLLM 0.27 wants it in every such class; trainers here write files."""
+
 
 class Extension:
     """Importing this module is all that it is for."""

@@ -23,6 +23,7 @@ from vllm_bailing.errors import CheckpointError
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 from vllm_bailing.tools import verify
 from vllm_bailing.tools.verify import Served
+from vllm_bailing.tools.verify_deployment import vllm_version
 from vllm_bailing.tools.verify_reference import Asked, Reference, Rounding, TensorReader
 
 FP32 = Rounding("float32")
@@ -116,6 +117,24 @@ def test_what_is_no_server_of_vllm_is_one_line(page, tmp_path):
         url = f"http://{address}"
         done = invoke("verify", DEMO, "--url", url, XDG_CACHE_HOME=str(tmp_path))
     assert done.exit_code == 2 and done.stderr.count("\n") == 1 and url in done.stderr, (done.output, done.exception)
+
+
+@pytest.mark.parametrize(
+    ("vllm", "is_fused"),
+    [
+        *[("0.27.1", True), ("0.29.0+cpu", True), ("0.30.0", False), ("0.32.0", False), ("1.0", False)],
+        *[(None, False), ("0.1.dev5+gabc", False), ("dev", False), ("", False)],
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8"])
+def test_the_release_tells_how_experts_are_rounded(vllm, is_fused, dtype):
+    assert Rounding.of(read_config(DEMO), dtype, vllm).fused_experts == is_fused
+
+
+@pytest.mark.parametrize("page", ['{"version": "0.27.1"}', '{"version": 3}', "[]", "<html>It works!</html>"])
+def test_a_server_may_say_what_release_it_is(page):
+    with serving_page(page) as address:
+        assert vllm_version(f"http://{address}") == ("0.27.1" if "0.27.1" in page else None)
 
 
 # ---- the verdict -------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from vllm_bailing.tools.verify_deployment import (
     ask_server,
     draft_counts,
     prompts_of,
+    vllm_version,
 )
 from vllm_bailing.tools.verify_server import tokenizer_difference
 from vllm_bailing.units import PLAIN_DTYPES, dtype_name
@@ -254,8 +255,8 @@ def run(
     asked = prompts_of(folder, texts, max_tokens, words, config.vocab_size)
     tokens = tokenizer_difference(url, served_model_name, folder, chat_template) if url else ""
     identity = (files_identity(folder), url, served_model_name, [asdict(one) for one in asked], overrides, engine)
-    versions = [__version__, None if url else version("vllm")]
-    work = work_folder(CACHE, str(folder), versions, dtype, *identity)
+    vllm = vllm_version(url) if url else version("vllm")
+    work = work_folder(CACHE, str(folder), [__version__, vllm], dtype, *identity)
     if fresh:
         delete_work(work)
     kept = served_before(work)
@@ -273,8 +274,8 @@ def run(
             computed_in = expected_dtype(config)
         progress("deployment", len(asked), len(asked))
         keep_served(work, served, computed_in, drafts)
-    options: dict[str, Any] = {"drafts": drafts, "texts": len(texts), "parts": parts, "progress": progress}
-    report = judged(folder, config, served, dtype or computed_in, work, **options)
+    told: dict[str, Any] = {"vllm": vllm, "drafts": drafts, "texts": len(texts), "parts": parts}
+    report = judged(folder, config, served, dtype or computed_in, work, progress=progress, **told)
     delete_work(work)
     reason = " and ".join(filter(None, (report["reason"], tokens)))
     not_checked = [report["not_checked"], _SHARED_READER if config.stored_quantization_config else ""]
@@ -296,6 +297,7 @@ def judged(
     dtype: str,
     work: Path,
     *,
+    vllm: str | None = None,
     drafts: Drafts | None = None,
     texts: int | None = None,
     parts: bool = True,
@@ -305,6 +307,7 @@ def judged(
 
     Args:
         served: What the deployment gave.
+        vllm: Its version of vLLM, if that is known.
         drafts: Its first drafts, if it made any and counts them.
         texts: How many of the sequences are texts; the others are words in no order. All if left out.
         dtype, work, parts, progress: As for `run`, and the folder for what an interrupted run goes on with.
@@ -317,7 +320,7 @@ def judged(
 
     steps = config.num_hidden_layers + 1
     asked = Asked.of([one.token_ids for one in served], [list(row) for one in served for row in one.top])
-    rounding = Rounding.of(config, dtype)
+    rounding = Rounding.of(config, dtype, vllm)
     reference = Reference(
         *(folder, config, asked, work, rounding), lambda done: progress("reference", done, steps * (1 + parts))
     )

@@ -146,6 +146,18 @@ def draft_counts(url: str) -> Drafts | None:
     return (drafts, accepted[0]) if accepted else None
 
 
+def vllm_version(url: str) -> str | None:
+    """The release of vLLM that a server says it is; None if it says nothing."""
+    import httpx
+
+    try:
+        with http_client(url, 30) as client:
+            said = client.get("/version").raise_for_status().json()["version"]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
+        return None
+    return said if isinstance(said, str) else None
+
+
 def ask_offline(folder: str, options: dict[str, Any], prompts: list[Prompt]) -> tuple[list[Served], str, Drafts | None]:
     """What `vllm.LLM(folder, **options)` computes in this process, as `ask_server`, its dtype, and its first drafts."""
     llm = engine(folder, options)

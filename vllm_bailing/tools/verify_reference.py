@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from packaging.version import InvalidVersion, Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,17 +39,33 @@ class Rounding:
     Attributes:
         dtype: Of its activations.
         inputs: Of what its quantized layers multiply: "fp8", "int8", or None for `dtype`.
+        fused_experts: Whether router and experts are one function on CPUs, which keeps more in fp32: before vLLM 0.30.
     """
 
     dtype: str
     inputs: str | None = None
+    fused_experts: bool = False
 
     @classmethod
-    def of(cls, config: BailingMoeV2Config, dtype: str) -> Rounding:
-        """Of a deployment that computes in `dtype`; "fp8" is bf16 with what quantized layers multiply in fp8."""
+    def of(cls, config: BailingMoeV2Config, dtype: str, vllm: str | None = None) -> Rounding:
+        """Of a deployment that computes in `dtype`; "fp8" is bf16 with what quantized layers multiply in fp8.
+
+        Args:
+            vllm: Its version of vLLM, if that is known.
+        """
+        fused = vllm is not None and _is_before(vllm, (0, 30))
         if dtype == "fp8":
-            return cls("bfloat16", "fp8")
-        return cls(dtype, None if config.stored_quantization_config else _rounded_inputs(config))
+            return cls("bfloat16", "fp8", fused)
+        return cls(dtype, None if config.stored_quantization_config else _rounded_inputs(config), fused)
+
+
+def _is_before(version: str, release: tuple[int, ...]) -> bool:
+    """False for a build from a checkout, which may say nothing of its release."""
+    try:
+        found = Version(version)
+    except InvalidVersion:
+        return False
+    return not found.is_devrelease and found.release < release
 
 
 def _rounded_inputs(config: BailingMoeV2Config) -> str | None:
@@ -129,7 +146,7 @@ class _Rounded:
 
     def __init__(self, reader: TensorReader, rounding: Rounding, toward_zero: bool) -> None:
         self.reader, self.bits, self.inputs = reader, MANTISSA[rounding.dtype], rounding.inputs
-        self.round = cut if toward_zero else dithered
+        self.round, self.fused_experts = cut if toward_zero else dithered, rounding.fused_experts
         # A plain checkpoint that is served with quantized layers has its weights rounded at the start.
         self.at_start = self.inputs is not None and stored_quantization(reader.config) is None
 
@@ -141,7 +158,7 @@ class _Rounded:
                 times = 2 if name.endswith(("query_layernorm", "key_layernorm")) else 1
                 part.register_forward_hook(lambda _m, _args, output, n=times: self._times(output, n))
             if isinstance(part, nn.Linear):
-                given = self.round if in_experts else dithered
+                given = self.round if in_experts and not self.fused_experts else dithered
                 part.register_forward_hook(lambda _m, _args, output, f=given: f(output, self.bits))
                 quantized = self.at_start or self.reader.is_quantized(f"{prefix}.{name}.weight")
                 if self.at_start:
