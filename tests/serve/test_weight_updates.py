@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import save_file
 
 from tests.support.checkpoints import read_tensors
+from tests.support.versions import PARTS_OF_EXPERTS
 from vllm_bailing import DEMO
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -39,6 +40,7 @@ def update(plain_server, tmp_path):
     return send
 
 
+@PARTS_OF_EXPERTS
 def test_a_server_is_updated_in_buckets_and_back(plain_server, update):
     before = answer(plain_server)
     assert before == "The capital of France is Paris."
