@@ -69,4 +69,6 @@ def two_machines() -> Iterator[tuple[Machine, Machine]]:
             Machine(f"{net}.2", {"VLLM_HOST_IP": f"{net}.2", "GLOO_SOCKET_IFNAME": ends[1]}, prefix),
         )
     finally:
-        subprocess.run(["ip", "netns", "del", there], capture_output=True)  # and the pair of interfaces with it
+        # A namespace goes when the last process in it has ended, and would keep its interface and the names until then.
+        for words in (("link", "del", ends[0]), ("netns", "del", there)):
+            subprocess.run(["ip", *words], capture_output=True)

@@ -154,9 +154,8 @@ class _Rounded:
         in_experts = ".mlp.experts." in prefix
         for name, part in module.named_modules():
             if isinstance(part, reference.BailingMoeV2RMSNorm):
-                # Queries and keys are rounded again when they are turned.
-                times = 2 if name.endswith(("query_layernorm", "key_layernorm")) else 1
-                part.register_forward_hook(lambda _m, _args, output, n=times: self._times(output, n))
+                is_turned = name.endswith(("query_layernorm", "key_layernorm"))
+                part.register_forward_hook(lambda _m, _args, output, t=is_turned: self._normed(output, t))
             if isinstance(part, nn.Linear):
                 given = self.round if in_experts and not self.fused_experts else dithered
                 part.register_forward_hook(lambda _m, _args, output, f=given: f(output, self.bits))
@@ -172,10 +171,10 @@ class _Rounded:
             module.register_forward_pre_hook(lambda _m, args: stream.__setitem__(slice(None), args[:1]))
             module.attention.register_forward_hook(lambda _m, _args, out: self._added(stream[0], out))
 
-    def _times(self, x: Tensor, times: int) -> Tensor:
-        for _ in range(times):
-            x = self.round(x, self.bits)
-        return x
+    def _normed(self, x: Tensor, is_turned: bool) -> Tensor:
+        x, width = self.round(x, self.bits), self.reader.config.rotary_dim
+        # The channels of queries and keys that are turned are rounded again then, and the others are not.
+        return torch.cat((self.round(x[..., :width], self.bits), x[..., width:]), -1) if is_turned else x
 
     def _input(self, x: Tensor, quantized: bool, computed: bool) -> Tensor:
         x = self.round(x, self.bits) if computed else x
