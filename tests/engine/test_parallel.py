@@ -21,6 +21,7 @@ from tests.support.speculation import mtp
 from tests.support.versions import SHARED_EXPERTS
 from vllm_bailing import DEMO
 
+EXPERTS_OF_CASES = 16
 EXPERTS = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
 DIVIDED = {"additional_config": {"bailing_sequence_parallel": True}}
 
@@ -110,6 +111,10 @@ def test_experts_move_between_ranks(case):
             moved += sum(one != other for one, other in zip(was, now, strict=True))
         assert moved
         assert any(count for layer in found["counts"][0][number] for count in layer)
+    slots = len(before[0][0][0][0])  # on two ranks
+    for rank in found["sizes"]:
+        for parts in rank:
+            assert len(parts) > 1 and set(parts) == {(2 * slots, slots // 2, 2 * slots - EXPERTS_OF_CASES)}
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ itself, the exchange of weights between ranks, and this package's answers to vLL
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -102,6 +103,26 @@ def _rearrange(worker: Any) -> None:
         state.rearrange()
 
 
+def _resized(worker: Any) -> list[list[tuple[int, int, int]]]:
+    """What each model and its layers say when vLLM tells them of two more ranks; then of those that there are again.
+
+    That is what elastic expert parallelism does; layers make their maps of experts anew by it.
+    """
+    found = []
+    for state in worker.model_runner.eplb_state.model_states.values():
+        model = state.model
+        there = model.num_physical_experts, model.num_local_physical_experts
+        with contextlib.ExitStack() as stack:
+            maps = [stack.enter_context(mock.patch.object(one, "update_expert_map")) for one in model.moe_layers]
+            model.update_physical_experts_metadata(2 * there[0], there[1])
+        parts = (model, *model.moe_mlps)
+        names = ("num_physical_experts", "num_local_physical_experts", "num_redundant_experts")
+        found.append([tuple(getattr(part, name) for name in names) for part in parts])
+        assert all(one.call_count == 1 for one in maps)
+        model.update_physical_experts_metadata(*there)
+    return found
+
+
 def balanced(model: Any, prompt: list[int], **options: Any) -> dict[str, Any]:
     """Answers of an engine before and after its experts were rearranged, and what each rank's slots held."""
     from vllm.config import parallel
@@ -114,4 +135,5 @@ def balanced(model: Any, prompt: list[int], **options: Any) -> dict[str, Any]:
     experts = [llm.collective_rpc(_experts)]
     llm.collective_rpc(_rearrange)
     experts.append(llm.collective_rpc(_experts))
+    found["sizes"] = llm.collective_rpc(_resized)
     return {**found, "after": ask(llm, [prompt], logprobs=logprobs)[0], "experts": experts}
