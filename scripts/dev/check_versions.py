@@ -2,6 +2,7 @@
 
     python scripts/dev/check_versions.py run 0.27.1 0.32.0           the whole test-suite on each (own environment each)
     python scripts/dev/check_versions.py run 0.27.1 -- -m "not slow"  further arguments go to pytest
+    python scripts/dev/check_versions.py again 0.27.1                what failed then, once more
     python scripts/dev/check_versions.py static 0.28.0 ... 0.33.0     names, signatures; import, config, build, load
     python scripts/dev/check_versions.py rehearsed 0.33.0 build/rehearsal/0.33.0/*.xml    from scripts/gpu/rehearse.sh
     python scripts/dev/check_versions.py table --write                the README's table from the results
@@ -104,6 +105,7 @@ def table_lines(results: dict[str, dict[str, Any]]) -> list[str]:
         if suite:
             counts = [f"{suite[key]} {key}" for key in ("passed", "failed", "skipped") if suite[key] or key == "passed"]
             only = f" of a part: `{' '.join(suite['arguments'])}`" if suite["arguments"] else ""
+            counts[0] += f" ({suite['second']} in a second try)" if suite.get("second") else ""
             cells[1] = f"{', '.join(counts)}{only} (torch {suite['torch']}, {suite['date']})"
         if rehearsal:
             counts = [f"{rehearsal[key]} {key}" for key in ("passed", "failed") if rehearsal[key] or key == "passed"]
@@ -140,6 +142,14 @@ def table(
 # --- the test-suite in an environment of its own -------------------------------------------------------------------
 
 
+@app.command()
+def again(versions: Versions) -> None:
+    """Run what failed in the last run on each version once more; the table says how many passed then."""
+    failed = [version for version in versions if not run_suite(version, [], only_failed=True)]
+    if failed:
+        raise SystemExit(f"check_versions: the tests still fail on {failed}")
+
+
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def run(arguments: Annotated[list[str], typer.Argument(metavar="VERSION... [-- PYTEST ARGUMENTS]")]) -> None:
     """Run the test-suite on each version of vLLM."""
@@ -150,7 +160,8 @@ def run(arguments: Annotated[list[str], typer.Argument(metavar="VERSION... [-- P
         raise SystemExit(f"check_versions: the tests fail on {failed}" if failed else "check_versions: give a version")
 
 
-def run_suite(version: str, pytest_arguments: list[str]) -> bool:
+def run_suite(version: str, pytest_arguments: list[str], only_failed: bool = False) -> bool:
+    """Run the tests, or only those that failed, whose outcome is added to what is recorded; record what came."""
     venv = cache_folder() / "environments" / version
     environment = os.environ | {"VENV": str(venv), "VLLM_VERSION": version}
     say(f"vLLM {version}: setting up {venv}")
@@ -160,12 +171,21 @@ def run_suite(version: str, pytest_arguments: list[str]) -> bool:
     # What the README says about the results can only be right after they are recorded.
     command = [str(python), "-m", "pytest", "-n", "2", f"--junitxml={report}"]
     command += ["--durations=25", "--deselect", README_TEST, *pytest_arguments]
-    say(f"vLLM {version}: running the tests")
+    if only_failed:
+        command += ["--last-failed", "--last-failed-no-failures", "none"]
+    say(f"vLLM {version}: running the tests{' that failed' if only_failed else ''}")
     report.unlink(missing_ok=True)
     subprocess.run(command, env=environment, cwd=ROOT, check=False)
     if not report.is_file():
         raise SystemExit(f"check_versions: pytest wrote no report on vLLM {version}; see its output above")
     count = counted(report)
+    if only_failed:
+        whole = read_results()[version]["tests"]
+        pytest_arguments = whole["arguments"]
+        second = whole.get("second", 0) + count["passed"]
+        count = {"passed": whole["passed"] + count["passed"], "failed": count["failed"], "second": second} | {
+            key: whole[key] for key in ("skipped", "seconds")
+        }
     ask = "from importlib.metadata import version as v; print(v('torch'), v('transformers'))"
     torch, transformers = subprocess.check_output([str(python), "-c", ask], text=True).split()
     result = {
