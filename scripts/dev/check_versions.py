@@ -396,19 +396,11 @@ def overlay_plan(version: str) -> Iterator[None]:
 
 def in_several_files(folder: Path) -> Path:
     """A copy of CHECKPOINT whose tensors lie in several files with an index, as in what is published."""
-    from safetensors.torch import load_file, save_file
+    sys.path.insert(0, str(ROOT))
+    from tests.support.checkpoints import read_tensors, write_tensors
 
     shutil.copytree(CHECKPOINT, folder)
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = sorted(tensors)
-    parts = [names[start : start + 20] for start in range(0, len(names), 20)]
-    where = {}
-    for number, part in enumerate(parts, 1):
-        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
-        where |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    write_tensors(folder, read_tensors(folder), shards=10, interleaved=False)
     return folder
 
 
