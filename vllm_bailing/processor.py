@@ -5,8 +5,11 @@ torch is imported where it is asked, so that commands can name this file at once
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import time
+from typing import NamedTuple
 
 # Names of torch's record of the processor, and what people call them.
 _NAMES = {
@@ -42,30 +45,50 @@ def found() -> str:
     return ", ".join(instructions()) or f"none of x86's wide ones ({platform.machine()})"
 
 
-def lacking_for_quantized_experts() -> list[str]:
-    """The instructions that experts in int8, fp8 or int4 need and that this processor lacks."""
+def compiler() -> str | None:
+    """The C++ compiler (CXX or c++), or None if there is none."""
+    return shutil.which(os.environ.get("CXX") or "c++")
+
+
+class QuantizedKernels(NamedTuple):
+    """Which kernels run quantized layers here: vLLM's for AVX-512, or those of this package for AVX2, or none."""
+
+    are_vllms: bool
+    are_ours: bool
+    obstacle: str  # why there are none
+
+
+def quantized_kernels() -> QuantizedKernels:
+    """Which kernels there are on this processor, with a compiler for those that are compiled here."""
     has = instructions()
-    return [name for name in _QUANTIZED_EXPERTS if name not in has]
+    if all(name in has for name in _QUANTIZED_EXPERTS):
+        return QuantizedKernels(True, False, "")
+    if "AVX2" not in has:
+        return QuantizedKernels(False, False, f"it has {found()}, and they need AVX2")
+    if compiler() is None:
+        compiled = "they are compiled for AVX2, and there is no C++ compiler here; install one (g++), or name it by CXX"
+        return QuantizedKernels(False, False, compiled)
+    return QuantizedKernels(False, True, "")
 
 
 def kernels() -> dict[str, str]:
     """What vLLM's CPU build multiplies with here, in words, by kind of weights."""
-    has = instructions()
-    lacking = lacking_for_quantized_experts()
+    has, quantized = instructions(), quantized_kernels()
+    whose = "vLLM's kernels" if quantized.are_vllms else "kernels of this package for AVX2"
+    proved = f"none ({quantized.obstacle})" if quantized.obstacle else f"{whose}, each after a proof"
     bf16 = "AVX-512 bf16 kernels" if "AVX-512 bf16" in has else "oneDNN and vLLM's portable kernel"
     if has == ["AVX2"]:  # oneDNN takes none: plugin/kernels/cpu_widened.py
-        bf16 = "products in fp32, a part of a weight at a time, and vLLM's portable kernel for experts"
-    quantized = "vLLM's kernels, each after a proof" if not lacking else f"none (no {', no '.join(lacking)})"
+        bf16 = "products in fp32, and vLLM's portable kernel for experts"
     return {
         "bf16": "AMX kernels" if "AMX" in has else bf16,
-        "linear layers in int8 or int4": "oneDNN and vLLM's kernels" if "AVX-512" in has else "none (no AVX-512)",
-        "experts in int8, int4 or fp8 blocks": quantized,
+        "linear layers in int8 or int4": "oneDNN and vLLM's kernels" if "AVX-512" in has else proved,
+        "experts in int8, int4 or fp8 blocks": proved,
     }
 
 
 def dtypes_with_kernels() -> tuple[str, ...]:
-    """Data types of experts that vLLM's CPU build multiplies with on this processor."""
-    return ("bf16",) if lacking_for_quantized_experts() else ("bf16", "fp8", "int8", "int4")
+    """Data types of experts that can be multiplied with on this processor."""
+    return ("bf16",) if quantized_kernels().obstacle else ("bf16", "fp8", "int8", "int4")
 
 
 def memory_bandwidth(seconds: float = 1.0) -> float:

@@ -1,7 +1,8 @@
-"""Quantized experts in vLLM's kernels for AVX-512 with bf16 and VNNI.
+"""Quantized layers on CPUs: in vLLM's kernels for AVX-512 with bf16 and VNNI, and in those of this package for AVX2.
 
-On a processor without these instructions stand-ins take the kernels' place (`support/cpu_stand_ins.py`): everything up
-to the kernels is tested then, and not what they compute.
+On a processor without AVX-512 stand-ins take the place of vLLM's kernels (`support/cpu_stand_ins.py`): everything up to
+the kernels is tested then, and not what they compute. Those for AVX2 are always the real ones, and have all linear
+layers to do besides.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.support import avx2_stand_ins
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer
 from tests.support.cpu_stand_ins import register
 from tests.support.engine import TWO_RANKS, EngineError, ask, generate, make_llm, run
 from tests.support.quantized import only_experts, plain_copy, quantize, quantize_by_command
 from tests.support.speculation import mtp
 from tests.support.versions import since
-from vllm_bailing.processor import lacking_for_quantized_experts
+from vllm_bailing.processor import QuantizedKernels, compiler, instructions, quantized_kernels
 
 KERNELS = pytest.mark.skipif(
-    bool(lacking_for_quantized_experts()), reason="needs a CPU with AVX-512 bf16 and VNNI; stand-ins tell nothing here"
+    not quantized_kernels().are_vllms, reason="needs a CPU with AVX-512 bf16 and VNNI; stand-ins tell nothing here"
 )
+NEEDS_AVX2 = pytest.mark.skipif(
+    "AVX2" not in instructions() or compiler() is None, reason="needs a CPU with AVX2, and a C++ compiler"
+)
+AVX512, AVX2 = "vLLM's", "AVX2"  # whose kernels
 KNOWN = since("0.32", "quantized experts for CPUs to which a kernel can be given")
 SIZES = {"hidden_size": 128, "moe_intermediate_size": 128}
 # Parts of a fused layer have to be whole blocks.
@@ -31,29 +37,60 @@ THOROUGH = pytest.mark.thorough
 # How far log-probabilities may be in the mean from those of the plain model in fp32. With stand-ins bf16 is all that
 # rounds; the kernels round what goes into experts to 8 bits too, except for fp8.
 NEAR = 0.1
+# The same for those for AVX2 with every layer quantized, in fp16 where vLLM takes no fp32 for the scheme. int4 rounds
+# all activations to 8 bits; with stand-ins that keep them, what was packed means what the checkpoint says.
+EXACTLY = {"Fp8": 0.01, "Int8": 0.005, "Int4": 0.01}
+ROUNDED = 0.3
 
 
-def _quantized(folder, scheme, **sizes):
-    """A checkpoint whose experts are quantized (in fp8, all linear layers), and its plain copy."""
-    model = make_checkpoint(folder / "model", **SIZES, **(BLOCKS if scheme == "fp8" else {}), **sizes)
+def _quantized(folder, scheme, everything=False, **sizes):
+    """A checkpoint whose experts are quantized (in fp8 or if asked for, all linear layers), and its plain copy."""
+    model = make_checkpoint(
+        folder / "model", **SIZES, **(BLOCKS if scheme == "fp8" or everything else {}), **sizes
+    )
     if scheme.startswith("script-"):
-        keep = ("--keep", r"re:^(?!.*\.mlp\.experts\.).*")
+        keep = () if everything else ("--keep", r"re:^(?!.*\.mlp\.experts\.).*")
         meaning = quantize_by_command(
             model, folder / "out", scheme.removeprefix("script-"), "--group-size", "32", *keep
         )
         model = folder / "out"
     else:
-        meaning = quantize(model, scheme, *(() if scheme.startswith("fp8") else (only_experts,)))
+        meaning = quantize(model, scheme, *(() if scheme.startswith("fp8") or everything else (only_experts,)))
     return model, plain_copy(model, meaning, folder / "plain")
 
 
-def _served(model, damaged=None, reload=False, **options):
+def _use(whose, damaged=None):
+    """Have quantized layers run in these kernels, in this process.
+
+    Args:
+        damaged: A kernel that is wrong, or "exact" for stand-ins that keep all digits of activations.
+    """
+    from vllm_bailing.plugin.kernels import avx2, cpu_quantized
+
+    if whose == AVX512:
+        register(damaged)
+        return
+    cpu_quantized.quantized_kernels = lambda: QuantizedKernels(are_vllms=False, are_ours=True, obstacle="")
+    if damaged == "exact":
+        avx2.linear, avx2.experts = avx2_stand_ins.linear, avx2_stand_ins.experts
+    elif damaged:
+        right = getattr(avx2, damaged)
+
+        def wrong(*args):
+            result = right(*args)
+            (args[0] if result is None else result)[..., 0] += 1
+            return result
+
+        setattr(avx2, damaged, wrong)
+
+
+def _served(model, whose=AVX512, damaged=None, reload=False, **options):
     """(names of the experts' kernels, log-probabilities, tokens[, the same after a reload])"""
     from vllm_bailing.bench.worker_extension import EXTENSION
     from vllm_bailing.errors import UpdateError
 
-    register(damaged)
-    llm = make_llm(model, dtype="bfloat16", worker_extension_cls=EXTENSION, **options)
+    _use(whose, damaged)
+    llm = make_llm(model, worker_extension_cls=EXTENSION, **{"dtype": "bfloat16", **options})
     kernels = llm.collective_rpc("bailing_facts")[0]["experts"]
     found = [ask(llm, [PROMPT])[0]]
     if reload:
@@ -90,23 +127,59 @@ def test_experts_mean_what_the_checkpoint_says(scheme, kernel, tmp_path):
 
 
 @KNOWN
-@THOROUGH
-@pytest.mark.parametrize(("scheme", "are_whole"), [("gptq", True), ("w8a8", False), ("w8a8", True)])
-def test_each_of_two_ranks_computes_its_experts(scheme, are_whole, tmp_path):
+@NEEDS_AVX2
+@pytest.mark.parametrize(
+    ("scheme", "kernel"),
+    [
+        ("w8a8", "Int8"),
+        ("fp8", "Fp8"),
+        ("awq", "Int4"),
+        pytest.param("gptq", "Int4", marks=THOROUGH),
+        ("script-w4a16", "Int4"),
+    ],
+)
+def test_every_layer_means_what_the_checkpoint_says_on_avx2(scheme, kernel, tmp_path):
+    """Compiled or not, target and MTP layer, in more digits than bf16 has, so that little rounds beside the kernels."""
+    model, plain = _quantized(tmp_path, scheme, everything=True, num_nextn_predict_layers=1)
+    wanted, _ = plain_answer(plain, PROMPT)
+    dtype = "float32" if scheme == "w8a8" else "float16"
+    options = {"dtype": dtype, "speculative_config": mtp(1), "enforce_eager": scheme != "script-w4a16"}
+    for kept, limit in [(None, ROUNDED), ("exact", EXACTLY["Int4"])] if kernel == "Int4" else [(None, EXACTLY[kernel])]:
+        kernels, found = run(_served, model, AVX2, kept, reload=True, **options)
+        name, refused, _ = kernels.partition(", no reload")
+        assert name == f"vllm_bailing.Proved{kernel}Experts" and not (refused and kernel != "Int4")
+        for logprobs, _ in found:
+            assert (logprobs - wanted).abs().mean() <= limit
+
+
+@KNOWN
+@pytest.mark.parametrize(
+    ("whose", "scheme", "are_whole"),
+    [
+        pytest.param(AVX512, "gptq", True, marks=THOROUGH),
+        pytest.param(AVX512, "w8a8", False, marks=THOROUGH),
+        pytest.param(AVX512, "w8a8", True, marks=THOROUGH),
+        pytest.param(AVX2, "w8a8", True, marks=NEEDS_AVX2),
+        pytest.param(AVX2, "gptq", False, marks=(THOROUGH, NEEDS_AVX2)),
+    ],
+)
+def test_each_of_two_ranks_computes_its_experts(whose, scheme, are_whole, tmp_path):
     model, plain = _quantized(tmp_path, scheme)
     wanted, _ = plain_answer(plain, PROMPT)
-    kernels, found = run(_served, model, tensor_parallel_size=2, enable_expert_parallel=are_whole, env=TWO_RANKS)
+    two = {"tensor_parallel_size": 2, "enable_expert_parallel": are_whole, "env": TWO_RANKS}
+    kernels, found = run(_served, model, whose, **two)
     assert "Experts" in kernels
     assert (found[0][0] - wanted).abs().mean() <= NEAR
 
 
 @KNOWN
 @THOROUGH
+@pytest.mark.parametrize("whose", [AVX512, pytest.param(AVX2, marks=NEEDS_AVX2)])
 @pytest.mark.parametrize(
     ("online", "scheme", "kernel"),
     [("int8_per_channel_weight_only", "script-w8a8", "Int8"), ("fp8_per_block", "fp8-block", "Fp8")],
 )
-def test_experts_are_quantized_while_they_load(online, scheme, kernel, tmp_path):
+def test_experts_are_quantized_while_they_load(online, scheme, kernel, whose, tmp_path):
     """To the same weights as `vllm-bailing quantize` writes, which for fp8 are those of all linear layers."""
     if scheme.startswith("script-"):
         _, plain = _quantized(tmp_path, scheme)
@@ -115,7 +188,7 @@ def test_experts_are_quantized_while_they_load(online, scheme, kernel, tmp_path)
         meaning = quantize_by_command(tmp_path / "model", tmp_path / "out", scheme)
         plain = plain_copy(tmp_path / "out", meaning, tmp_path / "plain")
     wanted, _ = plain_answer(plain, PROMPT)
-    kernels, found = run(_served, tmp_path / "model", quantization=online)
+    kernels, found = run(_served, tmp_path / "model", whose, quantization=online)
     assert kernels == f"vllm_bailing.Proved{kernel}Experts"
     # vLLM computes scales of int8 in bf16, which moves some levels by one.
     assert (found[0][0] - wanted).abs().mean() <= (1.5 if kernel == "Int8" else 1) * NEAR
@@ -123,16 +196,20 @@ def test_experts_are_quantized_while_they_load(online, scheme, kernel, tmp_path)
 
 @KNOWN
 @pytest.mark.parametrize(
-    ("scheme", "damaged"),
+    ("whose", "scheme", "damaged"),
     [
-        ("w8a8", "fused_experts_cpu"),
-        pytest.param("fp8", "fp8_scaled_mm_cpu", marks=THOROUGH),
+        (AVX512, "w8a8", "fused_experts_cpu"),
+        pytest.param(AVX512, "fp8", "fp8_scaled_mm_cpu", marks=THOROUGH),
+        pytest.param(AVX2, "awq", "experts", marks=NEEDS_AVX2),
+        pytest.param(AVX2, "w8a8", "linear", marks=NEEDS_AVX2),
+        pytest.param(AVX2, "fp8", "linear", marks=(THOROUGH, NEEDS_AVX2)),
+        pytest.param(AVX2, "gptq", "linear", marks=(THOROUGH, NEEDS_AVX2)),
     ],
 )
-def test_a_kernel_that_is_wrong_is_not_used(scheme, damaged, tmp_path):
-    model, _ = _quantized(tmp_path, scheme)
+def test_a_kernel_that_is_wrong_is_not_used(whose, scheme, damaged, tmp_path):
+    model, _ = _quantized(tmp_path, scheme, everything=damaged == "linear")
     with pytest.raises(EngineError, match=r"the kernel's result is off by .*\"dequantize\": true"):
-        run(_served, model, damaged)
+        run(_served, model, whose, damaged)
 
 
 @KNOWN

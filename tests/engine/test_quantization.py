@@ -58,8 +58,17 @@ def test_linear_layers_in_vllms_quantized_kernels(scheme, mean_error, tmp_path):
     assert (logprobs - wanted).abs().mean() <= mean_error
 
 
+def _take_kernels_away():
+    from vllm_bailing.plugin.kernels import cpu_quantized
+    from vllm_bailing.processor import QuantizedKernels
+
+    nothing = QuantizedKernels(are_vllms=False, are_ours=False, obstacle="it has none, and they need AVX2")
+    cpu_quantized.quantized_kernels = lambda: nothing
+
+
 def _start_without_avx512(model):
     torch.cpu._is_avx512_supported = bool
+    _take_kernels_away()
     make_llm(model)
 
 
@@ -68,15 +77,13 @@ def test_integers_are_refused_where_no_processor_of_this_kind_has_a_kernel(schem
     """It would start, and the first request would end the engine."""
     model = make_checkpoint(tmp_path, hidden_size=128, moe_intermediate_size=128)
     quantize(model, scheme, no_expert)
-    message = r"no kernel for \S+ layers of integers on a processor without AVX-512; .*\"dequantize\": true"
+    message = r"no kernel for \S+ layers of integers on this processor \(it has none, and they need AVX2\); .*\"dequantize\": true"
     with pytest.raises(EngineError, match=message):
         run(_start_without_avx512, model)
 
 
 def _start_without_kernels_for_experts(model, **options):
-    from vllm_bailing.plugin.kernels import cpu_quantized
-
-    cpu_quantized.lacking_for_quantized_experts = lambda: ["AVX-512 bf16"]
+    _take_kernels_away()
     make_llm(model, **options)
 
 
@@ -86,7 +93,7 @@ def _start_without_kernels_for_experts(model, **options):
         (
             "fp8",
             {},
-            ("no kernel for fp8 experts on this processor (it has ", "they need AVX-512 bf16", '"dequantize": true'),
+            ("no kernel for fp8 experts on this processor (it has ", "they need AVX2", '"dequantize": true'),
         ),
         ("w8a8", {}, ("no kernel for compressed-tensors experts", '"dequantize": true')),
         ("awq", {}, ("no kernel for", '"dequantize": true')),

@@ -185,10 +185,9 @@ def _check_quantization_on_cpu(vllm_config: Any, checkpoint: Any) -> None:
         )
     if checkpoint.has_quantized_experts and (problem := layout_problem(quantization)):
         raise SettingsError(f"vLLM's CPU build has no int4 kernel for these experts ({problem}); {DEQUANTIZE}")
-    if checkpoint.has_integers and _lacks_avx512():
+    if checkpoint.has_integers and missing and _lacks_avx512():
         raise SettingsError(
-            f"vLLM's CPU build has no kernel for {scheme} layers of integers on a processor without AVX-512; "
-            f"{DEQUANTIZE}"
+            f"vLLM's CPU build has no kernel for {scheme} layers of integers on this processor ({missing}); {DEQUANTIZE}"
         )
 
 

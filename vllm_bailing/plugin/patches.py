@@ -20,8 +20,9 @@ In a process that builds the model, by `patch_for_model`:
 - `fix_lora_base_rows_on_cpu`: `bgmv_shrink` and its two siblings, in CPU engines with adapters;
 - `add_uneven_collectives_on_cpu`: `CpuCommunicator.all_gatherv` and `.reduce_scatterv`, in CPU engines with data
   parallelism or sequence-parallel experts;
-- `offer_quantized_layers_on_cpu`: the classes of quantized experts in `experts.cpu_moe`, and in
-  `_POSSIBLE_FP8_BLOCK_KERNELS` that of linear layers, in CPU engines with quantized layers;
+- `offer_quantized_layers_on_cpu`: the classes of quantized experts in `experts.cpu_moe`, with the functions that pack
+  their weights, and those of linear layers in `_POSSIBLE_FP8_BLOCK_KERNELS`, `_POSSIBLE_INT8_KERNELS` and
+  `_POSSIBLE_KERNELS`, in CPU engines with quantized layers;
 - `settle_partial_layers`: `reload.layerwise.finalize_layerwise_processing`, for models that ask for it;
 - `check_adapters_while_loading`: `WorkerLoRAManager._load_adapter`, with adapters.
 
@@ -301,26 +302,29 @@ def _masking_base_rows(operation: Any) -> Any:
     return masked
 
 
-def offer_quantized_layers_on_cpu(experts: dict[str, type], linear: type) -> None:
+def offer_quantized_layers_on_cpu(in_cpu_moe: dict[str, Any], linears: list[type]) -> None:
     """Put classes of quantized layers where vLLM looks for its own on CPUs; safe to call again.
 
     Args:
-        experts: By the name of the class in vLLM that each is made of.
-        linear: Of linear layers in fp8 with a scale per block, made of vLLM's.
+        in_cpu_moe: Classes of experts and functions that pack their weights, by the name that each stands for.
+        linears: Of linear layers, each made of one of vLLM's, whose place it takes.
 
-    Differs:  vLLM's own ask for AMX, which their kernels do without, and how experts are chosen, which is done before.
+    Differs:  vLLM's own ask for AMX, which their kernels do without, and how experts are chosen, which is done before;
+              for processors without AVX-512 it has none.
     Upstream: `_supports_current_device` and `_supports_routing_method` of the classes in `experts/cpu_moe.py`,
               `CPUFp8BlockScaledMMKernel.is_supported`, in 0.32 and 0.33.
-    Remove:   when these ask for AVX-512 with bf16 and VNNI, and for no way of choosing.
+    Remove:   when these ask for AVX-512 with bf16 and VNNI, and for no way of choosing, and there are such for AVX2.
     """
     from vllm.model_executor.kernels import linear as kernels
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
     from vllm.platforms import PlatformEnum
 
-    for name, one in experts.items():
+    for name, one in in_cpu_moe.items():
         setattr(cpu_moe, name, one)
-    offered = kernels._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU]
-    offered[:] = [linear if issubclass(linear, one) else one for one in offered]  # type: ignore[list-item]
+    for offers in (kernels._POSSIBLE_FP8_BLOCK_KERNELS, kernels._POSSIBLE_INT8_KERNELS, kernels._POSSIBLE_KERNELS):
+        offered: list[Any] = offers[PlatformEnum.CPU]  # type: ignore[assignment]
+        for linear in linears:
+            offered[:] = [linear if issubclass(linear, one) else one for one in offered]
 
 
 def settle_partial_layers() -> None:

@@ -83,8 +83,8 @@ def portable_cpu_experts() -> Any:
 
 
 @functools.cache  # vLLM's own: this package may put others into their places
-def quantized_cpu_layers() -> tuple[dict[str, Any], Any] | None:
-    """vLLM's classes of quantized experts for x86 CPUs by scheme, and that of linear layers in fp8 blocks.
+def quantized_cpu_layers() -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """vLLM's classes of quantized experts and of quantized linear layers for x86 CPUs, by scheme.
 
     Differs:  there were none, or of another kind.
     Upstream: `CPUExpertsInt8`, `CPUExpertsFp8` and `CPUExpertsInt4` are of `FusedMoEExpertsModular` in 0.32.
@@ -94,11 +94,16 @@ def quantized_cpu_layers() -> tuple[dict[str, Any], Any] | None:
 
     try:
         module = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
-        linear = importlib.import_module("vllm.model_executor.kernels.linear.scaled_mm.cpu").CPUFp8BlockScaledMMKernel
+        linear = importlib.import_module("vllm.model_executor.kernels.linear")
+        linears = {
+            "int8": linear.CPUInt8ScaledMMLinearKernel,
+            "fp8": linear.CPUFp8BlockScaledMMKernel,
+            "int4": linear.CPUWNA16LinearKernel,
+        }
         experts = {scheme: getattr(module, f"CPUExperts{scheme.capitalize()}") for scheme in ("int8", "fp8", "int4")}
     except (ImportError, AttributeError):
         return None
-    return (experts, linear) if all(issubclass(one, FusedMoEExpertsModular) for one in experts.values()) else None
+    return (experts, linears) if all(issubclass(one, FusedMoEExpertsModular) for one in experts.values()) else None
 
 
 def takes_expert_map(experts: Any) -> bool:

@@ -1,69 +1,74 @@
-"""Quantized layers in kernels of vLLM's CPU build that it keeps for processors with AMX, after a proof.
+"""Quantized layers on CPUs: which kernels run them, after a proof on the processor at hand.
 
-vLLM has classes of experts in int8, fp8 and int4 for CPUs, and one of linear layers in fp8. They ask for AMX, which
-their kernels use where it is there and do without elsewhere (AVX-512 with bf16 and VNNI: AMD from Zen 4 on, Intel's
-Cooper Lake); and they ask how experts are chosen, which happens before them. The classes here are vLLM's with other
-answers: the instructions that the kernels were compiled for, and a comparison with exact arithmetic on what the
-quantized weights mean, on the processor at hand, for the scheme and the sizes of the model.
+vLLM's CPU build has classes of experts in int8, fp8 and int4, and of linear layers. They ask for AMX or AVX-512, and
+how experts are chosen, which happens before them. The classes here are made of vLLM's, with kernels of
+quantized_avx512.py or of quantized_avx2.py, whichever the processor has. Each is compared with exact arithmetic on
+what the quantized weights mean, for the scheme and the sizes of the model; what is wrong is not used.
 
-What each scheme computes: int8 experts round what goes into them to 8 bits for each token, int4 experts too; fp8
-weights are multiplied with bf16.
-
-Dimension letters: E experts, H hidden size, I width of an expert on this rank, N outputs and K inputs, G groups.
+Dimension letters: H hidden size, I width of an expert on this rank, N outputs and K inputs of a linear layer, G groups.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
-from vllm import _custom_ops
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.utils import quant_utils
 from vllm.platforms import CpuArchEnum, current_platform
 
 from vllm_bailing.errors import DEQUANTIZE, SettingsError
 from vllm_bailing.plugin.kernels.cpu_experts import heeding
-from vllm_bailing.plugin.kernels.proof import TOKENS, difference, experts_problem, proof, random, sample
+from vllm_bailing.plugin.kernels.proof import (
+    BLOCK,
+    ORDERS,
+    experts_problem,
+    in_blocks,
+    in_groups,
+    in_int8,
+    linear_problem,
+    matrices,
+    matrix,
+    proof,
+)
 from vllm_bailing.plugin.options import CPU_KERNELS, wants_cpu_kernels
 from vllm_bailing.plugin.patches import offer_quantized_layers_on_cpu
 from vllm_bailing.plugin.shims import quantized_cpu_layers
-from vllm_bailing.processor import found, lacking_for_quantized_experts
+from vllm_bailing.processor import quantized_kernels
 
 logger = init_logger("vllm.plugins.bailing.cpu")
 
-ops: Any = _custom_ops  # of older vLLM some names are missing
-_OPERATIONS = (
-    "convert_weight_packed",
-    "convert_weight_packed_scale_zp",
-    "fused_experts_cpu",
-    "fp8_scaled_mm_cpu",
-)
 _MULTIPLE = 32  # of which sizes have to be multiples
-_BLOCK = 128  # fp8 weights have a scale for each block of this many rows and columns
-# Of the norm of the result. With activations in 8 bits the kernels are 0.022 off, with those in bf16 0.004.
-_TOLERANCE = {"int8": 0.04, "int4": 0.04, "fp8": 0.01}
+_GROUPS = (128, 64, 32)  # for a proof before a checkpoint's own are known
 _TAKES = {
     "int8": "a scale per output, and activations rounded for each token",
     "int4": "a scale per group of inputs",
-    "fp8": f"a scale per block of {_BLOCK} x {_BLOCK}",
+    "fp8": f"a scale per block of {BLOCK} x {BLOCK}",
 }
 _PER_OUTPUT = "it takes a scale per group of inputs, and not one for all of them"
-_EXPERTS = 3  # of a proof
 
 
 def obstacle(vllm_config: Any = None) -> str:
     """Why this engine, or any on this machine, cannot run quantized experts; empty if it can."""
     if vllm_config is not None and wants_cpu_kernels(vllm_config) is False:
         return f"{CPU_KERNELS}=false in --additional-config keeps vLLM's choice"
-    lacking = lacking_for_quantized_experts()
-    if lacking:
-        return f"it has {found()}, and they need {', '.join(lacking)}"
-    if quantized_cpu_layers() is None or not all(hasattr(torch.ops._C, name) for name in _OPERATIONS):
+    if quantized_cpu_layers() is None:
         return "this vLLM has none"
-    return ""
+    return quantized_kernels().obstacle or _kernels().obstacle()
+
+
+def _kernels() -> ModuleType:
+    """The module that has this processor's kernels."""
+    if quantized_kernels().are_ours:
+        from vllm_bailing.plugin.kernels import quantized_avx2
+
+        return quantized_avx2
+    from vllm_bailing.plugin.kernels import quantized_avx512
+
+    return quantized_avx512
 
 
 def layout_problem(quantization: dict[str, Any]) -> str:
@@ -84,23 +89,24 @@ def offer_quantized_layers(vllm_config: Any) -> None:
     is_x86 = current_platform.is_cpu() and current_platform.get_cpu_architecture() == CpuArchEnum.X86
     if vllm_config.quant_config is None or not is_x86 or obstacle(vllm_config):
         return
-    experts, linear = _classes(vllm_config.parallel_config.enable_expert_parallel)
-    offer_quantized_layers_on_cpu(experts, linear)
+    in_cpu_moe, linear = _classes(vllm_config.parallel_config.enable_expert_parallel)
+    offer_quantized_layers_on_cpu(in_cpu_moe, linear)
 
 
 @functools.cache
-def _classes(has_expert_map: bool) -> tuple[dict[str, type], type]:
-    """Classes of experts by the names of those that they stand for, and one of linear layers in fp8."""
-    found = quantized_cpu_layers()
+def _classes(has_expert_map: bool) -> tuple[dict[str, Any], list[type]]:
+    """What stands for classes and functions of vLLM's `cpu_moe`, by their names; and classes of linear layers."""
+    found, kernels = quantized_cpu_layers(), _kernels()
     assert found is not None  # or there is an obstacle
-    vllm_experts, linear = found
+    vllm_experts, vllm_linears = found
     problems = {"int8": int8_problem, "fp8": fp8_problem, "int4": int4_problem}
-    experts = {}
-    for scheme, parent in vllm_experts.items():
+    in_cpu_moe = dict(kernels.preparations())
+    for scheme, parent in kernels.experts(vllm_experts).items():
         proved = _proved_experts(parent, scheme, problems[scheme])
         # Of int4 experts vLLM refuses another class than the one that has the name.
-        experts[parent.__name__] = heeding(proved) if has_expert_map else proved
-    return experts, _proved_linear(linear)
+        in_cpu_moe[vllm_experts[scheme].__name__] = heeding(proved) if has_expert_map else proved
+    proved_linear = {"int8": _proved_int8_linear, "fp8": _proved_fp8_linear, "int4": _proved_int4_linear}
+    return in_cpu_moe, [proved_linear[scheme](one) for scheme, one in kernels.linears(vllm_linears).items()]
 
 
 def _proved_experts(parent: Any, scheme: str, problem_of: Callable[..., str]) -> Any:
@@ -140,7 +146,7 @@ def _proved_experts(parent: Any, scheme: str, problem_of: Callable[..., str]) ->
                 reason = _size_problem(moe_config.in_dtype, hidden_size, width) or problem_of(hidden_size, width)
             if reason:
                 raise ValueError(f"vLLM's CPU build has no {scheme} kernel for these experts ({reason})")
-            logger.info_once("Experts run in an %s kernel of vLLM for AVX-512, which proved right.", scheme)
+            logger.info_once("Experts run in an %s kernel of %s, which proved right.", scheme, _kernels().NAME)
             return True, None
 
         def apply(self, *, topk_weights: torch.Tensor, **rest: Any) -> Any:
@@ -151,7 +157,36 @@ def _proved_experts(parent: Any, scheme: str, problem_of: Callable[..., str]) ->
     return ProvedExperts
 
 
-def _proved_linear(parent: Any) -> Any:
+def _size_problem(dtype: torch.dtype, *sizes: int) -> str:
+    if dtype != torch.bfloat16 and not _kernels().TAKES_ANY_DTYPE:
+        return f"it takes bf16, not {dtype}; leave --dtype out"
+    odd = [size for size in sizes if size % _MULTIPLE]
+    return f"{odd[0]} is no multiple of {_MULTIPLE}" if odd else ""
+
+
+def _check_groups(moe_config: Any, w13_scale: torch.Tensor, w2_scale: torch.Tensor) -> None:
+    """Refuse groups that the kernel would read wrongly: that of vLLM takes the size of the first matrix's for both.
+
+    Args:
+        w13_scale, w2_scale: Packed, [E, N / 32, G, 32] or [E, N / 16, G, 16].
+    """
+    groups = {
+        moe_config.hidden_dim // w13_scale.shape[2],
+        moe_config.intermediate_size_per_partition // w2_scale.shape[2],
+    }
+    problem = (
+        _PER_OUTPUT
+        if len(groups) > 1
+        else int4_problem(moe_config.hidden_dim, moe_config.intermediate_size_per_partition, groups.pop())
+    )
+    if problem:
+        raise SettingsError(f"vLLM's CPU build has no int4 kernel for these experts ({problem}); {DEQUANTIZE}")
+
+
+# ---- linear layers -------------------------------------------------------------------------------------------------
+
+
+def _proved_fp8_linear(parent: Any) -> Any:
     class ProvedFp8Linear(parent):
         @classmethod
         def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -170,103 +205,54 @@ def _proved_linear(parent: Any) -> Any:
     return ProvedFp8Linear
 
 
-def _size_problem(dtype: torch.dtype, *sizes: int) -> str:
-    if dtype != torch.bfloat16:
-        return f"it takes bf16, not {dtype}; leave --dtype out"
-    odd = [size for size in sizes if size % _MULTIPLE]
-    return f"{odd[0]} is no multiple of {_MULTIPLE}" if odd else ""
+def _proved_int8_linear(parent: Any) -> Any:
+    class ProvedInt8Linear(parent):
+        def process_weights_after_loading(self, layer: Any) -> None:
+            n, k = getattr(layer, self.layer_param_names[0]).shape
+            _refuse("int8", _size_problem(torch.bfloat16, n, k) or int8_linear_problem(n, k))
+            super().process_weights_after_loading(layer)
+
+    return ProvedInt8Linear
 
 
-def _check_groups(moe_config: Any, w13_scale: torch.Tensor, w2_scale: torch.Tensor) -> None:
-    """Refuse groups that the kernel would read wrongly: it takes the size of the first matrix's for both.
+def _proved_int4_linear(parent: Any) -> Any:
+    class ProvedInt4Linear(parent):
+        @classmethod
+        def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+            supported, reason = super().can_implement(config)
+            if supported:
+                (k, n), group = config.partition_weight_shape, config.group_size
+                group = k if group == -1 else group
+                reason = _size_problem(torch.bfloat16, n, k) or int4_linear_problem(n, k, group)
+            if reason:
+                raise ValueError(f"vLLM's CPU build has no int4 kernel for linear layers here ({reason})")
+            return True, None
 
-    Args:
-        w13_scale, w2_scale: Packed, [E, N / 32, G, 32].
-    """
-    groups = {
-        moe_config.hidden_dim // w13_scale.shape[2],
-        moe_config.intermediate_size_per_partition // w2_scale.shape[2],
-    }
-    problem = (
-        _PER_OUTPUT
-        if len(groups) > 1
-        else int4_problem(moe_config.hidden_dim, moe_config.intermediate_size_per_partition, groups.pop())
-    )
+    return ProvedInt4Linear
+
+
+def _refuse(scheme: str, problem: str) -> None:
     if problem:
-        raise SettingsError(f"vLLM's CPU build has no int4 kernel for these experts ({problem}); {DEQUANTIZE}")
+        raise SettingsError(f"vLLM's CPU build has no {scheme} kernel for linear layers here ({problem}); {DEQUANTIZE}")
 
 
 # ---- proofs --------------------------------------------------------------------------------------------------------
 
 
-def _fused(scheme: Any, packed: list[Any], scales: list[Any], zeros: list[Any], block: list[int] | None) -> Any:
-    def run(output: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
-        ops.fused_experts_cpu(output, x, *packed, weights, ids, scheme, *scales, *zeros, block)
-
-    return run
-
-
-def _matrices(hidden_size: int, width: int) -> tuple[torch.Generator, list[torch.Tensor]]:
-    """Random weights [E, 2I, H] and [E, H, I]."""
-    generator = torch.Generator().manual_seed(0)
-    h, i = sample(hidden_size), sample(width)
-    return generator, [random(generator, _EXPERTS, 2 * i, h).float(), random(generator, _EXPERTS, h, i).float()]
-
-
 @proof
 def int8_problem(hidden_size: int, width: int) -> str:
     """Why the kernel cannot run experts of `width` in int8 with a scale per output; empty if it can."""
-    _, plain = _matrices(hidden_size, width)
-    scales = [weight.abs().amax(-1, keepdim=True) / 127 for weight in plain]
-    levels = [(weight / scale).round().to(torch.int8) for weight, scale in zip(plain, scales, strict=True)]
-    meaning = [level.float() * scale for level, scale in zip(levels, scales, strict=True)]
-    packed = [torch.ops._C.convert_weight_packed(level) for level in levels]
-    run = _fused(ops.CPUQuantMethod.INT8_W8A8, packed, scales, [None, None], None)
-    return experts_problem(run, meaning[0], meaning[1], _TOLERANCE["int8"])
-
-
-def _in_blocks(plain: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Levels in fp8, a scale for each block, and what both mean, of weights [..., N, K]."""
-    n, k = plain.shape[-2:]
-    shape = (*plain.shape[:-2], -(-n // rows), -(-k // _BLOCK))
-    generator = torch.Generator().manual_seed(2)
-    scale = (torch.rand(shape, generator=generator, dtype=torch.float32) + 0.5) / 448
-    spread = scale.repeat_interleave(rows, -2)[..., :n, :].repeat_interleave(_BLOCK, -1)[..., :k]
-    level = (plain / plain.abs().max() * 448).to(torch.float8_e4m3fn)
-    return level, scale, level.float() * spread
+    levels, scales, meaning = zip(*map(in_int8, matrices(hidden_size, width)[1]), strict=True)
+    return experts_problem(_kernels().int8_experts(levels, scales), *meaning, _kernels().TOLERANCE["int8"])
 
 
 @proof
 def fp8_problem(hidden_size: int, width: int) -> str:
     """Why the kernel cannot run experts of `width` in fp8 with a scale per block; empty if it can."""
-    if 2 * width % (2 * _BLOCK) and width > _BLOCK:
-        return f"width {width} is no multiple of a block of {_BLOCK}"
-    _, plain = _matrices(hidden_size, width)
-    levels, scales, meaning = zip(*(_in_blocks(weight, _BLOCK) for weight in plain), strict=True)
-    packed = [torch.ops._C.convert_weight_packed(level) for level in levels]
-    run = _fused(ops.CPUQuantMethod.FP8_W8A16, packed, list(scales), [None, None], [_BLOCK, _BLOCK])
-    return experts_problem(run, meaning[0], meaning[1], _TOLERANCE["fp8"])
-
-
-@proof
-def fp8_linear_problem(n: int, k: int, rows: int) -> str:
-    """Why the kernel cannot multiply with fp8 weights [n, k] with a scale per block of `rows`; empty if it can."""
-    generator = torch.Generator().manual_seed(0)
-    n, k = sample(n), sample(k)
-    level, scale, meaning = _in_blocks(random(generator, n, k).float(), rows)
-    packed = torch.ops._C.convert_weight_packed(level)
-    for tokens in TOKENS:
-        x = random(generator, tokens, k)
-        result = torch.ops._C.fp8_scaled_mm_cpu(x, packed, scale, [rows, _BLOCK], None, torch.bfloat16, True)
-        problem = difference(result, x.float() @ meaning.t(), _TOLERANCE["fp8"])
-        if problem:
-            return problem
-    return ""
-
-
-_GROUPS = (128, 64, 32)  # for a proof before a checkpoint's own are known
-# Bits 4 i to 4 i + 3 of a word hold the value with this number of eight.
-_ORDERS = {"GPTQ": (0, 1, 2, 3, 4, 5, 6, 7), "AWQ": (0, 2, 4, 6, 1, 3, 5, 7)}
+    if 2 * width % (2 * BLOCK) and width > BLOCK:
+        return f"width {width} is no multiple of a block of {BLOCK}"
+    levels, scales, meaning = zip(*(in_blocks(one, BLOCK) for one in matrices(hidden_size, width)[1]), strict=True)
+    return experts_problem(_kernels().fp8_experts(levels, scales), *meaning, _kernels().TOLERANCE["fp8"])
 
 
 @proof
@@ -279,46 +265,37 @@ def int4_problem(hidden_size: int, width: int, group: int = 0) -> str:
     common = [size for size in _GROUPS if hidden_size % size == width % size == 0]
     if not group and not common:
         return f"no group of {_GROUPS[-1]} or more divides {hidden_size} and {width} inputs"
-    group = group or common[0]
-    generator, plain = _matrices(hidden_size, width)
-    for algorithm, order in _ORDERS.items():
-        parts = [_in_groups(generator, weight, group, algorithm, order) for weight in plain]
+    generator, plain = matrices(hidden_size, width)
+    for algorithm, order in ORDERS.items():
+        parts = [in_groups(generator, weight, group or common[0], algorithm, order) for weight in plain]
         words, scales, zeros, meaning = zip(*parts, strict=True)
-        converted = [
-            ops.convert_weight_packed_scale_zp(word, zero, scale, ops.CPUQuantAlgo[algorithm])
-            for word, zero, scale in zip(words, zeros, scales, strict=True)
-        ]
-        packed, packed_zeros, packed_scales = (list(part) for part in zip(*converted, strict=True))
-        run = _fused(ops.CPUQuantMethod.INT4_W4A8, packed, packed_scales, packed_zeros, None)
-        problem = experts_problem(run, meaning[0], meaning[1], _TOLERANCE["int4"])
+        run = _kernels().int4_experts(words, zeros, scales, algorithm)
+        problem = experts_problem(run, *meaning, _kernels().TOLERANCE["int4"])
         if problem:
             return f"{algorithm}: {problem}"
     return ""
 
 
-def _in_groups(
-    generator: torch.Generator, plain: torch.Tensor, group: int, algorithm: str, order: tuple[int, ...]
-) -> tuple[torch.Tensor, ...]:
-    """Words, scales [E, G, N], zero points in words [E, G, N / 8], and what they mean, of weights [E, N, K].
-
-    Words are [E, K / 8, N] for GPTQ, whose zero points are stored less one, and [E, K, N / 8] for AWQ.
-    """
-    grouped = plain.unflatten(-1, (-1, group))
-    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)  # [E, N, G]
-    scale = ((high - low) / 15).bfloat16()
-    zero = (-low / scale.float()).round().clamp(1, 15)
-    level = (grouped / scale.float().unsqueeze(-1) + zero.unsqueeze(-1)).round().clamp(0, 15)
-    meaning = ((level - zero.unsqueeze(-1)) * scale.float().unsqueeze(-1)).flatten(-2)
-    is_gptq = algorithm == "GPTQ"
-    levels = level.flatten(-2).transpose(1, 2)  # [E, K, N]
-    words = _words(levels.transpose(1, 2), order).transpose(1, 2) if is_gptq else _words(levels, order)
-    zeros = _words(zero.transpose(1, 2) - (1 if is_gptq else 0), order)
-    return words.contiguous(), scale.transpose(1, 2).contiguous(), zeros, meaning
+@proof
+def fp8_linear_problem(n: int, k: int, rows: int) -> str:
+    """Why the kernel cannot multiply with fp8 weights [n, k] with a scale per block of `rows`; empty if it can."""
+    level, scale, meaning = in_blocks(matrix(n, k), rows)
+    return linear_problem(_kernels().fp8_linear(level, scale, rows), meaning, _kernels().TOLERANCE["fp8"])
 
 
-def _words(values: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """Integers of four bits [..., n] as int32 [..., n / 8]."""
-    eights = values.long().unflatten(-1, (-1, 8))
-    words = sum(eights[..., index] << 4 * place for place, index in enumerate(order))
-    assert isinstance(words, torch.Tensor)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).contiguous()
+@proof
+def int8_linear_problem(n: int, k: int) -> str:
+    """Why the kernel cannot multiply with int8 weights [n, k] with a scale per output; empty if it can."""
+    level, scale, meaning = in_int8(matrix(n, k))
+    return linear_problem(_kernels().int8_linear(level, scale), meaning, _kernels().TOLERANCE["int8"])
+
+
+@proof
+def int4_linear_problem(n: int, k: int, group: int) -> str:
+    """Why the kernel cannot multiply with int4 weights [n, k] in groups; empty if it can."""
+    if group not in _GROUPS and group % _GROUPS[0]:
+        return f"it takes groups of {', '.join(map(str, _GROUPS))} inputs or multiples of that, not of {group}"
+    generator = torch.Generator().manual_seed(0)
+    parts = in_groups(generator, matrix(n, k).unsqueeze(0), group, "GPTQ", ORDERS["GPTQ"])
+    words, scales, zeros, meaning = (part[0] for part in parts)
+    return linear_problem(_kernels().int4_linear(words, zeros, scales), meaning, _kernels().TOLERANCE["int4"])

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
+RunExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]  # as experts_problem takes it
+RunLinear = Callable[[torch.Tensor], torch.Tensor]  # [T, K] to [T, N]
 TOKENS = (3, 37)  # below and above the number of tokens where CPU kernels change their way of working
 _SAMPLE = 512  # sizes above twice this are proved on a smaller matrix with the same remainder
 
@@ -48,7 +50,23 @@ def difference(result: torch.Tensor, expected: torch.Tensor, tolerance: float) -
     return "" if error <= tolerance else f"the kernel's result is off by {error:.1%}"
 
 
-def experts_problem(run: Callable[..., None], w13: torch.Tensor, w2: torch.Tensor, tolerance: float) -> str:
+def linear_problem(run: RunLinear, weight: torch.Tensor, tolerance: float) -> str:
+    """What is wrong with a kernel for a linear layer whose weights mean `weight` [N, K].
+
+    Args:
+        run: Takes hidden states [T, K] in bf16.
+        tolerance: Of the norm of the result.
+    """
+    generator = torch.Generator().manual_seed(1)
+    for tokens in TOKENS:
+        x = random(generator, tokens, weight.shape[1])
+        problem = difference(run(x), x.float() @ weight.float().t(), tolerance)
+        if problem:
+            return problem
+    return ""
+
+
+def experts_problem(run: RunExperts, w13: torch.Tensor, w2: torch.Tensor, tolerance: float) -> str:
     """What is wrong with a kernel for experts whose weights mean `w13` [E, 2I, H] and `w2` [E, H, I].
 
     Args:
@@ -69,3 +87,69 @@ def experts_problem(run: Callable[..., None], w13: torch.Tensor, w2: torch.Tenso
         if problem:
             return problem
     return ""
+
+
+# ---- quantized weights and what they mean --------------------------------------------------------------------------
+
+_EXPERTS = 3  # of a proof
+BLOCK = 128  # fp8 weights have a scale for each block of this many rows and columns
+# Bits 4 i to 4 i + 3 of a word hold the value with this number of eight.
+ORDERS = {"GPTQ": (0, 1, 2, 3, 4, 5, 6, 7), "AWQ": (0, 2, 4, 6, 1, 3, 5, 7)}
+
+
+def matrices(hidden_size: int, width: int) -> tuple[torch.Generator, list[torch.Tensor]]:
+    """Random weights [E, 2I, H] and [E, H, I]."""
+    generator = torch.Generator().manual_seed(0)
+    h, i = sample(hidden_size), sample(width)
+    return generator, [random(generator, _EXPERTS, 2 * i, h).float(), random(generator, _EXPERTS, h, i).float()]
+
+
+def matrix(n: int, k: int) -> torch.Tensor:
+    """Random weights [N, K]."""
+    return random(torch.Generator().manual_seed(0), sample(n), sample(k)).float()
+
+
+def in_int8(plain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Levels in int8, a scale for each output [..., N, 1] and what both mean, of weights [..., N, K]."""
+    scale = plain.abs().amax(-1, keepdim=True) / 127
+    level = (plain / scale).round().to(torch.int8)
+    return level, scale, level.float() * scale
+
+
+def in_blocks(plain: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Levels in fp8, a scale for each block, and what both mean, of weights [..., N, K]."""
+    n, k = plain.shape[-2:]
+    shape = (*plain.shape[:-2], -(-n // rows), -(-k // BLOCK))
+    generator = torch.Generator().manual_seed(2)
+    scale = (torch.rand(shape, generator=generator, dtype=torch.float32) + 0.5) / 448
+    spread = scale.repeat_interleave(rows, -2)[..., :n, :].repeat_interleave(BLOCK, -1)[..., :k]
+    level = (plain / plain.abs().max() * 448).to(torch.float8_e4m3fn)
+    return level, scale, level.float() * spread
+
+
+def in_groups(
+    generator: torch.Generator, plain: torch.Tensor, group: int, algorithm: str, order: tuple[int, ...]
+) -> tuple[torch.Tensor, ...]:
+    """Words, scales [E, G, N], zero points in words [E, G, N / 8], and what they mean, of weights [E, N, K].
+
+    Words are [E, K / 8, N] for GPTQ, whose zero points are stored less one, and [E, K, N / 8] for AWQ.
+    """
+    grouped = plain.unflatten(-1, (-1, group))
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)  # [E, N, G]
+    scale = ((high - low) / 15).bfloat16()
+    zero = (-low / scale.float()).round().clamp(1, 15)
+    level = (grouped / scale.float().unsqueeze(-1) + zero.unsqueeze(-1)).round().clamp(0, 15)
+    meaning = ((level - zero.unsqueeze(-1)) * scale.float().unsqueeze(-1)).flatten(-2)
+    is_gptq = algorithm == "GPTQ"
+    levels = level.flatten(-2).transpose(1, 2)  # [E, K, N]
+    words = words_of(levels.transpose(1, 2), order).transpose(1, 2) if is_gptq else words_of(levels, order)
+    zeros = words_of(zero.transpose(1, 2) - (1 if is_gptq else 0), order)
+    return words.contiguous(), scale.transpose(1, 2).contiguous(), zeros, meaning
+
+
+def words_of(values: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """Integers of four bits [..., n] as int32 [..., n / 8]."""
+    eights = values.long().unflatten(-1, (-1, 8))
+    words = sum(eights[..., index] << 4 * place for place, index in enumerate(order))
+    assert isinstance(words, torch.Tensor)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).contiguous()

@@ -1,0 +1,730 @@
+// Matrix products with weights of 16, 8 and 4 bits on x86 processors with AVX2, F16C and FMA; see avx2.py.
+//
+// A block of `kRows` outputs at a time: up to `kFew` tokens (of a format) are multiplied with the weights as they are stored, two
+// tokens at a time, which reads memory once; for more, a part of the block becomes plain numbers in a cache first.
+//
+// What stands for an activation:
+//   bf16, fp16, fp8  fp32
+//   int8             16-bit integers and a scale per token, as many levels as leave no sum of 32 bits an overflow
+//   int4             8-bit integers and a scale per 128 inputs (or per group of weights, where 128 does not divide)
+//
+// Dimension letters as in avx2.py: T tokens, N outputs, K inputs, G groups of inputs with a scale.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+namespace {
+
+constexpr int kRows = 16;     // outputs of a block
+constexpr int kTile = 4;      // of them, in registers at a time, with one, two or kTogether tokens
+constexpr int64_t kPart = 512;  // inputs that become plain numbers at a time
+constexpr int64_t kWide = 128;  // inputs that share a scale of int8 activations
+
+__m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+__m128i load_half(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
+
+float sum(__m256 v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+__m256 in_fp32(__m128i bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16)); }
+
+// The largest absolute value of x[0..count), or NaN if one of them is not finite.
+float largest(const float* x, int64_t count) {
+  const __m256 positive = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  __m256 most = _mm256_setzero_ps(), check = _mm256_setzero_ps();
+  for (int64_t k = 0; k < count; k += 8) {
+    const __m256 v = _mm256_and_ps(_mm256_loadu_ps(x + k), positive);
+    most = _mm256_max_ps(most, v);
+    check = _mm256_add_ps(check, _mm256_sub_ps(v, v));
+  }
+  float lanes[8];
+  _mm256_storeu_ps(lanes, most);
+  const float found = *std::max_element(lanes, lanes + 8);
+  return sum(check) == 0 ? found : std::numeric_limits<float>::quiet_NaN();
+}
+
+// Activations [.., width] in fp32, bf16 or fp16, which are read and written as fp32.
+enum Dtype : int64_t { kFp32, kBf16, kFp16 };
+
+void read(const void* from, int64_t dtype, int64_t start, int64_t count, float* to) {
+  if (dtype == kFp32) {
+    std::copy_n(static_cast<const float*>(from) + start, count, to);
+    return;
+  }
+  const uint16_t* words = static_cast<const uint16_t*>(from) + start;
+  for (int64_t i = 0; i < count; i += 8)
+    _mm256_storeu_ps(to + i, dtype == kBf16 ? in_fp32(load_half(words + i)) : _mm256_cvtph_ps(load_half(words + i)));
+}
+
+__m128i in_bf16(__m256 v) {  // to the nearest, ties to even; NaN stays one
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i words = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+
+void write(void* to, int64_t dtype, int64_t start, int64_t count, const float* from) {
+  if (dtype == kFp32) {
+    std::copy_n(from, count, static_cast<float*>(to) + start);
+    return;
+  }
+  uint16_t* words = static_cast<uint16_t*>(to) + start;
+  for (int64_t i = 0; i < count; i += 8) {
+    const __m256 v = _mm256_loadu_ps(from + i);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(words + i),
+                     dtype == kBf16 ? in_bf16(v) : _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+}
+
+// The weights [N, K] of a layer or of one expert.
+struct Weights {
+  const uint8_t* data;
+  const void* scales;
+  const uint8_t* zeros;
+  int64_t n, k, groups, rows_of_scale, scale_dtype;
+};
+
+// What stands for tokens x [T, K], and their scales.
+template <class Format>
+struct Tokens {
+  std::vector<typename Format::Number> numbers;  // [T, K]
+  std::vector<float> scales, sums;               // [T, G]; sums of a group, in what they mean
+  int64_t k, groups;
+  const typename Format::Number* of(int64_t token) const { return numbers.data() + token * k; }
+
+  Tokens(const void* x, int64_t dtype, int64_t count, const Weights& w) : k(w.k), groups(Format::groups(w)) {
+    numbers.resize(count * k);
+    scales.resize(count * groups);
+    sums.resize(Format::kHasZeros ? count * groups : 0);
+#pragma omp parallel if (count > 4)
+    {
+      std::vector<float> plain(k);
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < count; ++t) {
+        read(x, dtype, t * k, k, plain.data());
+        Format::represent(plain.data(), w, numbers.data() + t * k, scales.data() + t * groups,
+                          Format::kHasZeros ? sums.data() + t * groups : nullptr);
+      }
+    }
+  }
+};
+
+// ---- floating-point weights ----------------------------------------------------------------------------------------
+
+template <class Loader>
+struct Floating {
+  using Number = float;
+  using Plain = float;
+  static constexpr bool kHasZeros = false;
+  static constexpr int64_t kFew = 12, kPlainPart = kPart / 2;
+  static constexpr int kTogether = 3;
+
+  static int64_t groups(const Weights& w) { return w.groups; }
+  static void represent(const float* x, const Weights& w, float* numbers, float*, float*) {
+    std::copy(x, x + w.k, numbers);
+  }
+
+  // rows [row, row + kTile) times T tokens
+  template <int T>
+  static void few(const Weights& w, int64_t row, const float (*scales)[kRows], int first, const float* const* x,
+                  const float* const*, float (*out)[kRows]) {
+    __m256 total[kTile][T];
+    for (auto& one : total) std::fill(one, one + T, _mm256_setzero_ps());
+    const int64_t width = (w.groups > 1 ? kWide : w.k);
+    for (int64_t g = 0; g * width < w.k; ++g) {
+      __m256 part[kTile][T];
+      for (auto& one : part) std::fill(one, one + T, _mm256_setzero_ps());
+      const int64_t end = std::min(w.k, (g + 1) * width);
+      for (int64_t k = g * width; k < end; k += 16) {
+        for (int r = 0; r < kTile; ++r) {
+          __m256 low, high;
+          Loader::load16(w.data, (row + r) * w.k + k, low, high);
+          prefetch(w.data + ((row + r + kTile) * w.k + k) * Loader::kBytes);
+          for (int t = 0; t < T; ++t) {
+            part[r][t] = _mm256_fmadd_ps(low, _mm256_loadu_ps(x[t] + k), part[r][t]);
+            part[r][t] = _mm256_fmadd_ps(high, _mm256_loadu_ps(x[t] + k + 8), part[r][t]);
+          }
+        }
+      }
+      for (int r = 0; r < kTile; ++r) {
+        const __m256 scale = _mm256_set1_ps(scales[g][first + r]);
+        for (int t = 0; t < T; ++t) total[r][t] = _mm256_fmadd_ps(part[r][t], scale, total[r][t]);
+      }
+    }
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < kTile; ++r) out[t][first + r] = sum(total[r][t]);
+  }
+
+  static void unpack(const Weights& w, int64_t row, const float (*scales)[kRows], int64_t from, int64_t count,
+                     float* plain) {
+    for (int r = 0; r < kRows; ++r)
+      for (int64_t k = 0; k < count; k += 16) {
+        __m256 low, high;
+        Loader::load16(w.data, (row + r) * w.k + from + k, low, high);
+        const __m256 scale = _mm256_set1_ps(scales[w.groups > 1 ? (from + k) / kWide : 0][r]);
+        _mm256_storeu_ps(plain + r * count + k, _mm256_mul_ps(low, scale));
+        _mm256_storeu_ps(plain + r * count + k + 8, _mm256_mul_ps(high, scale));
+      }
+  }
+
+  template <int T>
+  static void many(const Weights&, const float (*)[kRows], int first, const float* plain, int64_t, int64_t count,
+                   const float* const* x, const float* const*, float* const* out) {
+    __m256 acc[kTile][T];
+    for (auto& one : acc) std::fill(one, one + T, _mm256_setzero_ps());
+    for (int64_t k = 0; k < count; k += 8) {
+      __m256 of[T];
+      for (int t = 0; t < T; ++t) of[t] = _mm256_loadu_ps(x[t] + k);
+      for (int r = 0; r < kTile; ++r) {
+        const __m256 weight = _mm256_loadu_ps(plain + (first + r) * count + k);
+        for (int t = 0; t < T; ++t) acc[r][t] = _mm256_fmadd_ps(weight, of[t], acc[r][t]);
+      }
+    }
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < kTile; ++r) out[t][first + r] += sum(acc[r][t]);
+  }
+
+  static void finish(const Weights&, const float (*)[kRows], const float (*)[kRows], const float*, const float*,
+                     float*) {}
+};
+
+struct LoadBf16 {
+  static constexpr int64_t kBytes = 2;
+  static void load16(const uint8_t* data, int64_t index, __m256& low, __m256& high) {
+    const __m256i words = load(data + 2 * index);
+    low = in_fp32(_mm256_castsi256_si128(words));
+    high = in_fp32(_mm256_extracti128_si256(words, 1));
+  }
+};
+
+struct LoadFp16 {
+  static constexpr int64_t kBytes = 2;
+  static void load16(const uint8_t* data, int64_t index, __m256& low, __m256& high) {
+    const __m256i words = load(data + 2 * index);
+    low = _mm256_cvtph_ps(_mm256_castsi256_si128(words));
+    high = _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1));
+  }
+};
+
+// e4m3fn: its bits are those of an fp16 number 2^8 times smaller, which its scales make up for.
+struct LoadFp8 {
+  static constexpr int64_t kBytes = 1;
+  static void load16(const uint8_t* data, int64_t index, __m256& low, __m256& high) {
+    const __m256i bytes = _mm256_cvtepu8_epi16(load_half(data + index));
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(0x80)), 8);
+    const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(0x7f)), 7);
+    const __m256i half = _mm256_or_si256(sign, rest);
+    low = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+    high = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+  }
+};
+
+template <class Loader>
+struct Unscaled : Floating<Loader> {
+  static void scales_of(const Weights&, int64_t, float (*scales)[kRows], float (*)[kRows]) {
+    std::fill(scales[0], scales[0] + kRows, 1.0f);
+  }
+};
+
+struct Fp8 : Floating<LoadFp8> {
+  static void scales_of(const Weights& w, int64_t row, float (*scales)[kRows], float (*)[kRows]) {
+    const float* stored = static_cast<const float*>(w.scales);
+    for (int64_t g = 0; g < w.groups; ++g)
+      for (int r = 0; r < kRows; ++r) scales[g][r] = 256 * stored[(row + r) / w.rows_of_scale * w.groups + g];
+  }
+};
+
+// ---- weights in int8 -----------------------------------------------------------------------------------------------
+
+struct Int8 {
+  using Number = int16_t;
+  using Plain = int16_t;
+  static constexpr bool kHasZeros = false;
+  static constexpr int64_t kFew = 24, kPlainPart = kPart;
+  static constexpr int kTogether = 2;
+
+  static int64_t groups(const Weights&) { return 1; }
+  static __m256i load16(const uint8_t* data, int64_t index) { return _mm256_cvtepi8_epi16(load_half(data + index)); }
+
+  static void represent(const float* x, const Weights& w, int16_t* numbers, float* scale, float*) {
+    const float most = largest(x, w.k);
+    const float levels = std::min<int64_t>(32767, std::numeric_limits<int32_t>::max() / (128 * w.k));
+    *scale = most / levels;
+    const __m256 times = _mm256_set1_ps(most > 0 ? levels / most : 0);
+    for (int64_t k = 0; k < w.k; k += 16) {
+      const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + k), times));
+      const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + k + 8), times));
+      const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(numbers + k), both);
+    }
+  }
+
+  static void scales_of(const Weights& w, int64_t row, float (*scales)[kRows], float (*)[kRows]) {
+    std::copy_n(static_cast<const float*>(w.scales) + row, kRows, scales[0]);
+  }
+
+  static float sum32(__m256i v) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return static_cast<float>(_mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1))));
+  }
+
+  template <int T>
+  static void few(const Weights& w, int64_t row, const float (*scales)[kRows], int first, const int16_t* const* x,
+                  const float* const* x_scales, float (*out)[kRows]) {
+    __m256i acc[kTile][T];
+    for (auto& one : acc) std::fill(one, one + T, _mm256_setzero_si256());
+    for (int64_t k = 0; k < w.k; k += 16) {
+      for (int r = 0; r < kTile; ++r) {
+        const int64_t index = (row + r) * w.k + k;
+        prefetch(w.data + index + kTile * w.k);
+        const __m256i weight = load16(w.data, index);
+        for (int t = 0; t < T; ++t)
+          acc[r][t] = _mm256_add_epi32(acc[r][t], _mm256_madd_epi16(weight, load(x[t] + k)));
+      }
+    }
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < kTile; ++r) out[t][first + r] = sum32(acc[r][t]) * scales[0][first + r] * x_scales[t][0];
+  }
+
+  static void unpack(const Weights& w, int64_t row, const float (*)[kRows], int64_t from, int64_t count,
+                     int16_t* plain) {
+    for (int r = 0; r < kRows; ++r)
+      for (int64_t k = 0; k < count; k += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(plain + r * count + k),
+                            load16(w.data, (row + r) * w.k + from + k));
+  }
+
+  template <int T>
+  static void many(const Weights&, const float (*)[kRows], int first, const int16_t* plain, int64_t, int64_t count,
+                   const int16_t* const* x, const float* const*, float* const* out) {
+    __m256i acc[kTile][T];
+    for (auto& one : acc) std::fill(one, one + T, _mm256_setzero_si256());
+    for (int64_t k = 0; k < count; k += 16) {
+      __m256i of[T];
+      for (int t = 0; t < T; ++t) of[t] = load(x[t] + k);
+      for (int r = 0; r < kTile; ++r) {
+        const __m256i weight = load(plain + (first + r) * count + k);
+        for (int t = 0; t < T; ++t) acc[r][t] = _mm256_add_epi32(acc[r][t], _mm256_madd_epi16(weight, of[t]));
+      }
+    }
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < kTile; ++r) out[t][first + r] += sum32(acc[r][t]);
+  }
+
+  // After `many`, whose sums are of levels.
+  static void finish(const Weights&, const float (*scales)[kRows], const float (*)[kRows], const float* x_scales,
+                     const float*, float* out) {
+    for (int r = 0; r < kRows; ++r) out[r] *= scales[0][r] * x_scales[0];
+  }
+};
+
+// ---- weights in int4 -----------------------------------------------------------------------------------------------
+
+// 32 bytes hold 64 inputs: the first 32 in their lower halves; groups of 32 the same with 16 bytes.
+struct Int4 {
+  using Number = int8_t;
+  using Plain = uint8_t;
+  static constexpr bool kHasZeros = true;
+  static constexpr int64_t kFew = 24, kPlainPart = kPart;
+  static constexpr int kTogether = 2;
+
+  static int64_t groups(const Weights& w) { return w.groups; }
+
+  static void represent(const float* x, const Weights& w, int8_t* numbers, float* scales, float* sums) {
+    const int64_t group = w.k / w.groups;
+    const int64_t width = w.k % kWide == 0 && kWide % group == 0 ? kWide : group;
+    for (int64_t from = 0; from < w.k; from += width) {
+      const float most = largest(x + from, width), scale = most / 127;
+      const __m256 times = _mm256_set1_ps(most > 0 ? 127 / most : 0);
+      for (int64_t k = from; k < from + width; k += group) {
+        __m256i total = _mm256_setzero_si256();
+        for (int64_t i = k; i < k + group; i += 8) {
+          const __m256i level = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), times));
+          total = _mm256_add_epi32(total, level);
+          const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(level), _mm256_extracti128_si256(level, 1));
+          _mm_storel_epi64(reinterpret_cast<__m128i*>(numbers + i), _mm_packs_epi16(words, words));
+        }
+        scales[k / group] = scale;
+        sums[k / group] = Int8::sum32(total) * scale;
+      }
+    }
+  }
+
+  // scales as in memory [N / kRows, G, kRows] in bf16 or fp16, zero points likewise in bytes
+  static void scales_of(const Weights& w, int64_t row, float (*scales)[kRows], float (*zeros)[kRows]) {
+    const uint16_t* stored = static_cast<const uint16_t*>(w.scales) + row * w.groups;
+    const uint8_t* points = w.zeros + row * w.groups;
+    for (int64_t g = 0; g < w.groups; ++g)
+      for (int r = 0; r < kRows; r += 8) {
+        const __m128i words = load_half(stored + g * kRows + r);
+        const __m256 scale = w.scale_dtype == kFp16 ? _mm256_cvtph_ps(words) : in_fp32(words);
+        const __m128i point = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(points + g * kRows + r));
+        _mm256_storeu_ps(scales[g] + r, scale);
+        _mm256_storeu_ps(zeros[g] + r, _mm256_mul_ps(scale, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(point))));
+      }
+  }
+
+  template <int T>
+  static void few(const Weights& w, int64_t row, const float (*scales)[kRows], int first, const int8_t* const* x,
+                  const float* const* x_scales, float (*out)[kRows]) {
+    const __m256i lower = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    const int64_t group = w.k / w.groups;
+    __m256 total[kTile][T];
+    for (auto& one : total) std::fill(one, one + T, _mm256_setzero_ps());
+    for (int64_t g = 0; g < w.groups; ++g) {
+      __m256i part[kTile][T];
+      for (auto& one : part) std::fill(one, one + T, _mm256_setzero_si256());
+      for (int64_t k = g * group; k < (g + 1) * group; k += 64) {
+        for (int r = 0; r < kTile; ++r) {
+          const uint8_t* from = w.data + ((row + r) * w.k + k) / 2;
+          prefetch(from + kTile * w.k / 2);
+          if (group == 32) {
+            const __m128i bytes = load_half(from);
+            const __m256i weight = _mm256_and_si256(
+                _mm256_inserti128_si256(_mm256_castsi128_si256(bytes), _mm_srli_epi16(bytes, 4), 1), lower);
+            for (int t = 0; t < T; ++t) part[r][t] = _mm256_maddubs_epi16(weight, load(x[t] + k));
+            continue;
+          }
+          const __m256i bytes = load(from);
+          const __m256i low = _mm256_and_si256(bytes, lower);
+          const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), lower);
+          for (int t = 0; t < T; ++t) {
+            const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(low, load(x[t] + k)),
+                                                  _mm256_maddubs_epi16(high, load(x[t] + k + 32)));
+            part[r][t] = _mm256_add_epi16(part[r][t], both);
+          }
+        }
+      }
+      for (int r = 0; r < kTile; ++r)
+        for (int t = 0; t < T; ++t) {
+          const __m256 scale = _mm256_set1_ps(scales[g][first + r] * x_scales[t][g]);
+          total[r][t] =
+              _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(part[r][t], ones)), scale, total[r][t]);
+        }
+    }
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < kTile; ++r) out[t][first + r] = sum(total[r][t]);
+  }
+
+  static void unpack(const Weights& w, int64_t row, const float (*)[kRows], int64_t from, int64_t count,
+                     uint8_t* plain) {
+    const int64_t half = w.k / w.groups == 32 ? 16 : 32;  // bytes that are unpacked together
+    for (int r = 0; r < kRows; ++r) {
+      const uint8_t* bytes = w.data + ((row + r) * w.k + from) / 2;
+      for (int64_t k = 0; k < count; k += 2 * half)
+        for (int64_t i = 0; i < half; ++i) {
+          plain[r * count + k + i] = bytes[k / 2 + i] & 15;
+          plain[r * count + k + half + i] = bytes[k / 2 + i] >> 4;
+        }
+    }
+  }
+
+  template <int T>
+  static void many(const Weights& w, const float (*scales)[kRows], int first, const uint8_t* plain, int64_t from,
+                   int64_t count, const int8_t* const* x, const float* const* x_scales, float* const* out) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const int64_t group = w.k / w.groups;
+    __m256 total[kTile][T];
+    for (auto& one : total) std::fill(one, one + T, _mm256_setzero_ps());
+    for (int64_t start = 0; start < count; start += group) {
+      const int64_t g = (from + start) / group;
+      __m256i part[kTile][T];
+      for (auto& one : part) std::fill(one, one + T, _mm256_setzero_si256());
+      for (int64_t k = start; k < start + group; k += 32) {
+        __m256i of[T];
+        for (int t = 0; t < T; ++t) of[t] = load(x[t] + k);
+        for (int r = 0; r < kTile; ++r) {
+          const __m256i weight = load(plain + (first + r) * count + k);
+          for (int t = 0; t < T; ++t)
+            part[r][t] = _mm256_add_epi16(part[r][t], _mm256_maddubs_epi16(weight, of[t]));
+        }
+      }
+      for (int r = 0; r < kTile; ++r)
+        for (int t = 0; t < T; ++t) {
+          const __m256 scale = _mm256_set1_ps(scales[g][first + r] * x_scales[t][g]);
+          total[r][t] =
+              _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(part[r][t], ones)), scale, total[r][t]);
+        }
+    }
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < kTile; ++r) out[t][first + r] += sum(total[r][t]);
+  }
+
+  // Take away what the zero points stand for.
+  static void finish(const Weights& w, const float (*)[kRows], const float (*zeros)[kRows], const float*,
+                     const float* sums, float* out) {
+    __m256 low = _mm256_loadu_ps(out), high = _mm256_loadu_ps(out + 8);
+    for (int64_t g = 0; g < w.groups; ++g) {
+      const __m256 of = _mm256_set1_ps(sums[g]);
+      low = _mm256_fnmadd_ps(_mm256_loadu_ps(zeros[g]), of, low);
+      high = _mm256_fnmadd_ps(_mm256_loadu_ps(zeros[g] + 8), of, high);
+    }
+    _mm256_storeu_ps(out, low);
+    _mm256_storeu_ps(out + 8, high);
+  }
+};
+
+// ---- products ------------------------------------------------------------------------------------------------------
+
+// Memory of a thread for one block of outputs.
+template <class Format>
+struct Workplace {
+  std::vector<float> scales, zeros, out;  // [G, kRows], [G, kRows], [T, kRows]
+  std::vector<typename Format::Plain> plain;
+
+  // out [T, kRows] = tokens [T, K] times rows [row, row + kRows) of the weights
+  float* multiply(const Weights& w, int64_t row, const Tokens<Format>& tokens, const int64_t* chosen, int64_t count) {
+    scales.resize(std::max<int64_t>(w.groups, 1) * kRows);
+    zeros.resize(Format::kHasZeros ? scales.size() : 0);
+    out.resize(count * kRows);
+    auto* s = reinterpret_cast<float(*)[kRows]>(scales.data());
+    auto* z = reinterpret_cast<float(*)[kRows]>(zeros.data());
+    Format::scales_of(w, row, s, z);
+    const int64_t groups = tokens.groups;
+    if (count <= Format::kFew) {
+      for (int first = 0; first < kRows; first += kTile)
+        for (int64_t t = 0; t < count; t += 2) {
+          const int64_t a = chosen[t], b = chosen[std::min(t + 1, count - 1)];
+          const typename Format::Number* x[2] = {tokens.of(a), tokens.of(b)};
+          const float* x_scales[2] = {&tokens.scales[a * groups], &tokens.scales[b * groups]};
+          auto* to = reinterpret_cast<float(*)[kRows]>(out.data() + t * kRows);
+          if (t + 1 < count)
+            Format::template few<2>(w, row + first, s, first, x, x_scales, to);
+          else
+            Format::template few<1>(w, row + first, s, first, x, x_scales, to);
+        }
+      if (Format::kHasZeros) finish(w, s, z, tokens, chosen, count);
+      return out.data();
+    }
+    std::fill(out.begin(), out.end(), 0.0f);
+    plain.resize(kRows * Format::kPlainPart);
+    for (int64_t from = 0; from < w.k; from += Format::kPlainPart) {
+      const int64_t part = std::min(Format::kPlainPart, w.k - from);
+      Format::unpack(w, row, s, from, part, plain.data());
+      constexpr int most = Format::kTogether;
+      for (int64_t t = 0; t < count; t += most) {
+        const typename Format::Number* x[most];
+        const float* x_scales[most];
+        float* to[most];
+        const int64_t together = std::min<int64_t>(most, count - t);
+        for (int64_t i = 0; i < together; ++i) {
+          x[i] = tokens.of(chosen[t + i]) + from;
+          x_scales[i] = &tokens.scales[chosen[t + i] * groups];
+          to[i] = out.data() + (t + i) * kRows;
+        }
+        for (int first = 0; first < kRows; first += kTile) {
+          if (together == most)
+            Format::template many<most>(w, s, first, plain.data(), from, part, x, x_scales, to);
+          else
+            for (int64_t i = 0; i < together; ++i)
+              Format::template many<1>(w, s, first, plain.data(), from, part, x + i, x_scales + i, to + i);
+        }
+      }
+    }
+    finish(w, s, z, tokens, chosen, count);
+    return out.data();
+  }
+
+  void finish(const Weights& w, const float (*s)[kRows], const float (*z)[kRows], const Tokens<Format>& tokens,
+              const int64_t* chosen, int64_t count) {
+    for (int64_t t = 0; t < count; ++t)
+      Format::finish(w, s, z, &tokens.scales[chosen[t] * tokens.groups],
+                     Format::kHasZeros ? &tokens.sums[chosen[t] * tokens.groups] : nullptr, out.data() + t * kRows);
+  }
+};
+
+// Weights [E, N, K] of all experts.
+struct Stack {
+  Weights first;
+  int64_t data_bytes, scale_bytes, zero_bytes;  // of an expert
+  Weights of(int64_t expert) const {
+    Weights one = first;
+    one.data += expert * data_bytes;
+    one.scales = static_cast<const uint8_t*>(one.scales) + expert * scale_bytes;
+    one.zeros = one.zeros + expert * zero_bytes;
+    return one;
+  }
+};
+
+template <class Format>
+void linear(const Stack& stack, const void* x, int64_t dtype, int64_t count, void* out) {
+  const Weights& w = stack.first;
+  const Tokens<Format> tokens(x, dtype, count, w);
+  std::vector<int64_t> all(count);
+  std::iota(all.begin(), all.end(), 0);
+#pragma omp parallel
+  {
+    Workplace<Format> place;
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t row = 0; row < w.n; row += kRows) {
+      const float* block = place.multiply(w, row, tokens, all.data(), count);
+      for (int64_t t = 0; t < count; ++t) write(out, dtype, t * w.n + row, kRows, block + t * kRows);
+    }
+  }
+}
+
+// The picks of T tokens by expert, without those of weight 0.
+struct Picks {
+  std::vector<int64_t> starts, token, place;  // [E + 1]; [picks] by expert; [T * P] where each is, or -1
+  std::vector<float> weight;                  // [picks]
+  std::vector<int64_t> used;                  // experts that have any
+  bool is_right = true;
+  int64_t count() const { return starts.back(); }
+
+  Picks(const int32_t* ids, const float* weights, int64_t tokens, int64_t per_token, int64_t experts)
+      : starts(experts + 1), place(tokens * per_token, -1) {
+    for (size_t p = 0; p < place.size(); ++p) {
+      if (weights[p] == 0) continue;
+      if (ids[p] < 0 || ids[p] >= experts) {
+        is_right = false;
+        return;
+      }
+      ++starts[ids[p] + 1];
+    }
+    for (int64_t e = 0; e < experts; ++e) {
+      if (starts[e + 1]) used.push_back(e);
+      starts[e + 1] += starts[e];
+    }
+    token.resize(count());
+    weight.resize(count());
+    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
+    for (size_t p = 0; p < place.size(); ++p) {
+      if (weights[p] == 0) continue;
+      place[p] = next[ids[p]]++;
+      token[place[p]] = p / per_token;
+      weight[place[p]] = weights[p];
+    }
+  }
+};
+
+constexpr int64_t kFewPicks = 512;  // whose results are kept each before they are summed up
+
+// out [T, H] = of each token the weighted sum of what its experts make of it
+template <class Format>
+bool experts(const Stack& w13, const Stack& w2, int64_t number, const void* x, int64_t dtype, int64_t count,
+             const int32_t* ids, const float* weights, int64_t per_token, void* out) {
+  const Picks picks(ids, weights, count, per_token, number);
+  if (!picks.is_right) return false;
+  const int64_t width = w2.first.k, hidden = w2.first.n, used = picks.used.size();
+  std::vector<float> inner(picks.count() * width);
+  {
+    const Tokens<Format> tokens(x, dtype, count, w13.first);
+    const int64_t blocks = width / kRows;
+#pragma omp parallel
+    {
+      Workplace<Format> gates, ups;
+#pragma omp for schedule(dynamic, 2)
+      for (int64_t task = 0; task < used * blocks; ++task) {
+        const int64_t expert = picks.used[task / blocks], row = task % blocks * kRows;
+        const int64_t from = picks.starts[expert], size = picks.starts[expert + 1] - from;
+        const float* gate = gates.multiply(w13.of(expert), row, tokens, &picks.token[from], size);
+        const float* up = ups.multiply(w13.of(expert), width + row, tokens, &picks.token[from], size);
+        for (int64_t p = 0; p < size; ++p) {
+          float* to = &inner[(from + p) * width + row];
+#pragma omp simd
+          for (int r = 0; r < kRows; ++r)
+            to[r] = gate[p * kRows + r] / (1 + std::exp(-gate[p * kRows + r])) * up[p * kRows + r];
+        }
+      }
+    }
+  }
+  const Tokens<Format> tokens(inner.data(), kFp32, picks.count(), w2.first);
+  std::vector<int64_t> all(picks.count());
+  std::iota(all.begin(), all.end(), 0);
+  const bool is_few = picks.count() <= kFewPicks;
+  const int64_t blocks = hidden / kRows;
+  std::vector<float> each(is_few ? picks.count() * hidden : 0), sums(is_few ? 0 : count * hidden);
+#pragma omp parallel
+  {
+    Workplace<Format> place;
+    if (is_few) {
+#pragma omp for schedule(dynamic, 4)
+      for (int64_t task = 0; task < used * blocks; ++task) {
+        const int64_t expert = picks.used[task / blocks], row = task % blocks * kRows;
+        const int64_t from = picks.starts[expert], size = picks.starts[expert + 1] - from;
+        const float* block = place.multiply(w2.of(expert), row, tokens, &all[from], size);
+        for (int64_t p = 0; p < size; ++p) std::copy_n(block + p * kRows, kRows, &each[(from + p) * hidden + row]);
+      }
+    } else {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t row = 0; row < hidden; row += kRows)
+        for (const int64_t expert : picks.used) {
+          const int64_t from = picks.starts[expert], size = picks.starts[expert + 1] - from;
+          const float* block = place.multiply(w2.of(expert), row, tokens, &all[from], size);
+          for (int64_t p = from; p < from + size; ++p)
+            for (int r = 0; r < kRows; ++r)
+              sums[picks.token[p] * hidden + row + r] += picks.weight[p] * block[(p - from) * kRows + r];
+        }
+    }
+    std::vector<float> total(is_few ? hidden : 0);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < count; ++t) {
+      if (is_few) {
+        std::fill(total.begin(), total.end(), 0.0f);
+        for (int64_t p = t * per_token; p < (t + 1) * per_token; ++p) {
+          const int64_t from = picks.place[p];
+          for (int64_t h = 0; from >= 0 && h < hidden; ++h)
+            total[h] += picks.weight[from] * each[from * hidden + h];
+        }
+      }
+      write(out, dtype, t * hidden, hidden, is_few ? total.data() : &sums[t * hidden]);
+    }
+  }
+  return true;
+}
+
+template <class Call>
+auto with_format(int64_t format, Call call) {
+  switch (format) {
+    case 0: return call(Unscaled<LoadBf16>());
+    case 1: return call(Unscaled<LoadFp16>());
+    case 2: return call(Fp8());
+    case 3: return call(Int8());
+    default: return call(Int4());
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// A stack of weights as avx2.py describes it.
+struct Description {
+  int64_t format, experts, n, k, groups, rows_of_scale, scale_dtype, data_bytes, scale_bytes, zero_bytes;
+  const uint8_t* data;
+  const void* scales;
+  const uint8_t* zeros;
+};
+
+static Stack stack_of(const Description* d) {
+  return {{d->data, d->scales, d->zeros, d->n, d->k, d->groups, d->rows_of_scale, d->scale_dtype},
+          d->data_bytes, d->scale_bytes, d->zero_bytes};
+}
+
+// out [T, N] = x [T, K] times the weights
+void bailing_linear(const Description* d, const void* x, int64_t dtype, int64_t count, void* out) {
+  with_format(d->format, [&](auto format) { linear<decltype(format)>(stack_of(d), x, dtype, count, out); });
+}
+
+// Returns whether all picks are of experts.
+bool bailing_experts(const Description* w13, const Description* w2, const void* x, int64_t dtype, int64_t count,
+                     const int32_t* ids, const float* weights, int64_t per_token, void* out) {
+  return with_format(w13->format, [&](auto format) {
+    return experts<decltype(format)>(stack_of(w13), stack_of(w2), w13->experts, x, dtype, count, ids, weights,
+                                     per_token, out);
+  });
+}
+}
