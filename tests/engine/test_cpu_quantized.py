@@ -45,9 +45,7 @@ ROUNDED = 0.3
 
 def _quantized(folder, scheme, everything=False, **sizes):
     """A checkpoint whose experts are quantized (in fp8 or if asked for, all linear layers), and its plain copy."""
-    model = make_checkpoint(
-        folder / "model", **SIZES, **(BLOCKS if scheme == "fp8" or everything else {}), **sizes
-    )
+    model = make_checkpoint(folder / "model", **SIZES, **(BLOCKS if scheme == "fp8" or everything else {}), **sizes)
     if scheme.startswith("script-"):
         keep = () if everything else ("--keep", r"re:^(?!.*\.mlp\.experts\.).*")
         meaning = quantize_by_command(
@@ -57,6 +55,12 @@ def _quantized(folder, scheme, everything=False, **sizes):
     else:
         meaning = quantize(model, scheme, *(() if scheme.startswith("fp8") or everything else (only_experts,)))
     return model, plain_copy(model, meaning, folder / "plain")
+
+
+def _limit(plain, wanted):
+    """How far bf16 may be off: NEAR, or what the engine's plain layers in bf16 are off for these weights, if more."""
+    ((served, _),) = run(generate, plain, [PROMPT], dtype="bfloat16")
+    return max(NEAR, 1.25 * (served - wanted).abs().mean())
 
 
 def _use(whose, damaged=None):
@@ -123,7 +127,8 @@ def test_experts_mean_what_the_checkpoint_says(scheme, kernel, tmp_path):
     name, refused, _ = kernels.partition(", no reload")
     assert name == f"vllm_bailing.Proved{kernel}Experts" and not (refused and kernel != "Int4")
     for logprobs, _ in found:
-        assert (logprobs - wanted).abs().mean() <= NEAR
+        difference = (logprobs - wanted).abs().mean()
+        assert difference <= NEAR or difference <= _limit(plain, wanted)
 
 
 @KNOWN
@@ -169,7 +174,8 @@ def test_each_of_two_ranks_computes_its_experts(whose, scheme, are_whole, tmp_pa
     two = {"tensor_parallel_size": 2, "enable_expert_parallel": are_whole, "env": TWO_RANKS}
     kernels, found = run(_served, model, whose, **two)
     assert "Experts" in kernels
-    assert (found[0][0] - wanted).abs().mean() <= NEAR
+    difference = (found[0][0] - wanted).abs().mean()
+    assert difference <= NEAR or difference <= _limit(plain, wanted)
 
 
 @KNOWN

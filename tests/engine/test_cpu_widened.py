@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packaging.version import Version
 
 from tests.support.conversations import HELD_OUT
 from tests.support.engine import ask, make_llm, run_in_turn
-from tests.support.versions import INSTALLED
 from vllm_bailing import DEMO
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -19,7 +17,9 @@ SHAPES = [
     ((4,), 96, 64, True),
     ((5,), 96, 64, True),
     ((3, 7), 96, 64, True),
-    ((33,), 1000, 2048, True),  # parts of 256 outputs, and a rest
+    ((96,), 96, 64, True),
+    ((97,), 96, 64, True),  # more tokens than the kernels of avx2.py get
+    ((33,), 1000, 2048, True),  # no multiple of 16 outputs: parts of 256, and a rest
     ((6,), 3, 2**19 + 32, False),  # a part is one output
     ((0,), 96, 64, True),
 ]
@@ -88,8 +88,8 @@ def test_a_model_computes_the_same(dtype, eager):
     assert {methods[name] for name in plain if plain[name] == "UnquantizedLinearMethod"} == {"WidenedLinear"}
     assert methods["lm_head"] == "WidenedHead" and "Widened" not in str(plain)
     assert (table.exp() - wanted.exp()).abs().max() < 0.05
-    # vLLM 0.27 that compiles gives the very same numbers, although the operation runs.
-    assert not torch.equal(table, wanted) or (not eager and Version("0.32") > INSTALLED)
+    # Compiled, PyTorch sums up in fp32 too, which may give the very same numbers.
+    assert not (eager and torch.equal(table, wanted))
     assert tokens == wanted_tokens
 
 

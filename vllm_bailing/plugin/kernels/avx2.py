@@ -47,32 +47,45 @@ def _compile(to: Path) -> None:
         raise RuntimeError(f"{command[0]} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
 
 
-@functools.cache
 def _library() -> ctypes.CDLL:
     """The compiled kernels.
 
     Raises:
-        RuntimeError, OSError, subprocess.TimeoutExpired: If they cannot be compiled or loaded.
+        RuntimeError: If they cannot be compiled or loaded; the second time without another attempt.
     """
+    built = _built()
+    if isinstance(built, str):
+        raise RuntimeError(built)
+    return built
+
+
+@functools.cache
+def _built() -> ctypes.CDLL | str:
     from vllm import envs
+    from vllm.logger import init_logger
 
     identity = "\0".join((_SOURCE.read_text(), *_FLAGS, compiler() or "")).encode()
     kept = Path(envs.VLLM_CACHE_ROOT).expanduser() / "bailing" / f"avx2-{hashlib.sha256(identity).hexdigest()[:16]}.so"
-    if not kept.is_file():
+    folder = None
+    try:
+        if kept.is_file():
+            return _loaded(kept)
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
             folder = tempfile.mkdtemp(dir=kept.parent)
         except OSError:  # no place there: compiled for this process alone
             folder = tempfile.mkdtemp()
             kept = Path(folder) / "kept.so"
+        init_logger("vllm.plugins.bailing.cpu").info("Kernels for AVX2 are compiled, once: a few seconds.")
         made = Path(folder) / "made.so"
-        try:
-            _compile(made)
-            made.replace(kept)  # at once, whoever else compiles it
-            return _loaded(kept)
-        finally:
+        _compile(made)
+        made.replace(kept)  # at once, whoever else compiles it
+        return _loaded(kept)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return str(error)
+    finally:
+        if folder:
             shutil.rmtree(folder, ignore_errors=True)
-    return _loaded(kept)
 
 
 def _loaded(path: Path) -> ctypes.CDLL:
@@ -169,18 +182,24 @@ def packed_int4(
     def in_blocks(of_groups: torch.Tensor) -> torch.Tensor:
         return of_groups.view(n // _ROWS, _ROWS, -1).transpose(1, 2).contiguous()
 
-    return data, in_blocks(scales if scales.dtype == torch.float16 else scales.to(torch.bfloat16)), in_blocks(zeros.to(torch.uint8))
+    return (
+        data,
+        in_blocks(scales if scales.dtype == torch.float16 else scales.to(torch.bfloat16)),
+        in_blocks(zeros.to(torch.uint8)),
+    )
 
 
 # ---- products ------------------------------------------------------------------------------------------------------
 
+
 def linear(x: torch.Tensor, weights: Weights, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x` [..., K] times `weights` [1, N, K], plus `bias` [N]: [..., N] of x's dtype."""
-    x = x.contiguous()
+    dtype = x.dtype
+    x = (x if bias is None else x.float()).contiguous()  # so that the sum is rounded once
     result = x.new_empty(*x.shape[:-1], weights.data.shape[1])
     count = x.numel() // x.shape[-1]
     _library().bailing_linear(weights.described(), x.data_ptr(), _DTYPES[x.dtype], count, result.data_ptr())
-    return result if bias is None else result.add_(bias)
+    return result if bias is None else result.add_(bias).to(dtype)
 
 
 def experts(

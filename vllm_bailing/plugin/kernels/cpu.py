@@ -64,9 +64,7 @@ def use_cpu_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> None
         elif widened:
             widen(module, is_head=module is head)
     if widened:
-        logger.info_once(
-            "Matrix products run in fp32, a part of a weight at a time: this CPU has none for bf16 or fp16."
-        )
+        logger.info_once("Matrix products run in fp32, in kernels of this package: this CPU has none for bf16 or fp16.")
     elif obstacle:
         logger.debug("vLLM's choice of CPU kernels for matrices stays: %s", obstacle)
     else:

@@ -2,8 +2,9 @@
 
 oneDNN refuses bf16 on x86 processors without AVX-512 (AMD before Zen 4, Intel Core from the 12th generation on), and
 fp16 on most others too. vLLM's CPU build then calls PyTorch's `linear`, whose loops for these types do not get faster
-with more tokens. Here a part of the weight at a time becomes fp32, as much as stays in a cache, and goes through the
-matrix product of fp32: the same sums, with less rounding. What is kept in memory stays in bf16.
+with more tokens. Here up to a hundred tokens take the kernels of avx2.py, where those can be compiled and prove right.
+For more, a part of the weight at a time becomes fp32, as much as stays in a cache, and goes through the matrix product
+of fp32. Both are the same sums, with less rounding. What is kept in memory stays in bf16.
 
 How much faster: docs/benchmarks.md. Dimension letters: T tokens, N outputs and K inputs of a linear layer.
 """
@@ -15,12 +16,22 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import linear
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.platforms import current_platform
 
+from vllm_bailing.plugin.kernels import avx2
+from vllm_bailing.plugin.kernels.avx2 import Weights
+from vllm_bailing.plugin.kernels.proof import linear_problem, matrix, proof
+from vllm_bailing.processor import quantized_kernels
+
+logger = init_logger("vllm.plugins.bailing.cpu")
+
 _SUPPORTED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-_FEW_TOKENS = 4  # up to so many, PyTorch's loops are as fast: they read the weight once
+_FEW_TOKENS = 4  # up to so many, PyTorch's loops are as fast as a product in parts: they read the weight once
+_SOME_TOKENS = 96  # up to so many, those of avx2.py are faster
+_TOLERANCE = 0.01  # of the norm of the result; bf16 rounding alone stays below 0.004
 _PART = 2**19  # numbers of the weight that become fp32 at a time
 
 
@@ -35,12 +46,27 @@ def widens(dtype: torch.dtype) -> bool:
     return current_platform.is_cpu() and asked is not None and not asked() and not has_zentorch()
 
 
+@proof
+def avx2_problem(dtype: torch.dtype, n: int, k: int) -> str:
+    """Why the kernels of avx2.py cannot multiply with weights [n, k] of `dtype`; empty if they can."""
+    if dtype not in _SUPPORTED:
+        return f"{dtype} is none of theirs"
+    missing = quantized_kernels().obstacle or ("" if torch.cpu._is_avx2_supported() else "this CPU has no AVX2")
+    odd = n % avx2.MULTIPLES[0] or k % avx2.MULTIPLES[1]
+    if missing or odd:
+        return missing or f"[{n}, {k}] are no multiples of {avx2.MULTIPLES}"
+    weight = matrix(n, k).to(dtype)
+    return linear_problem(lambda x: avx2.linear(x, Weights(weight.unsqueeze(0))), weight, _TOLERANCE)
+
+
 def widened_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x` [..., K] times `weight` [N, K], plus `bias` [N]: [..., N], all of one dtype, summed in fp32."""
     rows = x.reshape(-1, x.shape[-1])
+    n, k = weight.shape
+    if len(rows) <= _SOME_TOKENS and not avx2_problem(weight.dtype, n, k):
+        return avx2.linear(x, Weights(weight.unsqueeze(0)), bias)
     if len(rows) <= _FEW_TOKENS:
         return linear(x, weight, bias)
-    n, k = weight.shape
     rows, result = rows.float(), x.new_empty(len(rows), n)
     part = torch.empty(min(n, max(1, _PART // k)), k)
     for start in range(0, n, len(part)):
@@ -75,6 +101,11 @@ def widen(layer: Any, is_head: bool) -> None:
 
 
 def _set(layer: Any) -> None:
+    problem = avx2_problem(layer.weight.dtype, *layer.weight.shape)
+    if problem and layer.weight.dtype in _SUPPORTED:
+        logger.info_once(
+            "Layers with weights %s: a few tokens take PyTorch's loops: %s", [*layer.weight.shape], problem
+        )
     layer.cpu_linear = torch.ops.vllm_bailing.widened_linear  # what vLLM's methods call, with (x, weight, bias)
 
 
