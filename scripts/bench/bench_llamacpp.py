@@ -2,11 +2,11 @@
 
     python scripts/bench/bench_llamacpp.py --get                       # builds llama.cpp: 10 minutes on two cores
     python scripts/bench/bench_llamacpp.py MODEL --bits bf16 --bits q8_0 --bits q4_0
-    python scripts/bench/bench_llamacpp.py MODEL --engine '{"quantization": "int8_per_channel_weight_only"}'
+    python scripts/bench/bench_llamacpp.py MODEL --ours bf16 --ours w8a8 --ours w4a16 --bits q8_0 --bits q4_0
 
 llama.cpp comes from the source package of llama-cpp-python on PyPI, with its own converter and `llama-batched-bench`;
 `--tools` names a folder with builds of your own instead. MODEL is a folder, or a shape of `vllm-bailing bench` such as
-mid, whose random weights are written first. Both sides get prompts of the same lengths, as many tokens to write and the
+mid, whose random weights are written first; `--ours` takes schemes of `vllm-bailing quantize`. Both sides get prompts of the same lengths, as many tokens to write and the
 same threads. The file for llama.cpp has no vocabulary: no text is read or written. Prints the table of docs/cpu.md.
 """
 
@@ -36,6 +36,12 @@ from vllm_bailing.bench.runner import run_task, turns
 PACKAGE = "llama-cpp-python==0.3.36"
 TOOLS = ROOT / "build" / "llama.cpp"
 PLUGIN = "vllm-bailing"
+ALIKE = {
+    "bf16": "bf16",
+    "w8a8": "q8_0",
+    "w4a16": "q4_0",
+    "fp8-block": "q8_0",
+}  # schemes, and what llama.cpp has of the same size
 FIGURES = ("prefill 512", "decode 1", "decode 16")
 # The converter knows the tokenizers of published models by their hashes, and no others; none is needed.
 CONVERT = """
@@ -138,23 +144,46 @@ def show(results: dict[str, list[dict[str, Any]]]) -> None:
             values = [one["figures"][name] for one in rounds]
             cells.append(f"{statistics.median(values):.0f} [{min(values):.0f}-{max(values):.0f}]")
         table.add_row(arm, *cells)
-    for arm, rounds in results.items():
-        if arm != PLUGIN:
-            ratios = [
-                [
-                    ours["figures"][name] / one["figures"][name]
-                    for ours, one in zip(results[PLUGIN], rounds, strict=True)
-                ]
-                for name in FIGURES
-            ]
-            cells = [f"{statistics.median(one):.2f} [{min(one):.2f}-{max(one):.2f}]" for one in ratios]
-            table.add_row(f"{PLUGIN} / {arm}", *cells)
+    for arm, other in _pairs(results):
+        rounds = list(zip(results[arm], results[other], strict=True))
+        ratios = [[ours["figures"][name] / one["figures"][name] for ours, one in rounds] for name in FIGURES]
+        cells = [f"{statistics.median(one):.2f} [{min(one):.2f}-{max(one):.2f}]" for one in ratios]
+        table.add_row(f"{arm} / {other}", *cells)
     Console(width=120).print(table)
+
+
+def _pairs(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Arms that are compared: those of this package with its first, and with llama.cpp at the same bits."""
+    ours = [arm for arm in results if arm.startswith(PLUGIN)]
+    peers = [(arm, f"llama.cpp {ALIKE.get(arm.split()[1])}") for arm in ours]
+    return [(arm, ours[0]) for arm in ours[1:]] + [pair for pair in peers if pair[1] in results]
+
+
+def quantized(model: Path, scheme: str, work: Path) -> Path:
+    """The checkpoint as `vllm-bailing quantize` writes it.
+
+    Raises:
+        SystemExit: If that fails.
+    """
+    if scheme == "bf16":
+        return model
+    _call(
+        [
+            str(Path(sys.executable).with_name("vllm-bailing")),
+            "quantize",
+            str(model),
+            str(work / scheme),
+            "--scheme",
+            scheme,
+        ]
+    )
+    return work / scheme
 
 
 def main(
     model: Annotated[str, typer.Argument(help="A folder with a bf16 checkpoint, or a shape such as mid.")] = "",
-    bits: Annotated[list[str], typer.Option(help="Of llama.cpp: bf16, q8_0, q4_0 ...; may be given again.")] = ["bf16"],  # noqa: B006
+    bits: Annotated[list[str], typer.Option(help="Of llama.cpp: bf16, q8_0, q4_0 ...; may be given again.")] = [],  # noqa: B006
+    ours: Annotated[list[str], typer.Option(help="bf16 or a scheme of quantize; may be given again.")] = ["bf16"],  # noqa: B006
     rounds: Annotated[int, typer.Option(help="Of every arm.", min=1)] = 5,
     threads: Annotated[int, typer.Option(help="Of both sides; all cores if left out.")] = 0,
     engine: Annotated[str, typer.Option(help="JSON: arguments of vllm.LLM, such as quantization.")] = "{}",
@@ -167,7 +196,7 @@ def main(
     if not model:
         raise typer.Exit
     missing = [name for name in ("llama-batched-bench", "llama-quantize", "converter") if not (tools / name).exists()]
-    if missing:
+    if bits and missing:
         raise SystemExit(f"{tools} has no {', no '.join(missing)}; call with --get, or name another folder by --tools")
     cores = sorted(os.sched_getaffinity(0))[: threads or None]
     with tempfile.TemporaryDirectory() as work:
@@ -177,11 +206,17 @@ def main(
             random_checkpoint(folder, shapes.SHAPES[model])
         plain = shapes.without_mtp(str(folder), Path(work) / "plain")  # the other side does without
         env = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
-        ours = CompareTask(plain, {"dtype": "bfloat16", **json.loads(engine)}, [1, 16], [512], env=env)
+        options = {"dtype": "bfloat16", **json.loads(engine)}
+        tasks = {
+            f"{PLUGIN} {one}": CompareTask(
+                str(quantized(Path(plain), one, Path(work))), options, [1, 16], [512], env=env
+            )
+            for one in ours
+        }
         files = {f"llama.cpp {one}": convert(Path(plain), one, tools, Path(work)) for one in bits}
-        results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in (PLUGIN, *files)}
+        results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in (*tasks, *files)}
         for arm in track(turns(results, rounds), description="rounds", console=Console(stderr=True)):
-            found = run_task(ours) if arm == PLUGIN else LlamaCpp(files[arm], tools, len(cores)).measure()
+            found = run_task(tasks[arm]) if arm in tasks else LlamaCpp(files[arm], tools, len(cores)).measure()
             results[arm].append(found)
         show(results)
 

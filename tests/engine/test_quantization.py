@@ -77,7 +77,10 @@ def test_integers_are_refused_where_no_processor_of_this_kind_has_a_kernel(schem
     """It would start, and the first request would end the engine."""
     model = make_checkpoint(tmp_path, hidden_size=128, moe_intermediate_size=128)
     quantize(model, scheme, no_expert)
-    message = r"no kernel for \S+ layers of integers on this processor \(it has none, and they need AVX2\); .*\"dequantize\": true"
+    message = (
+        r"no kernel for \S+ layers of integers on this processor \(it has none, and they need AVX2\); "
+        r".*\"dequantize\": true"
+    )
     with pytest.raises(EngineError, match=message):
         run(_start_without_avx512, model)
 

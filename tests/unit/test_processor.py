@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -40,35 +41,48 @@ def pretend(request, monkeypatch):
     return become
 
 
+ALL = ("bf16", "fp8", "int8", "int4")
+
+
 @pytest.mark.parametrize(
-    ("capabilities", "words", "lacking", "dtypes"),
+    ("capabilities", "words", "whose", "dtypes"),
     [
-        ({}, "none of x86's wide ones", 3, ("bf16",)),
-        (ZEN_3, "AVX2", 3, ("bf16",)),
-        (ICE_LAKE, "AVX2, AVX-512, AVX-512 VNNI", 1, ("bf16",)),
-        (ZEN_4, "AVX2, AVX-512, AVX-512 bf16, AVX-512 VNNI", 0, ("bf16", "fp8", "int8", "int4")),
-        (SAPPHIRE_RAPIDS, "AVX2, AVX-512, AVX-512 bf16, AVX-512 VNNI, AMX", 0, ("bf16", "fp8", "int8", "int4")),
+        ({}, "none of x86's wide ones", "none (it has none", ("bf16",)),
+        (ZEN_3, "AVX2", "of this package", ALL),
+        (ICE_LAKE, "AVX2, AVX-512, AVX-512 VNNI", "of this package", ALL),
+        (ZEN_4, "AVX2, AVX-512, AVX-512 bf16, AVX-512 VNNI", "vLLM's", ALL),
+        (SAPPHIRE_RAPIDS, "AVX2, AVX-512, AVX-512 bf16, AVX-512 VNNI, AMX", "vLLM's", ALL),
     ],
     ids=["Arm", "Zen 3", "Ice Lake", "Zen 4", "Sapphire Rapids"],
 )
-def test_instructions_and_the_kernels_that_follow(pretend, capabilities, words, lacking, dtypes):
+def test_instructions_and_the_kernels_that_follow(pretend, capabilities, words, whose, dtypes, monkeypatch):
+    monkeypatch.setattr(processor, "compiler", lambda: "/usr/bin/c++")
     pretend(capabilities)
     assert processor.found().startswith(words)
-    assert len(processor.lacking_for_quantized_experts()) == lacking
     assert processor.dtypes_with_kernels() == dtypes
-    assert ("none" in processor.kernels()["experts in int8, int4 or fp8 blocks"]) == bool(lacking)
+    assert whose in processor.kernels()["experts in int8, int4 or fp8 blocks"]
 
 
 class Stored:
-    has_quantized_experts, has_integers = True, False
+    has_quantized_experts, has_integers = True, True
 
 
-@pytest.mark.parametrize(("capabilities", "ok"), [(ZEN_3, False), (ZEN_4, True), (SAPPHIRE_RAPIDS, True)])
-def test_doctor_names_what_a_quantized_checkpoint_lacks(pretend, capabilities, ok):
+@pytest.mark.parametrize(
+    ("capabilities", "compiler", "reason"),
+    [
+        ({}, "c++", "they need AVX2"),
+        (ZEN_3, "c++", ""),
+        (ZEN_3, "nowhere", "there is no C++ compiler here; install one (g++), or name it by CXX"),
+        (ZEN_4, "nowhere", ""),
+        (SAPPHIRE_RAPIDS, "nowhere", ""),
+    ],
+)
+def test_doctor_names_what_a_quantized_checkpoint_lacks(pretend, capabilities, compiler, reason, monkeypatch):
+    monkeypatch.setenv("CXX", sys.executable if compiler == "c++" else compiler)
     pretend(capabilities)
     found, detail, fix = doctor_processor.kernels_for(Stored, "fp8")
-    assert found is ok
-    assert ("AVX-512 bf16" in detail and '"dequantize": true' in fix) != ok
+    assert found is not bool(reason)
+    assert reason in detail and ('"dequantize": true' in fix) == bool(reason)
     assert processor.found() in doctor_processor.processor()
 
 

@@ -187,7 +187,8 @@ def _check_quantization_on_cpu(vllm_config: Any, checkpoint: Any) -> None:
         raise SettingsError(f"vLLM's CPU build has no int4 kernel for these experts ({problem}); {DEQUANTIZE}")
     if checkpoint.has_integers and missing and _lacks_avx512():
         raise SettingsError(
-            f"vLLM's CPU build has no kernel for {scheme} layers of integers on this processor ({missing}); {DEQUANTIZE}"
+            f"vLLM's CPU build has no kernel for {scheme} layers of integers on this processor ({missing}); "
+            f"{DEQUANTIZE}"
         )
 
 

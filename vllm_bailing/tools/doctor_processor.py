@@ -30,11 +30,11 @@ def kernels_for(stored_files: Any, scheme: str) -> tuple[bool, str, str]:
         stored_files: The published `Checkpoint`.
         scheme: `quant_method` of config.json.
     """
-    from vllm_bailing.processor import found, instructions, lacking_for_quantized_experts
+    from vllm_bailing.processor import instructions, quantized_kernels
 
-    lacking = lacking_for_quantized_experts()
-    if stored_files.has_quantized_experts and lacking and "AMX" not in instructions():
-        return False, f"none for {scheme} experts on this processor ({found()}; no {', no '.join(lacking)})", DEQUANTIZE
-    if stored_files.has_integers and "AVX-512" not in instructions():
-        return False, f"none for {scheme} layers of integers on this processor ({found()}; no AVX-512)", DEQUANTIZE
+    obstacle, has = quantized_kernels().obstacle, instructions()
+    if stored_files.has_quantized_experts and obstacle and "AMX" not in has:
+        return False, f"none for {scheme} experts on this processor ({obstacle})", DEQUANTIZE
+    if stored_files.has_integers and obstacle and "AVX-512" not in has:
+        return False, f"none for {scheme} layers of integers on this processor ({obstacle})", DEQUANTIZE
     return True, f"for {scheme} layers on this processor; those of experts are proved at the start", ""

@@ -138,8 +138,9 @@ class Weights(NamedTuple):
     zeros: torch.Tensor | None = None
     rows: int = 1
 
-    def described(self) -> ctypes.c_void_p:
-        data, scales, zeros, rows = self
+    def described(self) -> Any:
+        """The pointer that the kernels take."""
+        data, scales, _, rows = self
         groups = 1 if scales is None or scales.ndim < 3 else scales.shape[2]
         kind = 0 if scales is None else _DTYPES[scales.dtype]
         places = [None if one is None else one.data_ptr() for one in self[:3]]

@@ -242,8 +242,8 @@ def _refuse(scheme: str, problem: str) -> None:
 @proof
 def int8_problem(hidden_size: int, width: int) -> str:
     """Why the kernel cannot run experts of `width` in int8 with a scale per output; empty if it can."""
-    levels, scales, meaning = zip(*map(in_int8, matrices(hidden_size, width)[1]), strict=True)
-    return experts_problem(_kernels().int8_experts(levels, scales), *meaning, _kernels().TOLERANCE["int8"])
+    levels, scales, (w13, w2) = zip(*map(in_int8, matrices(hidden_size, width)[1]), strict=True)
+    return experts_problem(_kernels().int8_experts(levels, scales), w13, w2, _kernels().TOLERANCE["int8"])
 
 
 @proof
@@ -251,8 +251,8 @@ def fp8_problem(hidden_size: int, width: int) -> str:
     """Why the kernel cannot run experts of `width` in fp8 with a scale per block; empty if it can."""
     if 2 * width % (2 * BLOCK) and width > BLOCK:
         return f"width {width} is no multiple of a block of {BLOCK}"
-    levels, scales, meaning = zip(*(in_blocks(one, BLOCK) for one in matrices(hidden_size, width)[1]), strict=True)
-    return experts_problem(_kernels().fp8_experts(levels, scales), *meaning, _kernels().TOLERANCE["fp8"])
+    levels, scales, (w13, w2) = zip(*(in_blocks(one, BLOCK) for one in matrices(hidden_size, width)[1]), strict=True)
+    return experts_problem(_kernels().fp8_experts(levels, scales), w13, w2, _kernels().TOLERANCE["fp8"])
 
 
 @proof
@@ -268,9 +268,9 @@ def int4_problem(hidden_size: int, width: int, group: int = 0) -> str:
     generator, plain = matrices(hidden_size, width)
     for algorithm, order in ORDERS.items():
         parts = [in_groups(generator, weight, group or common[0], algorithm, order) for weight in plain]
-        words, scales, zeros, meaning = zip(*parts, strict=True)
+        words, scales, zeros, (w13, w2) = zip(*parts, strict=True)
         run = _kernels().int4_experts(words, zeros, scales, algorithm)
-        problem = experts_problem(run, *meaning, _kernels().TOLERANCE["int4"])
+        problem = experts_problem(run, w13, w2, _kernels().TOLERANCE["int4"])
         if problem:
             return f"{algorithm}: {problem}"
     return ""

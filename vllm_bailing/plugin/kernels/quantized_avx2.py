@@ -185,11 +185,11 @@ def linears(parents: dict[str, Any]) -> dict[str, Any]:
     class Int8(parents["int8"]):
         def process_weights_after_loading(self, layer: Any) -> None:
             name, scale_name, *_ = self.layer_param_names
-            scale = getattr(layer, scale_name)
+            scale: Any = getattr(layer, scale_name).data
             if not self.config.is_channelwise:
                 scale = convert_to_channelwise(scale, layer.logical_widths)
             _keep(layer, name, getattr(layer, name).data.unsqueeze(0).contiguous())
-            _keep(layer, scale_name, scale.data.float().reshape(1, -1).contiguous())
+            _keep(layer, scale_name, scale.float().reshape(1, -1).contiguous())
 
         def apply_weights(
             self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None, **_: Any
