@@ -6,8 +6,9 @@
 
 llama.cpp comes from the source package of llama-cpp-python on PyPI, with its own converter and `llama-batched-bench`;
 `--tools` names a folder with builds of your own instead. MODEL is a folder, or a shape of `vllm-bailing bench` such as
-mid, whose random weights are written first; `--ours` takes schemes of `vllm-bailing quantize`. Both sides get prompts of the same lengths, as many tokens to write and the
-same threads. The file for llama.cpp has no vocabulary: no text is read or written. Prints the table of docs/cpu.md.
+mid, whose random weights are written first; `--ours` takes schemes of `vllm-bailing quantize`. Both sides get prompts
+of the same lengths, as many tokens to write and the same threads. The file for llama.cpp has no vocabulary: no text is
+read or written. Prints the table of docs/cpu.md.
 """
 
 from __future__ import annotations
