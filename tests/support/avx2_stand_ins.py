@@ -1,4 +1,7 @@
-"""What the kernels of avx2.cpp compute, in PyTorch and with all digits of activations; by the layout of the weights."""
+"""What the operations of avx2.cpp compute, in PyTorch and with all digits of activations.
+
+From the layout of the weights alone: what is packed wrongly is wrong here too.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +30,15 @@ def meaning(weights):
     return (levels - zero) * scale
 
 
-def linear(x, weights, bias=None):
-    result = x.double() @ meaning(weights)[0].t()
+def avx2_linear(x, data, scales, zeros, rows, bias):
+    result = x.double() @ meaning((data, scales, zeros, rows))[0].t()
     return (result if bias is None else result + bias.double()).to(x.dtype)
 
 
-def experts(output, x, w13, w2, weights, ids):
-    first, second = meaning(w13), meaning(w2)
+def avx2_experts(
+    output, x, data13, scales13, zeros13, rows13, data2, scales2, zeros2, rows2, weights, ids
+):  # fmt: skip
+    first, second = meaning((data13, scales13, zeros13, rows13)), meaning((data2, scales2, zeros2, rows2))
     result = torch.zeros(x.shape, dtype=torch.float64)
     for expert in ids.unique().tolist():
         tokens, places = (ids == expert).nonzero(as_tuple=True)
@@ -41,3 +46,35 @@ def experts(output, x, w13, w2, weights, ids):
         part = (silu(gate) * up) @ second[expert].t()
         result.index_add_(0, tokens, part * weights[tokens, places].double().unsqueeze(-1))
     output.copy_(result)
+
+
+_registered: list[torch.library.Library] = []  # they end with the object
+
+
+def register(damaged: str | None = None) -> None:
+    """Have these run in this process in place of the compiled ones.
+
+    Args:
+        damaged: One of the operations; it alone is replaced, and its results are wrong.
+    """
+    from vllm_bailing.plugin.kernels import avx2
+
+    avx2.load()
+    library = torch.library.Library("vllm_bailing", "IMPL")
+    _registered.append(library)
+    for right in (avx2_linear, avx2_experts):
+        if damaged is None:
+            library.impl(right.__name__, right, "CPU", allow_override=True)
+        elif damaged == right.__name__:
+            library.impl(damaged, _wrong(right), "CPU", allow_override=True)
+
+
+def _wrong(right):
+    """As `right`, off by 1 in the first column."""
+
+    def wrong(*args):
+        result = right(*args)
+        (args[0] if result is None else result)[..., 0] += 1
+        return result
+
+    return wrong

@@ -10,13 +10,17 @@
 //
 // Dimension letters as in avx2.py: T tokens, N outputs, K inputs, G groups of inputs with a scale.
 
+#include <ATen/core/Tensor.h>
 #include <immintrin.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <numeric>
+#include <optional>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -610,6 +614,7 @@ struct Picks {
   }
 };
 
+constexpr int64_t kTokens = 2048;   // whose picks are computed together, so that what is kept of them stays small
 constexpr int64_t kFewPicks = 512;  // whose results are kept each before they are summed up
 
 // out [T, H] = of each token the weighted sum of what its experts make of it
@@ -686,45 +691,119 @@ bool experts(const Stack& w13, const Stack& w2, int64_t number, const void* x, i
   return true;
 }
 
+}  // namespace
+
+// ---- operations of PyTorch, which avx2.py declares -----------------------------------------------------------------
+
+namespace {
+
+using at::Tensor;
+using Maybe = std::optional<Tensor>;
+
+constexpr int64_t kSome = 96;         // tokens for which the kernels above are faster than a product in fp32
+constexpr int64_t kWidened = 1 << 19;  // numbers of a weight that become fp32 at a time for more
+
+int64_t dtype_of(const Tensor& x) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf,
+              "activations are ", x.scalar_type());
+  return x.scalar_type() == at::kFloat ? kFp32 : x.scalar_type() == at::kBFloat16 ? kBf16 : kFp16;
+}
+
+// A stack of weights as `Weights` of avx2.py describes it, and the number of experts.
+std::pair<Stack, int64_t> stack_of(const Tensor& data, const Maybe& scales, const Maybe& zeros, int64_t rows) {
+  TORCH_CHECK(data.dim() == 3 && data.is_contiguous() && (!scales || scales->is_contiguous()) &&
+                  (!zeros || zeros->is_contiguous()),
+              "weights have to be contiguous");
+  const bool is_int4 = data.scalar_type() == at::kByte;
+  const int64_t experts = data.size(0), n = data.size(1), k = data.size(2) * (is_int4 ? 2 : 1);
+  TORCH_CHECK(n % kRows == 0 && k % 32 == 0, "no multiples of ", kRows, " and 32: ", n, ", ", k);
+  const auto bytes = [](const Maybe& one) { return one && one->size(0) ? one->nbytes() / one->size(0) : 0; };
+  Weights first{static_cast<const uint8_t*>(data.const_data_ptr()),
+                scales ? scales->const_data_ptr() : nullptr,
+                zeros ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr,
+                n,
+                k,
+                scales && scales->dim() > 2 ? scales->size(2) : 1,
+                rows,
+                scales ? dtype_of(*scales) : kFp32};
+  return {{first, static_cast<int64_t>(bytes(data)), static_cast<int64_t>(bytes(scales)),
+           static_cast<int64_t>(bytes(zeros))},
+          experts};
+}
+
 template <class Call>
-auto with_format(int64_t format, Call call) {
-  switch (format) {
-    case 0: return call(Unscaled<LoadBf16>());
-    case 1: return call(Unscaled<LoadFp16>());
-    case 2: return call(Fp8());
-    case 3: return call(Int8());
-    default: return call(Int4());
+void with_format(at::ScalarType dtype, Call call) {
+  switch (dtype) {
+    case at::kBFloat16: return call(Unscaled<LoadBf16>());
+    case at::kHalf: return call(Unscaled<LoadFp16>());
+    case at::kFloat8_e4m3fn: return call(Fp8());
+    case at::kChar: return call(Int8());
+    case at::kByte: return call(Int4());
+    default: TORCH_CHECK(false, "weights are ", dtype);
   }
+}
+
+Tensor avx2_linear(const Tensor& x, const Tensor& data, const Maybe& scales, const Maybe& zeros, int64_t rows,
+                   const Maybe& bias) {
+  const Stack stack = stack_of(data, scales, zeros, rows).first;
+  TORCH_CHECK(x.size(-1) == stack.first.k, x.size(-1), " inputs for weights of ", stack.first.k);
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = stack.first.n;
+  const Tensor from = (bias ? x.to(at::kFloat) : x).contiguous();  // so that the sum is rounded once
+  const Tensor result = from.new_empty(shape);
+  with_format(data.scalar_type(), [&](auto format) {
+    linear<decltype(format)>(stack, from.const_data_ptr(), dtype_of(from), from.numel() / stack.first.k,
+                             result.mutable_data_ptr());
+  });
+  return bias ? result.add_(*bias).to(x.scalar_type()) : result;
+}
+
+Tensor avx2_plain_linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
+  const int64_t k = x.size(-1), count = x.numel() / k, n = weight.size(0);
+  if (count <= kSome) return avx2_linear(x, weight.unsqueeze(0), {}, {}, 1, bias);
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = n;
+  const Tensor from = x.reshape({count, k}).to(at::kFloat), result = x.new_empty({count, n});
+  const int64_t together = std::min(n, std::max<int64_t>(1, kWidened / k));
+  const Tensor part = from.new_empty({together, k});
+  for (int64_t start = 0; start < n; start += together) {
+    const int64_t stop = std::min(n, start + together);
+    const Tensor sums = from.mm(part.slice(0, 0, stop - start).copy_(weight.slice(0, start, stop)).t());
+    result.slice(1, start, stop).copy_(bias ? sums.add_(bias->slice(0, start, stop)) : sums);
+  }
+  return result.view(shape);
+}
+
+void avx2_experts(const Tensor& output, const Tensor& x, const Tensor& data13, const Maybe& scales13,
+                  const Maybe& zeros13, int64_t rows13, const Tensor& data2, const Maybe& scales2, const Maybe& zeros2,
+                  int64_t rows2, const Tensor& topk_weights, const Tensor& topk_ids) {
+  const auto [w13, number] = stack_of(data13, scales13, zeros13, rows13);
+  const Stack w2 = stack_of(data2, scales2, zeros2, rows2).first;
+  TORCH_CHECK(output.is_contiguous() && output.scalar_type() == x.scalar_type() && output.sizes() == x.sizes() &&
+                  x.size(1) == w13.first.k && w2.first.n == w13.first.k && w13.first.n == 2 * w2.first.k,
+              "sizes of experts do not fit");
+  const Tensor from = x.contiguous(), weights = topk_weights.to(at::kFloat).contiguous(),
+               ids = topk_ids.to(at::kInt).contiguous();
+  const int64_t count = x.size(0), hidden = x.size(1), per_token = ids.size(1), size = x.element_size();
+  bool is_right = true;
+  for (int64_t start = 0; start < count; start += kTokens) {
+    const auto at = [&](const Tensor& one) {
+      return static_cast<const uint8_t*>(one.const_data_ptr()) + start * hidden * size;
+    };
+    with_format(data13.scalar_type(), [&](auto format) {
+      is_right &= experts<decltype(format)>(
+          w13, w2, number, at(from), dtype_of(x), std::min(kTokens, count - start),
+          ids.const_data_ptr<int32_t>() + start * per_token, weights.const_data_ptr<float>() + start * per_token,
+          per_token, const_cast<uint8_t*>(at(output)));
+    });
+  }
+  TORCH_CHECK_VALUE(is_right, "a router picked an expert that is none of ", number);
 }
 
 }  // namespace
 
-extern "C" {
-
-// A stack of weights as avx2.py describes it.
-struct Description {
-  int64_t format, experts, n, k, groups, rows_of_scale, scale_dtype, data_bytes, scale_bytes, zero_bytes;
-  const uint8_t* data;
-  const void* scales;
-  const uint8_t* zeros;
-};
-
-static Stack stack_of(const Description* d) {
-  return {{d->data, d->scales, d->zeros, d->n, d->k, d->groups, d->rows_of_scale, d->scale_dtype},
-          d->data_bytes, d->scale_bytes, d->zero_bytes};
-}
-
-// out [T, N] = x [T, K] times the weights
-void bailing_linear(const Description* d, const void* x, int64_t dtype, int64_t count, void* out) {
-  with_format(d->format, [&](auto format) { linear<decltype(format)>(stack_of(d), x, dtype, count, out); });
-}
-
-// Returns whether all picks are of experts.
-bool bailing_experts(const Description* w13, const Description* w2, const void* x, int64_t dtype, int64_t count,
-                     const int32_t* ids, const float* weights, int64_t per_token, void* out) {
-  return with_format(w13->format, [&](auto format) {
-    return experts<decltype(format)>(stack_of(w13), stack_of(w2), w13->experts, x, dtype, count, ids, weights,
-                                     per_token, out);
-  });
-}
+TORCH_LIBRARY_IMPL(vllm_bailing, CPU, m) {
+  m.impl("avx2_linear", &avx2_linear);
+  m.impl("avx2_plain_linear", &avx2_plain_linear);
+  m.impl("avx2_experts", &avx2_experts);
 }

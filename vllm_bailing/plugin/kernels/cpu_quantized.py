@@ -60,6 +60,12 @@ def obstacle(vllm_config: Any = None) -> str:
     return quantized_kernels().obstacle or _kernels().obstacle()
 
 
+def _prepared() -> ModuleType:
+    """The module that has this processor's kernels, which can run."""
+    _kernels().prepare()
+    return _kernels()
+
+
 def _kernels() -> ModuleType:
     """The module that has this processor's kernels."""
     if quantized_kernels().are_ours:
@@ -243,7 +249,7 @@ def _refuse(scheme: str, problem: str) -> None:
 def int8_problem(hidden_size: int, width: int) -> str:
     """Why the kernel cannot run experts of `width` in int8 with a scale per output; empty if it can."""
     levels, scales, (w13, w2) = zip(*map(in_int8, matrices(hidden_size, width)[1]), strict=True)
-    return experts_problem(_kernels().int8_experts(levels, scales), w13, w2, _kernels().TOLERANCE["int8"])
+    return experts_problem(_prepared().int8_experts(levels, scales), w13, w2, _kernels().TOLERANCE["int8"])
 
 
 @proof
@@ -252,7 +258,7 @@ def fp8_problem(hidden_size: int, width: int) -> str:
     if 2 * width % (2 * BLOCK) and width > BLOCK:
         return f"width {width} is no multiple of a block of {BLOCK}"
     levels, scales, (w13, w2) = zip(*(in_blocks(one, BLOCK) for one in matrices(hidden_size, width)[1]), strict=True)
-    return experts_problem(_kernels().fp8_experts(levels, scales), w13, w2, _kernels().TOLERANCE["fp8"])
+    return experts_problem(_prepared().fp8_experts(levels, scales), w13, w2, _kernels().TOLERANCE["fp8"])
 
 
 @proof
@@ -269,7 +275,7 @@ def int4_problem(hidden_size: int, width: int, group: int = 0) -> str:
     for algorithm, order in ORDERS.items():
         parts = [in_groups(generator, weight, group or common[0], algorithm, order) for weight in plain]
         words, scales, zeros, (w13, w2) = zip(*parts, strict=True)
-        run = _kernels().int4_experts(words, zeros, scales, algorithm)
+        run = _prepared().int4_experts(words, zeros, scales, algorithm)
         problem = experts_problem(run, w13, w2, _kernels().TOLERANCE["int4"])
         if problem:
             return f"{algorithm}: {problem}"
@@ -280,14 +286,14 @@ def int4_problem(hidden_size: int, width: int, group: int = 0) -> str:
 def fp8_linear_problem(n: int, k: int, rows: int) -> str:
     """Why the kernel cannot multiply with fp8 weights [n, k] with a scale per block of `rows`; empty if it can."""
     level, scale, meaning = in_blocks(matrix(n, k), rows)
-    return linear_problem(_kernels().fp8_linear(level, scale, rows), meaning, _kernels().TOLERANCE["fp8"])
+    return linear_problem(_prepared().fp8_linear(level, scale, rows), meaning, _kernels().TOLERANCE["fp8"])
 
 
 @proof
 def int8_linear_problem(n: int, k: int) -> str:
     """Why the kernel cannot multiply with int8 weights [n, k] with a scale per output; empty if it can."""
     level, scale, meaning = in_int8(matrix(n, k))
-    return linear_problem(_kernels().int8_linear(level, scale), meaning, _kernels().TOLERANCE["int8"])
+    return linear_problem(_prepared().int8_linear(level, scale), meaning, _kernels().TOLERANCE["int8"])
 
 
 @proof
@@ -298,4 +304,4 @@ def int4_linear_problem(n: int, k: int, group: int) -> str:
     generator = torch.Generator().manual_seed(0)
     parts = in_groups(generator, matrix(n, k).unsqueeze(0), group, "GPTQ", ORDERS["GPTQ"])
     words, scales, zeros, meaning = (part[0] for part in parts)
-    return linear_problem(_kernels().int4_linear(words, zeros, scales), meaning, _kernels().TOLERANCE["int4"])
+    return linear_problem(_prepared().int4_linear(words, zeros, scales), meaning, _kernels().TOLERANCE["int4"])

@@ -22,7 +22,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.platforms import current_platform
 
 from vllm_bailing.plugin.kernels import avx2
-from vllm_bailing.plugin.kernels.avx2 import Weights
 from vllm_bailing.plugin.kernels.proof import linear_problem, matrix, proof
 from vllm_bailing.processor import quantized_kernels
 
@@ -30,7 +29,6 @@ logger = init_logger("vllm.plugins.bailing.cpu")
 
 _SUPPORTED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 _FEW_TOKENS = 4  # up to so many, PyTorch's loops are as fast as a product in parts: they read the weight once
-_SOME_TOKENS = 96  # up to so many, those of avx2.py are faster
 _TOLERANCE = 0.01  # of the norm of the result; bf16 rounding alone stays below 0.004
 _PART = 2**19  # numbers of the weight that become fp32 at a time
 
@@ -49,24 +47,21 @@ def widens(dtype: torch.dtype) -> bool:
 @proof
 def avx2_problem(dtype: torch.dtype, n: int, k: int) -> str:
     """Why the kernels of avx2.py cannot multiply with weights [n, k] of `dtype`; empty if they can."""
-    if dtype not in _SUPPORTED:
-        return f"{dtype} is none of theirs"
     missing = quantized_kernels().obstacle or ("" if torch.cpu._is_avx2_supported() else "this CPU has no AVX2")
     odd = n % avx2.MULTIPLES[0] or k % avx2.MULTIPLES[1]
     if missing or odd:
         return missing or f"[{n}, {k}] are no multiples of {avx2.MULTIPLES}"
     weight = matrix(n, k).to(dtype)
-    return linear_problem(lambda x: avx2.linear(x, Weights(weight.unsqueeze(0))), weight, _TOLERANCE)
+    avx2.load()
+    return linear_problem(lambda x: avx2.plain_linear(x.to(dtype), weight), weight, _TOLERANCE)
 
 
 def widened_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x` [..., K] times `weight` [N, K], plus `bias` [N]: [..., N], all of one dtype, summed in fp32."""
     rows = x.reshape(-1, x.shape[-1])
-    n, k = weight.shape
-    if len(rows) <= _SOME_TOKENS and not avx2_problem(weight.dtype, n, k):
-        return avx2.linear(x, Weights(weight.unsqueeze(0)), bias)
     if len(rows) <= _FEW_TOKENS:
         return linear(x, weight, bias)
+    n, k = weight.shape
     rows, result = rows.float(), x.new_empty(len(rows), n)
     part = torch.empty(min(n, max(1, _PART // k)), k)
     for start in range(0, n, len(part)):
@@ -100,24 +95,28 @@ def widen(layer: Any, is_head: bool) -> None:
         layer.quant_method = WidenedHead()
 
 
-def _set(layer: Any) -> None:
-    problem = avx2_problem(layer.weight.dtype, *layer.weight.shape)
-    if problem and layer.weight.dtype in _SUPPORTED:
-        logger.info_once(
-            "Layers with weights %s: a few tokens take PyTorch's loops: %s", [*layer.weight.shape], problem
-        )
-    layer.cpu_linear = torch.ops.vllm_bailing.widened_linear  # what vLLM's methods call, with (x, weight, bias)
+def _multiply_so(layer: Any) -> bool:
+    """Set what vLLM's methods call, with (x, weight, bias); not for weights in fp32, such as a router's."""
+    if layer.weight.dtype not in _SUPPORTED:
+        return False
+    layer.cpu_linear = torch.ops.vllm_bailing.avx2_plain_linear
+    if problem := avx2_problem(layer.weight.dtype, *layer.weight.shape):
+        logger.info_once("Weights %s: without the kernels for AVX2 (%s)", [*layer.weight.shape], problem)
+        layer.cpu_linear = torch.ops.vllm_bailing.widened_linear
+    return True
 
 
 class WidenedLinear(UnquantizedLinearMethod):
     """Linear layers whose weight [N, K] stays as it was loaded."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        _set(layer)
+        if not _multiply_so(layer):
+            super().process_weights_after_loading(layer)
 
 
 class WidenedHead(UnquantizedEmbeddingMethod):
     """The language-model head, whose weight [N, K] may be the embedding's too."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        _set(layer)
+        if not _multiply_so(layer):
+            super().process_weights_after_loading(layer)

@@ -31,6 +31,15 @@ def obstacle() -> str:
     return ""
 
 
+def prepare() -> None:
+    """Before a proof: have the kernels compiled and loaded.
+
+    Raises:
+        RuntimeError: If they cannot be.
+    """
+    avx2.load()
+
+
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
@@ -131,8 +140,7 @@ def experts(parents: dict[str, Any]) -> dict[str, Any]:
         topk_ids: torch.Tensor,
         **_: Any,
     ) -> None:
-        w13, down = self._stacks(w1, w2)
-        torch.ops.vllm_bailing.avx2_experts(output, hidden_states, *w13, *down, topk_weights, topk_ids)
+        avx2.experts(output, hidden_states, *self._stacks(w1, w2), topk_weights, topk_ids)
 
     for one in (Int8, Fp8, Int4):
         one.apply = apply
@@ -167,10 +175,6 @@ def _running(w13: Weights, w2: Weights) -> RunExperts:
 # ---- linear layers -------------------------------------------------------------------------------------------------
 
 
-def _run_linear(x: torch.Tensor, weights: Weights, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.vllm_bailing.avx2_linear(x, *weights, bias)
-
-
 def _keep(layer: torch.nn.Module, name: str, value: torch.Tensor) -> None:
     parameter = torch.nn.Parameter(value, requires_grad=False)
     if getattr(layer, name, None) is None:
@@ -195,7 +199,7 @@ def linears(parents: dict[str, Any]) -> dict[str, Any]:
             self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None, **_: Any
         ) -> torch.Tensor:
             weight, scale, *_ = self._get_layer_params(layer)
-            return _run_linear(x, Weights(weight, scale), bias)
+            return avx2.linear(x, Weights(weight, scale), bias)
 
     class Fp8(parents["fp8"]):
         @classmethod
@@ -215,7 +219,7 @@ def linears(parents: dict[str, Any]) -> dict[str, Any]:
         ) -> torch.Tensor:
             params = self._get_layer_params(layer)
             scale = params.weight_scale if params.weight_scale_inv is None else params.weight_scale_inv
-            return _run_linear(x, Weights(params.weight, scale, rows=self.weight_group_shape[0]), bias)
+            return avx2.linear(x, Weights(params.weight, scale, rows=self.weight_group_shape[0]), bias)
 
     class Int4(parents["int4"]):
         def process_weights_after_loading(self, layer: Any) -> None:
@@ -236,7 +240,7 @@ def linears(parents: dict[str, Any]) -> dict[str, Any]:
         def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             words, scale, _ = self._get_weight_params(layer)
             zeros = getattr(layer, self.w_zp_name or "weight_zero_point")
-            return _run_linear(x, Weights(words, scale, zeros), bias)
+            return avx2.linear(x, Weights(words, scale, zeros), bias)
 
     if torch.cpu._is_avx512_supported():  # for integers vLLM has kernels then
         return {"fp8": Fp8}

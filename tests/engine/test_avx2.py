@@ -1,0 +1,177 @@
+"""Kernels of avx2.cpp: against fp64, for every format of weights; and what happens where they cannot be compiled."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import avx2_stand_ins
+from tests.support.engine import run, run_in_turn
+from vllm_bailing.processor import compiler, instructions
+
+pytestmark = pytest.mark.skipif(
+    "AVX2" not in instructions() or compiler() is None, reason="needs a CPU with AVX2, and a C++ compiler"
+)
+# Of the norm of the result. fp32 sums; 11 bits or more of activations, in two matrices one after the other; 8 bits.
+EXACT, NEARLY, ROUNDED = 1e-6, 5e-4, 0.05
+FORMATS = {
+    # dtype of weights, outputs or inputs that share a scale, tolerance
+    "bf16": (torch.bfloat16, 0, EXACT),
+    "fp16": (torch.float16, 0, EXACT),
+    "fp8, blocks": (torch.float8_e4m3fn, 128, EXACT),
+    "fp8, half blocks": (torch.float8_e4m3fn, 64, EXACT),
+    "fp8, outputs": (torch.float8_e4m3fn, 1, EXACT),
+    "int8": (torch.int8, 0, NEARLY),
+    "int4, groups of 32": (torch.uint8, 32, ROUNDED),
+    "int4, groups of 64": (torch.uint8, 64, ROUNDED),
+    "int4, groups of 128": (torch.uint8, 128, ROUNDED),
+    "int4, groups of 256": (torch.uint8, 256, ROUNDED),
+}
+SIZES = [
+    # experts, hidden size, width, picks; the last has more inputs than are unpacked at a time, and a rest
+    (3, 128, 128, 2),
+    (8, 512, 256, 3),
+    (2, 768, 1536, 1),
+]
+TOKENS = (0, 1, 2, 5, 12, 13, 24, 25, 97, 130)
+
+
+def _stack(dtype, shared, experts, n, k):
+    """Random weights of which the products with a normal vector are about as large as it."""
+    from vllm_bailing.plugin.kernels.avx2 import Weights, packed_int4
+
+    size = k**-0.5
+    if dtype in (torch.bfloat16, torch.float16):
+        return Weights((torch.randn(experts, n, k) * size).to(dtype))
+    if dtype == torch.int8:
+        levels = torch.randint(-128, 128, (experts, n, k), dtype=torch.int8)
+        return Weights(levels, (torch.rand(experts, n) + 0.5) * size / 70)
+    if dtype == torch.float8_e4m3fn:
+        levels = (torch.randn(experts, n, k) * 100).clamp(-448, 448).to(dtype)
+        scales = (torch.rand(experts, -(-n // shared), -(-k // 128)) + 0.5) * size / 100
+        return Weights(levels, scales, rows=shared)
+    parts = []
+    for number in range(experts):
+        levels = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+        scales = ((torch.rand(n, k // shared) + 0.5) * size / 4).to(torch.float16 if number % 2 else torch.bfloat16)
+        zeros = torch.randint(0, 17, (n, k // shared), dtype=torch.uint8)
+        parts.append(packed_int4(levels, scales.to(torch.bfloat16), zeros))
+    return Weights(*(torch.stack(one) for one in zip(*parts, strict=True)))
+
+
+def _errors(name):
+    """(case, distance from fp64 over the norm) for experts and a linear layer, and the largest of biased ones."""
+    from vllm_bailing.plugin.kernels import avx2
+
+    avx2.load()
+    torch.manual_seed(0)
+    dtype, shared, _ = FORMATS[name]
+    found = []
+    for experts, hidden, width, picks in SIZES:
+        if hidden % max(shared, 1) or width % max(shared, 1):
+            continue
+        w13, w2 = _stack(dtype, shared, experts, 2 * width, hidden), _stack(dtype, shared, experts, hidden, width)
+        first = avx2.Weights(*(one[:1] if isinstance(one, torch.Tensor) else one for one in w13))
+        for tokens in TOKENS:
+            x, bias = torch.randn(tokens, hidden), torch.randn(2 * width)
+            weights, ids = torch.rand(tokens, experts).topk(picks)
+            weights[::3, 0] = 0  # is not computed
+            outputs = [torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)]
+            avx2.experts(outputs[0], x, w13, w2, weights, ids.int())
+            avx2_stand_ins.avx2_experts(outputs[1], x, *w13, *w2, weights, ids)
+            pairs = [outputs, [avx2.linear(x, first, bias), avx2_stand_ins.avx2_linear(x, *first, bias)]]
+            for kind, (result, exact) in zip(("experts", "linear"), pairs, strict=True):
+                error = (result.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30)
+                found.append(((kind, experts, hidden, width, tokens), float(error)))
+    return found
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_are_those_of_fp64(name):
+    found = run_in_turn(_errors, name)
+    assert len(found) >= 2 * len(TOKENS)
+    assert not {case: error for case, error in found if not error <= FORMATS[name][2]}
+
+
+def _rounded_once(dtype):
+    """Results in `dtype`, and in fp32 of the same numbers."""
+    from vllm_bailing.plugin.kernels import avx2
+
+    avx2.load()
+    torch.manual_seed(0)
+    w13, w2 = _stack(torch.int8, 0, 4, 128, 64), _stack(torch.int8, 0, 4, 64, 64)
+    x = (100 * torch.randn(7, 64)).to(dtype)
+    x[3] = 3e38 if dtype == torch.bfloat16 else 6e4
+    weights, ids = torch.rand(7, 4).topk(2)
+    outputs = [torch.empty(7, 64, dtype=one) for one in (dtype, torch.float32)]
+    for output in outputs:
+        avx2.experts(output, x.to(output.dtype), w13, w2, weights, ids)
+    return outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_are_rounded_to_the_nearest(dtype):
+    rounded, exact = run_in_turn(_rounded_once, dtype)
+    torch.testing.assert_close(rounded, exact.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def _with_faulty_inputs():
+    from vllm_bailing.plugin.kernels import avx2
+
+    avx2.load()
+    x = torch.randn(4, 128)
+    x[1, 3], x[2, 5] = torch.nan, torch.inf
+    finite = []
+    for dtype, shared, _ in FORMATS.values():
+        if shared <= 128:
+            finite.append(avx2.linear(x, _stack(dtype, shared, 1, 32, 128)).isfinite().all(1).tolist())
+    said = []
+    w13, w2 = _stack(torch.int8, 0, 4, 128, 64), _stack(torch.int8, 0, 4, 64, 64)
+    for ids in ([[4]], [[-1]]):
+        try:
+            avx2.experts(torch.empty(1, 64), torch.ones(1, 64), w13, w2, torch.ones(1, 1), torch.tensor(ids))
+        except ValueError as error:
+            said.append(str(error))
+    return finite, said
+
+
+def test_what_is_not_finite_stays_so_and_strange_picks_are_refused():
+    finite, said = run_in_turn(_with_faulty_inputs)
+    assert all(one == [True, False, False, True] for one in finite)
+    assert len(said) == 2 and all("picked an expert that is none of 4" in one for one in said)
+
+
+def _first_load(folder, cxx):
+    """What `load` says twice, and the files that it leaves."""
+    os.environ.update(CXX=cxx, VLLM_CACHE_ROOT=folder)
+    from vllm_bailing.plugin.kernels import avx2
+
+    said = []
+    for _ in range(2):
+        try:
+            avx2.load()
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+    return said, [file.name for file in Path(folder).rglob("*") if file.is_file()]
+
+
+def test_a_compiler_that_fails_is_asked_once_and_told(tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'no such instruction' >&2; echo x >> \"$0.calls\"; exit 3\n")
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    said, left = run(_first_load, str(tmp_path / "cache"), str(broken))
+    assert said[0] == said[1] and "ended with 3: no such instruction" in said[0]
+    assert (tmp_path / "broken.calls").read_text() == "x\n" and not left
+
+
+def test_kernels_are_compiled_once_and_where_the_cache_cannot_be_written_for_one_process(tmp_path):
+    said, left = run(_first_load, str(tmp_path / "cache"), compiler())
+    assert said == ["", ""] and len(left) == 1 and left[0].startswith("avx2-")
+    (tmp_path / "file").write_text("")
+    said, _ = run(_first_load, str(tmp_path / "file" / "cache"), compiler())
+    assert said == ["", ""] and not list(Path(tmp_path / "cache" / "bailing").glob("tmp*"))
