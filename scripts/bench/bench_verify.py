@@ -107,6 +107,10 @@ ARMS = {
     "int8, dequantized": Arm(scheme=Scheme.w8a8, dequantize=True),
     "int8, dequantized, drafts": Arm(options=MTP, scheme=Scheme.w8a8, dequantize=True),
     "int4, dequantized": Arm(scheme=Scheme.w4a16, dequantize=True),
+    "fp8 blocks": Arm(scheme=Scheme.fp8_block),  # these three in kernels for CPUs that have some
+    "int8": Arm(scheme=Scheme.w8a8),
+    "int4": Arm(scheme=Scheme.w4a16),
+    "int8, drafts": Arm(options=MTP, scheme=Scheme.w8a8),
     "fp8 linear layers": Arm(scheme=Scheme.fp8, keep=LINEAR),
     "int8 linear layers": Arm(scheme=Scheme.w8a8, keep=LINEAR),
     "int4 linear layers": Arm(scheme=Scheme.w4a16, keep=LINEAR),
