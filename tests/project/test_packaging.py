@@ -84,7 +84,8 @@ def run(python: Path, code: str, folder: Path) -> str:
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "vllm_bailing").rglob("*.py")}
+    files = (path for kind in ("*.py", "*.cpp") for path in (ROOT / "vllm_bailing").rglob(kind))
+    sources = {str(path.relative_to(ROOT)) for path in files}
     metadata = {name for name in names if name.startswith(f"vllm_bailing-{VERSION}.dist-info/")}
     assert names - metadata == sources | DATA | {"vllm_bailing/py.typed"}
     assert {

@@ -131,6 +131,24 @@ def test_the_release_tells_how_experts_are_rounded(vllm, is_fused, dtype):
     assert Rounding.of(read_config(DEMO), dtype, vllm).fused_experts == is_fused
 
 
+INT4 = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"a": {"weights": {"num_bits": 8, "type": "int"}, "input_activations": {"type": "int"}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "inputs"), [(None, [None]), (INT8, ["int8", None]), (INT4, [None, "int8 by 128", "int8"])]
+)
+def test_kernels_for_integers_may_round_in_several_ways(quantization, inputs):
+    config = read_config(DEMO)
+    config.quantization_config = quantization
+    assert [one.inputs for one in Rounding.possible(config, "bfloat16")] == inputs
+    config.quantization_config, config.stored_quantization_config = None, quantization  # dequantized
+    assert [one.inputs for one in Rounding.possible(config, "bfloat16")] == [None]
+
+
 @pytest.mark.parametrize("page", ['{"version": "0.27.1"}', '{"version": 3}', "[]", "<html>It works!</html>"])
 def test_a_server_may_say_what_release_it_is(page):
     with serving_page(page) as address:

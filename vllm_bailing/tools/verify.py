@@ -38,7 +38,7 @@ from vllm_bailing.tools.verify_server import tokenizer_difference
 from vllm_bailing.units import PLAIN_DTYPES, dtype_name
 
 if TYPE_CHECKING:
-    from vllm_bailing.tools.verify_reference import Computed
+    from vllm_bailing.tools.verify_reference import Computed, Rounding
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-bailing" / "verify"
 DEFAULT_PROMPTS = (
@@ -305,6 +305,8 @@ def judged(
 ) -> dict[str, Any]:
     """The part of `run`'s report that the log-probabilities decide.
 
+    Where several ways of rounding are possible, the deployment computes the checkpoint if it does with one of them.
+
     Args:
         served: What the deployment gave.
         vllm: Its version of vLLM, if that is known.
@@ -312,15 +314,39 @@ def judged(
         texts: How many of the sequences are texts; the others are words in no order. All if left out.
         dtype, work, parts, progress: As for `run`, and the folder for what an interrupted run goes on with.
     """
+    from vllm_bailing.tools.verify_reference import Rounding
+
+    reports: list[dict[str, Any]] = []
+    for rounding in Rounding.possible(config, dtype, vllm):
+        place = work / f"rounding-{len(reports)}" if reports else work
+        told: dict[str, Any] = {"drafts": drafts, "texts": texts, "parts": parts, "progress": progress}
+        reports.append(_judged_by(rounding, folder, config, served, dtype, place, **told))
+        if not reports[-1]["reason"]:
+            return reports[-1]
+    return min(reports, key=lambda report: report["measures"]["mean"][0])
+
+
+def _judged_by(
+    rounding: Rounding,
+    folder: Path,
+    config: BailingMoeV2Config,
+    served: list[Served],
+    dtype: str,
+    work: Path,
+    *,
+    drafts: Drafts | None,
+    texts: int | None,
+    parts: bool,
+    progress: Callable[[str, int, int | None], None],
+) -> dict[str, Any]:
     import numpy as np
 
     from vllm_bailing.tools import verify_statistics, verify_verdict
-    from vllm_bailing.tools.verify_reference import Asked, Reference, Rounding
+    from vllm_bailing.tools.verify_reference import Asked, Reference
     from vllm_bailing.tools.verify_statistics import Differences
 
     steps = config.num_hidden_layers + 1
     asked = Asked.of([one.token_ids for one in served], [list(row) for one in served for row in one.top])
-    rounding = Rounding.of(config, dtype, vllm)
     reference = Reference(
         *(folder, config, asked, work, rounding), lambda done: progress("reference", done, steps * (1 + parts))
     )

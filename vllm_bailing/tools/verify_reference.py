@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,27 @@ class Rounding:
 
     Attributes:
         dtype: Of its activations.
-        inputs: Of what its quantized layers multiply: "fp8", "int8", or None for `dtype`.
+        inputs: Of what its quantized layers multiply: "fp8", "int8" with a scale for each token, "int8 by 128" with one
+            for so many inputs, or None for `dtype`.
         fused_experts: Whether router and experts are one function on CPUs, which keeps more in fp32: before vLLM 0.30.
     """
 
     dtype: str
     inputs: str | None = None
     fused_experts: bool = False
+
+    @classmethod
+    def possible(cls, config: BailingMoeV2Config, dtype: str, vllm: str | None = None) -> list[Rounding]:
+        """What a deployment may round: that of `of`, and what kernels for CPUs do, which no server tells.
+
+        Without AVX-512 those for int8 keep more digits of inputs than the scheme says (`plugin/kernels/avx2.py`), and
+        those for int4 fewer; with AVX-512 those for int4 have one scale for each token.
+        """
+        usual = cls.of(config, dtype, vllm)
+        if config.stored_quantization_config:
+            return [usual]
+        others = [None] if usual.inputs == "int8" else ["int8 by 128", "int8"] if _has_int4(config) else []
+        return [usual, *(replace(usual, inputs=one) for one in others)]
 
     @classmethod
     def of(cls, config: BailingMoeV2Config, dtype: str, vllm: str | None = None) -> Rounding:
@@ -78,6 +92,15 @@ def _rounded_inputs(config: BailingMoeV2Config) -> str | None:
     return "int8" if "int8" in kinds else next(iter(kinds), None)
 
 
+def _has_int4(config: BailingMoeV2Config) -> bool:
+    """Whether weights are integers of four bits, by `quantization_config`."""
+    stored = getattr(config, "quantization_config", None) or {}
+    weights = [group.get("weights") or {} for group in stored.get("config_groups", {}).values()]
+    return stored.get("quant_method") in ("gptq", "awq") or any(
+        one.get("num_bits") == 4 and one.get("type") == "int" for one in weights
+    )
+
+
 def dithered(x: Tensor, bits: int) -> Tensor:
     """`x`, in fp32, with errors as large as those of rounding to `bits` bits of mantissa, and at random."""
     return torch.rand_like(x).sub_(0.5).mul_(_powers(x)).mul_(2.0**-bits).add_(x)
@@ -96,7 +119,10 @@ def _powers(x: Tensor) -> Tensor:
 def _dithered_input(x: Tensor, inputs: str) -> Tensor:
     if inputs == "fp8":
         return dithered(x, 3)
-    return x + (torch.rand_like(x) - 0.5) * x.abs().amax(-1, keepdim=True) / 127  # a scale for each token
+    size = x.shape[-1]
+    width = size if inputs == "int8" else 128 if size % 128 == 0 else 32
+    parts = x.unflatten(-1, (-1, width))
+    return (parts + (torch.rand_like(parts) - 0.5) * parts.abs().amax(-1, keepdim=True) / 127).flatten(-2)
 
 
 # ---- a layer --------------------------------------------------------------------------------------------------

@@ -140,7 +140,8 @@ def experts(parents: dict[str, Any]) -> dict[str, Any]:
         topk_ids: torch.Tensor,
         **_: Any,
     ) -> None:
-        avx2.experts(output, hidden_states, *self._stacks(w1, w2), topk_weights, topk_ids)
+        w13, down = self._stacks(w1, w2)
+        avx2.experts(output, hidden_states, w13, down, topk_weights, topk_ids)
 
     for one in (Int8, Fp8, Int4):
         one.apply = apply
