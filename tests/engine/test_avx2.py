@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from tests.support import avx2_stand_ins
+from tests.support.cpu_kernels import NEEDS_AVX2
 from tests.support.engine import run, run_in_turn
-from vllm_bailing.processor import compiler, instructions
+from vllm_bailing.processor import compiler
 
-pytestmark = pytest.mark.skipif(
-    "AVX2" not in instructions() or compiler() is None, reason="needs a CPU with AVX2, and a C++ compiler"
-)
+pytestmark = NEEDS_AVX2
 # Of the norm of the result. fp32 sums; 11 bits or more of activations, in two matrices one after the other; 8 bits.
 EXACT, NEARLY, ROUNDED = 1e-6, 5e-4, 0.05
 FORMATS = {

@@ -12,22 +12,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.support import avx2_stand_ins
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer
+from tests.support.cpu_kernels import AVX2, AVX512, NEEDS_AVX2, use
 from tests.support.cpu_stand_ins import register
 from tests.support.engine import TWO_RANKS, EngineError, ask, generate, make_llm, run
 from tests.support.quantized import only_experts, plain_copy, quantize, quantize_by_command
 from tests.support.speculation import mtp
 from tests.support.versions import since
-from vllm_bailing.processor import QuantizedKernels, compiler, instructions, quantized_kernels
+from vllm_bailing.processor import quantized_kernels
 
 KERNELS = pytest.mark.skipif(
     not quantized_kernels().are_vllms, reason="needs a CPU with AVX-512 bf16 and VNNI; stand-ins tell nothing here"
 )
-NEEDS_AVX2 = pytest.mark.skipif(
-    "AVX2" not in instructions() or compiler() is None, reason="needs a CPU with AVX2, and a C++ compiler"
-)
-AVX512, AVX2 = "vLLM's", "AVX2"  # whose kernels
 KNOWN = since("0.32", "quantized experts for CPUs to which a kernel can be given")
 SIZES = {"hidden_size": 128, "moe_intermediate_size": 128}
 # Parts of a fused layer have to be whole blocks.
@@ -63,28 +59,12 @@ def _limit(plain, wanted):
     return max(NEAR, 1.25 * (served - wanted).abs().mean())
 
 
-def _use(whose, damaged=None):
-    """Have quantized layers run in these kernels, in this process.
-
-    Args:
-        damaged: An operation that is wrong, or "exact" for stand-ins that keep all digits of activations.
-    """
-    from vllm_bailing.plugin.kernels import cpu_quantized
-
-    if whose == AVX512:
-        register(damaged)
-        return
-    cpu_quantized.quantized_kernels = lambda: QuantizedKernels(are_vllms=False, are_ours=True, obstacle="")
-    if damaged:
-        avx2_stand_ins.register(None if damaged == "exact" else damaged)
-
-
 def _served(model, whose=AVX512, damaged=None, reload=False, **options):
     """(names of the experts' kernels, log-probabilities, tokens[, the same after a reload])"""
     from vllm_bailing.bench.worker_extension import EXTENSION
     from vllm_bailing.errors import UpdateError
 
-    _use(whose, damaged)
+    use(whose, damaged)
     llm = make_llm(model, worker_extension_cls=EXTENSION, **{"dtype": "bfloat16", **options})
     kernels = llm.collective_rpc("bailing_facts")[0]["experts"]
     found = [ask(llm, [PROMPT])[0]]

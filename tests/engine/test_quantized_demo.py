@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.conversations import evenly
+from tests.support.cpu_kernels import AVX2, NEEDS_AVX2, use
 from tests.support.engine import EngineError, run, run_in_turn
 from tests.support.quantized import DEQUANTIZE, SCHEMES, quantized_demo
 from tests.support.speculation import answers, mtp
+from tests.support.versions import since
 from vllm_bailing import DEMO
 
 
@@ -27,6 +29,25 @@ def test_the_quantized_demo_answers_like_the_plain_one(scheme, tmp_path, demo_an
     same = sum(one == other for one, other in zip(ids, demo_answers, strict=True))
     assert same >= 0.95 * len(ids), f"{same} of {len(ids)}"
     assert counted["accepted_tokens"] >= 0.9 * counted["drafts"]
+
+
+@since("0.32", "quantized experts for CPUs to which a kernel can be given")
+@NEEDS_AVX2
+@pytest.mark.parametrize(
+    "scheme",
+    ["script-w4a16", *(pytest.param(one, marks=pytest.mark.thorough) for one in ("script-w8a8", "gptq", "awq"))],
+)
+def test_the_quantized_demo_answers_like_the_plain_one_in_kernels_for_avx2(scheme, tmp_path, demo_answers):
+    model = quantized_demo(scheme, tmp_path / "demo")
+    ids, counted = run(_answers_in_kernels_for_avx2, model)
+    same = sum(one == other for one, other in zip(ids, demo_answers, strict=True))
+    assert same >= 0.95 * len(ids), f"{same} of {len(ids)}"
+    assert counted["accepted_tokens"] >= 0.9 * counted["drafts"]
+
+
+def _answers_in_kernels_for_avx2(model):
+    use(AVX2)
+    return answers(model, 200, 1, dtype="bfloat16")
 
 
 def test_a_quantized_draft_of_a_plain_target_is_dequantized_too(tmp_path, plain_answers):

@@ -1,0 +1,29 @@
+"""Whose kernels run quantized layers in a test, whatever the processor would have: vLLM's or those for AVX2."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support import avx2_stand_ins, cpu_stand_ins
+from vllm_bailing.processor import QuantizedKernels, compiler, instructions
+
+NEEDS_AVX2 = pytest.mark.skipif(
+    "AVX2" not in instructions() or compiler() is None, reason="needs a CPU with AVX2, and a C++ compiler"
+)
+AVX512, AVX2 = "vLLM's", "AVX2"
+
+
+def use(whose, damaged=None):
+    """Have quantized layers run in these kernels, in this process.
+
+    Args:
+        damaged: An operation that is wrong, or "exact" for stand-ins that keep all digits of activations.
+    """
+    from vllm_bailing.plugin.kernels import cpu_quantized
+
+    if whose == AVX512:
+        cpu_stand_ins.register(damaged)
+        return
+    cpu_quantized.quantized_kernels = lambda: QuantizedKernels(are_vllms=False, are_ours=True, obstacle="")
+    if damaged:
+        avx2_stand_ins.register(None if damaged == "exact" else damaged)
