@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import time
 from typing import NamedTuple
@@ -46,8 +47,9 @@ def found() -> str:
 
 
 def compiler() -> str | None:
-    """The C++ compiler (CXX or c++), or None if there is none."""
-    return shutil.which(os.environ.get("CXX") or "c++")
+    """The command of the C++ compiler (CXX, which may have options, or c++), or None if there is none."""
+    command = os.environ.get("CXX") or "c++"
+    return command if shutil.which(shlex.split(command)[0]) else None
 
 
 class QuantizedKernels(NamedTuple):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -167,7 +168,7 @@ def _compile(to: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     found = [*(f"-I{one}" for one in include_paths()), *(f"-L{one}" for one in library_paths())]
-    command = [compiler() or "c++", *_FLAGS, *found, str(_SOURCE), "-o", str(to), "-lc10", "-ltorch_cpu"]
+    command = [*shlex.split(compiler() or "c++"), *_FLAGS, *found, str(_SOURCE), "-o", str(to), "-lc10", "-ltorch_cpu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     if done.returncode:
         raise RuntimeError(f"{command[0]} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
