@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import silu
 
+from tests.support.cpu_stand_ins import wrong
+
 
 def meaning(weights):
     """What a stack of weights (`avx2.Weights`) stands for: [E, N, K] fp64."""
@@ -66,15 +68,4 @@ def register(damaged: str | None = None) -> None:
         if damaged is None:
             library.impl(right.__name__, right, "CPU", allow_override=True)
         elif damaged == right.__name__:
-            library.impl(damaged, _wrong(right), "CPU", allow_override=True)
-
-
-def _wrong(right):
-    """As `right`, off by 1 in the first column."""
-
-    def wrong(*args):
-        result = right(*args)
-        (args[0] if result is None else result)[..., 0] += 1
-        return result
-
-    return wrong
+            library.impl(damaged, wrong(right), "CPU", allow_override=True)

@@ -135,17 +135,17 @@ def register(damaged: str | None = None) -> None:
             library.define(name + schema)
         elif name != damaged:
             continue
-        library.impl(name, _wrong(globals()[name]) if name == damaged else globals()[name], "CPU", allow_override=True)
+        library.impl(name, wrong(globals()[name]) if name == damaged else globals()[name], "CPU", allow_override=True)
     cpu_quantized.quantized_kernels = lambda: QuantizedKernels(are_vllms=True, are_ours=False, obstacle="")
     checks._lacks_avx512 = bool  # of linear layers, which have no stand-ins: tests leave them plain
 
 
-def _wrong(right):
+def wrong(right):
     """As `right`, a function that returns a tensor or writes to its first argument, off by 1 in the first column."""
 
-    def wrong(*args):
+    def damaged(*args):
         result = right(*args)
         (args[0] if result is None else result)[..., 0] += 1
         return result
 
-    return wrong
+    return damaged
