@@ -61,9 +61,13 @@ def packed_int4(
         zeros: [N, G] uint8, 0 to 16; a weight means (level - zero) * scale.
     Returns:
         [N, K / 2] uint8, [N / 16, G, 16] bf16 or fp16, and [N / 16, G, 16] uint8. Groups larger than 128 are cut.
+    Raises:
+        RuntimeError: If the kernels know no groups of this size; a proof tells it.
     """
     n, k = levels.shape
     group = k // scales.shape[1]
+    if group not in GROUPS and group % GROUPS[-1]:
+        raise RuntimeError(f"groups of {group} inputs are none of {GROUPS} nor multiples of the last")
     if group > GROUPS[-1]:
         scales, zeros = (one.repeat_interleave(group // GROUPS[-1], 1) for one in (scales, zeros))
         group = GROUPS[-1]
