@@ -133,8 +133,10 @@ def _compressed_tensors(quantization: dict[str, Any]) -> tuple[Any, Any]:
     compressors = [BaseCompressor.get_value_from_registry(infer_module_format(nn.Linear, one).value) for one in schemes]
 
     def find(module: str) -> tuple[Any, Any]:
-        for scheme, compressor in zip(schemes, compressors, strict=True):
-            if "Linear" in scheme.targets or any(match_name(module, target) for target in scheme.targets):
+        named = [any(match_name(module, target) for target in scheme.targets) for scheme in schemes]
+        # A name goes before what holds for all linear layers, as in vLLM.
+        for scheme, compressor, is_named in zip(schemes, compressors, named, strict=True):
+            if is_named or ("Linear" in scheme.targets and not any(named)):
                 if scheme.weights is None:
                     raise CheckpointError(
                         f"{module} is quantized, but its group of quantization_config in config.json says nothing of "

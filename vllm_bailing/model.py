@@ -52,6 +52,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_bailing.checkpoint_audit import Audit
 from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.errors import DEQUANTIZE, CheckpointError
 from vllm_bailing.plugin.agreement import check_ranks_agree
 from vllm_bailing.plugin.checks import adding_the_remedy
 from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
@@ -569,6 +570,11 @@ class BailingMoeV2ForCausalLM(
 
     def _with_head(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
-            if name == HEAD:
+            if self.config.norm_head and name.startswith("lm_head."):
+                if name != HEAD or tensor.itemsize == 1:
+                    raise CheckpointError(
+                        "the head is quantized, and norm_head=true in config.json normalizes it while it loads, which "
+                        f"takes floats; {DEQUANTIZE}"
+                    )
                 tensor = normalized_head(self.config, tensor, self.vllm_config.model_config.dtype)
             yield name, tensor

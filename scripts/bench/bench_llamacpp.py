@@ -2,11 +2,12 @@
 
     python scripts/bench/bench_llamacpp.py --get                       # builds llama.cpp: 10 minutes on two cores
     python scripts/bench/bench_llamacpp.py MODEL --bits bf16 --bits q8_0 --bits q4_0
-    python scripts/bench/bench_llamacpp.py MODEL --ours bf16 --ours w8a8 --ours w4a16 --bits q8_0 --bits q4_0
+    python scripts/bench/bench_llamacpp.py MODEL --ours bf16 --ours w8a8+w8a8 --ours w4a16+w8a8 --bits q8_0 --bits q4_0
 
 llama.cpp comes from the source package of llama-cpp-python on PyPI, with its own converter and `llama-batched-bench`;
 `--tools` names a folder with builds of your own instead. MODEL is a folder, or a shape of `vllm-bailing bench` such as
-mid, whose random weights are written first; `--ours` takes schemes of `vllm-bailing quantize`. Both sides get prompts
+mid, whose random weights are written first; `--ours` takes schemes of `vllm-bailing quantize`, and that of the head
+after a plus sign. Both sides get prompts
 of the same lengths, as many tokens to write and the same threads. The file for llama.cpp has no vocabulary: no text is
 read or written. Prints the table of docs/cpu.md.
 """
@@ -156,7 +157,7 @@ def show(results: dict[str, list[dict[str, Any]]]) -> None:
 def _pairs(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Arms that are compared: those of this package with its first, and with llama.cpp at the same bits."""
     ours = [arm for arm in results if arm.startswith(PLUGIN)]
-    peers = [(arm, f"llama.cpp {ALIKE.get(arm.split()[1])}") for arm in ours]
+    peers = [(arm, f"llama.cpp {ALIKE.get(arm.split()[1].partition('+')[0])}") for arm in ours]
     return [(arm, ours[0]) for arm in ours[1:]] + [pair for pair in peers if pair[1] in results]
 
 
@@ -168,23 +169,16 @@ def quantized(model: Path, scheme: str, work: Path) -> Path:
     """
     if scheme == "bf16":
         return model
-    _call(
-        [
-            str(Path(sys.executable).with_name("vllm-bailing")),
-            "quantize",
-            str(model),
-            str(work / scheme),
-            "--scheme",
-            scheme,
-        ]
-    )
+    linear, _, head = scheme.partition("+")
+    command = [str(Path(sys.executable).with_name("vllm-bailing")), "quantize", str(model), str(work / scheme)]
+    _call([*command, "--scheme", linear, *(["--head", head] if head else [])])
     return work / scheme
 
 
 def main(
     model: Annotated[str, typer.Argument(help="A folder with a bf16 checkpoint, or a shape such as mid.")] = "",
     bits: Annotated[list[str], typer.Option(help="Of llama.cpp: bf16, q8_0, q4_0 ...; may be given again.")] = [],  # noqa: B006
-    ours: Annotated[list[str], typer.Option(help="bf16 or a scheme of quantize; may be given again.")] = ["bf16"],  # noqa: B006
+    ours: Annotated[list[str], typer.Option(help="bf16, or SCHEME[+HEAD] of quantize; may be given again.")] = ["bf16"],  # noqa: B006
     rounds: Annotated[int, typer.Option(help="Of every arm.", min=1)] = 5,
     threads: Annotated[int, typer.Option(help="Of both sides; all cores if left out.")] = 0,
     engine: Annotated[str, typer.Option(help="JSON: arguments of vllm.LLM, such as quantization.")] = "{}",

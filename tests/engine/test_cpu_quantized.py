@@ -129,6 +129,32 @@ def test_every_layer_means_what_the_checkpoint_says_on_avx2(scheme, kernel, tmp_
 
 
 @KNOWN
+@NEEDS_AVX2
+@pytest.mark.parametrize(
+    ("scheme", "head", "limit", "ranks"),
+    [
+        ("w8a8", "w8a8", EXACTLY["Int8"], 1),
+        pytest.param("w8a8", "w8a8", EXACTLY["Int8"], 2, marks=THOROUGH),
+        ("w4a16", "w8a8", EXACTLY["Int4"], 1),
+        pytest.param("w4a16", "w4a16", EXACTLY["Int4"], 2, marks=THOROUGH),
+    ],
+)
+def test_a_quantized_head_means_what_the_checkpoint_says_on_avx2(scheme, head, limit, ranks, tmp_path):
+    """Of a vocabulary that has to be padded, shared with the drafts."""
+    model = make_checkpoint(
+        tmp_path / "model", 1, 2, **SIZES, **BLOCKS, vocab_size=1000, num_nextn_predict_layers=1
+    )  # with seed 0 fp16 turns a near tie of experts around
+    group = ("--group-size", "32")
+    meaning = quantize_by_command(model, tmp_path / "out", scheme, "--head", head, *group)
+    plain = plain_copy(tmp_path / "out", meaning, tmp_path / "plain")
+    wanted, _ = plain_answer(plain, PROMPT)
+    kept = "exact" if scheme == "w4a16" else None
+    options = {"dtype": "float16", "speculative_config": mtp(1), **({"tensor_parallel_size": 2} if ranks > 1 else {})}
+    _, [(logprobs, _)] = run(_served, tmp_path / "out", AVX2, kept, env=TWO_RANKS if ranks > 1 else {}, **options)
+    assert (logprobs - wanted).abs().mean() <= limit
+
+
+@KNOWN
 @pytest.mark.parametrize(
     ("whose", "scheme", "are_whole"),
     [

@@ -20,6 +20,7 @@ from vllm_bailing.cli.bench import show_comparison
 from vllm_bailing.config import BailingMoeV2Config, adopt
 from vllm_bailing.errors import BenchError
 from vllm_bailing.planning import roofline
+from vllm_bailing.planning.memory import Layout
 from vllm_bailing.tensor_names import main_tensors
 
 TASK = CompareTask("model", {"dtype": "float32"}, [1], [64])
@@ -167,7 +168,7 @@ def test_share_of_the_roofline_is_left_out_where_steps_are_others(tmp_path):
     tasks = in_tree.arms(TASK, {"mtp": {"speculative_config": {}}, "int8": {}})
     facts = dict.fromkeys(tasks, FACTS) | {"int8": {**FACTS, "quantization": "experts_int8"}}
     shares = in_tree.roofline_shares(rows, tasks, facts, config, 40e9)
-    step_s = roofline.step_bytes(config, "bf16", 1, 32 + 64 // 2, 1) / 40e9
+    step_s = roofline.step_bytes(Layout(config, "bf16"), 32 + 64 // 2, 1) / 40e9
     assert shares == {"decode 1": dict.fromkeys((IN_TREE, AGAIN, PLUGIN), pytest.approx(50 * step_s))}
 
 

@@ -88,7 +88,7 @@ def test_step_bytes_are_those_of_a_plan():
     config = zoo_config("Ling-flash-2.0")
     for dtype in ("bf16", "fp32", "fp8"):
         planned = plan(config, "B200", 4, 2048, 16, dtype=dtype, tp=4).batch
-        assert planned.step_bytes == round(step_bytes(config, dtype, 4, 2048, 16))
+        assert planned.step_bytes == round(step_bytes(Layout(config, dtype, tp=4), 2048, 16))
 
 
 def test_a_pipeline_works_on_as_many_batches_as_it_has_stages():

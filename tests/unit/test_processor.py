@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 
+from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.commands import invoke
 from tests.support.paths import DATA
+from tests.support.quantized import is_linear, quantize_by_command
 from vllm_bailing import DEMO, processor
 from vllm_bailing.config import read_config
 from vllm_bailing.planning.cpu import CpuMachine, cpu_plans
@@ -99,15 +101,42 @@ def test_sizes_are_those_of_the_tensors():
     shapes = main_tensors(config)
     plans = {plan.dtype: plan for plan in cpu_plans(config, machine(64), 4096)}
     elements = sum(math.prod(shape) for shape in shapes.values())
-    experts = sum(math.prod(shape) for name, shape in shapes.items() if ".mlp.experts." in name)
     assert plans["bf16"].weights_bytes == pytest.approx(2 * elements, rel=1e-3)
-    # Experts in four bits, a scale in two bytes for each group of 128.
-    assert plans["int4"].weights_bytes == pytest.approx(2 * (elements - experts) + experts * (0.5 + 2 / 128), rel=1e-2)
+    # Linear layers in four bits, a scale in two bytes for each group of 128; the head in eight.
+    head = math.prod(shapes["lm_head.weight"])
+    linear = sum(math.prod(shape) for name, shape in shapes.items() if is_linear(name))
+    wanted = 2 * (elements - linear - head) + linear * (0.5 + 2 / 128) + head
+    assert plans["int4"].weights_bytes == pytest.approx(wanted, rel=1e-3)
     layers, heads = config.num_hidden_layers, 2 * config.num_key_value_heads * config.head_dim
     assert plans["int8"].kv_bytes_per_token == 2 * layers * heads
     for plan in plans.values():
         assert plan.tokens_per_s == pytest.approx(40e9 / plan.step_bytes)
     assert plans["bf16"].tokens_per_s < plans["int8"].tokens_per_s
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "head"),
+    [
+        (("w4a16", "--head", "w8a8"), "int4", "int8"),
+        (("w4a16",), "int4", None),
+        (("w8a8", "--head", "w4a16"), "int8", "int4"),
+        (("fp8-block", "--head", "w8a8"), "fp8", "int8"),
+    ],
+)
+def test_a_quantized_checkpoint_is_as_large_as_its_files(flags, dtype, head, tmp_path):
+    """And is served as it is or dequantized, in nothing else."""
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "moe_shared_expert_intermediate_size": 128}
+    model = make_checkpoint(tmp_path / "model", vocab_size=256, intermediate_size=256, **sizes)
+    quantize_by_command(model, tmp_path / "out", *flags)
+    as_it_is, plain = cpu_plans(read_config(str(tmp_path / "out")), machine(8), 512)
+    assert (as_it_is.dtype, as_it_is.head_dtype, plain.dtype, plain.head_dtype) == (dtype, head, "bf16", None)
+    stored = sum(tensor.nbytes for tensor in read_tensors(tmp_path / "out").values())
+    assert as_it_is.weights_bytes == pytest.approx(stored, rel=0.02)
+    assert plain.weights_bytes == pytest.approx(sum(one.nbytes for one in read_tensors(model).values()), rel=0.01)
+    done = invoke("plan", str(tmp_path / "out"), "--gpu", "cpu", "--memory-gib", "8", "--bandwidth", "0.04")
+    assert (
+        f"vllm serve {tmp_path / 'out'} --max-model-len" in done.output and "vllm-bailing quantize" not in done.output
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig
 
 from tests.support.checkpoints import make_checkpoint, read_tensors, write_tensors
 from tests.support.commands import invoke
 from tests.support.layouts import LAYOUTS
 from tests.support.quantized import is_linear, quantize_by_command
+from vllm_bailing.config import read_config
+from vllm_bailing.dequantize import Dequantizer
 
 
 @pytest.mark.parametrize(
@@ -23,6 +26,27 @@ def test_the_script_rounds_every_linear_layer_and_nothing_else(scheme, error, tm
         change = (meaning[name] - tensor.float()).norm() / tensor.float().norm()
         assert (0 < change < error) if is_linear(name) else change == 0, name
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "head", "error"), [("w4a16", "w8a8", 0.01), ("w8a8", "w4a16", 0.12), ("fp8", "fp8", 0.04)]
+)
+def test_the_head_is_quantized_in_a_scheme_of_its_own(scheme, head, error, tmp_path):
+    model = make_checkpoint(tmp_path / "model", shards=2)
+    meaning = quantize_by_command(model, tmp_path / "out", scheme, "--head", head, "--group-size", "32")
+    without = quantize_by_command(model, tmp_path / "without", scheme, "--group-size", "32")
+    plain = read_tensors(model)["lm_head.weight"].float()
+    assert 0 < (meaning.pop("lm_head.weight") - plain).norm() / plain.norm() < error
+    assert torch.equal(without.pop("lm_head.weight"), plain)
+    assert meaning.keys() == without.keys() and all(torch.equal(meaning[name], without[name]) for name in meaning)
+    # What reads the files by itself finds the same: the library's own types, and this package.
+    config = read_config(str(tmp_path / "out"))
+    QuantizationConfig.model_validate(config.quantization_config)
+    plain_again = dict(
+        Dequantizer(config.quantization_config, torch.float32).plain(read_tensors(tmp_path / "out").items())
+    )
+    again = quantize_by_command(model, tmp_path / "again", scheme, "--head", head, "--group-size", "32")
+    assert all(torch.allclose(plain_again[name].float(), tensor, atol=1e-6) for name, tensor in again.items())
 
 
 @pytest.mark.parametrize("layout", ["split and stacked", "fused experts", "padded vocabulary", "from actor."])
@@ -61,6 +85,8 @@ def test_a_checkpoint_without_a_layer_is_refused(tmp_path):
     [
         (("--scheme", "w4a16"), "--group-size 128 does not divide the 64 inputs of model.layers"),
         (("--scheme", "int3"), "int3"),
+        (("--head", "fp8-block"), "vLLM reads no head with a scale per block; choose fp8, w8a8, w4a16"),
+        (("--head", "w4a16"), "--group-size 128 does not divide the 64 inputs of lm_head.weight"),
     ],
 )
 def test_the_script_refuses_what_it_cannot_do(arguments, fragment, tmp_path):
@@ -68,3 +94,17 @@ def test_the_script_refuses_what_it_cannot_do(arguments, fragment, tmp_path):
     done = invoke("quantize", model, tmp_path / "out", *arguments)
     assert done.exit_code == 2 and isinstance(done.exception, SystemExit)
     assert fragment in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragment"),
+    [
+        ({"tie_word_embeddings": True}, "the head is the embedding here, which stays as it is; leave --head out"),
+        ({"norm_head": True}, "with norm_head=true in config.json the head is normalized as it loads"),
+    ],
+)
+def test_a_head_that_cannot_be_quantized_is_refused(overrides, fragment, tmp_path):
+    model = make_checkpoint(tmp_path / "model", **overrides)
+    done = invoke("quantize", model, tmp_path / "out", "--scheme", "w8a8", "--head", "w8a8")
+    assert done.exit_code == 2 and fragment in " ".join(done.stderr.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()

@@ -28,6 +28,7 @@ from vllm_bailing.bench.statistics import AGAIN, IN_TREE, PLUGIN, SEED, summariz
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import BenchError
 from vllm_bailing.planning.gpus import gpu_called
+from vllm_bailing.planning.memory import Layout
 from vllm_bailing.planning.roofline import step_bytes
 from vllm_bailing.plugin.supported_versions import USE_INTREE
 from vllm_bailing.units import short_dtype
@@ -244,7 +245,8 @@ def roofline_shares(
         if kind != "decode" or runs["quantization"] or {"speculative_config", "hf_overrides"} & set(task.engine):
             continue
         context = task.prompt_tokens + task.output_tokens // 2
-        step_s = step_bytes(config, short_dtype(runs["dtype"]), ranks, context, int(size)) / bytes_per_s
+        layout = Layout(config, short_dtype(runs["dtype"]), tp=ranks)
+        step_s = step_bytes(layout, context, int(size)) / bytes_per_s
         shares.setdefault(row["figure"], {})[row["arm"]] = row["median"] * step_s / int(size)
     return shares
 

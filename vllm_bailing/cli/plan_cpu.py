@@ -79,7 +79,7 @@ def _show(model: str, context: int, machine: CpuMachine, plans: list[CpuPlan]) -
         verdict = plan.verdict(context)
         color = {"fits": "green", "no kernel": "yellow", "no": "red"}[verdict]
         table.add_row(
-            "int4 (experts)" if plan.dtype == "int4" else plan.dtype,
+            f"{plan.dtype}, head {plan.head_dtype}" if plan.head_dtype else plan.dtype,
             output.gib(plan.weights_bytes),
             str(plan.kv_tokens),
             f"{plan.tokens_per_s:.1f}",
@@ -96,16 +96,18 @@ def _show(model: str, context: int, machine: CpuMachine, plans: list[CpuPlan]) -
 
 
 def _show_commands(model: str, context: int, best: CpuPlan, config: BailingMoeV2Config) -> None:
+    from vllm_bailing.planning.memory import stored_dtype
     from vllm_bailing.units import GIB
 
     console = output.console()
-    served = model
-    is_stored_so = getattr(config, "quantization_config", None) or config.stored_quantization_config
-    if best.dtype != "bf16" and not is_stored_so:
+    served, flags = model, ""
+    if getattr(config, "quantization_config", None):
+        flags = "" if best.dtype == stored_dtype(config) else " --hf-overrides '{\"dequantize\": true}'"
+    elif best.dtype != "bf16" and not config.stored_quantization_config:
         served = f"{model.rstrip('/').rpartition('/')[2]}-{best.dtype}"
-        console.print(
-            f"\nvllm-bailing quantize {model} {served} --scheme {SCHEMES[best.dtype]}", soft_wrap=True, markup=False
-        )
+        head = f" --head {SCHEMES[best.head_dtype]}" if best.head_dtype else ""
+        command = f"\nvllm-bailing quantize {model} {served} --scheme {SCHEMES[best.dtype]}{head}"
+        console.print(command, soft_wrap=True, markup=False)
     cache = max(1, -(-min(best.kv_tokens, 8 * context) * best.kv_bytes_per_token // GIB))
-    command = f"VLLM_CPU_KVCACHE_SPACE={cache} vllm serve {served} --max-model-len {context}"
+    command = f"VLLM_CPU_KVCACHE_SPACE={cache} vllm serve {served} --max-model-len {context}{flags}"
     console.print(command if served != model else f"\n{command}", soft_wrap=True, markup=False)

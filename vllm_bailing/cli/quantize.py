@@ -20,20 +20,23 @@ def quantize(
     keep: Annotated[
         list[str] | None, typer.Option(help="Modules to leave alone, a name or re:PATTERN; repeatable.")
     ] = None,
+    head: Annotated[
+        Scheme | None, typer.Option(help="Quantize the head too, in this scheme: fp8, w8a8 or w4a16.")
+    ] = None,
 ) -> None:
     """Quantize the linear layers of MODEL into OUT.
 
     One file at a time, without calibration data. Attention, dense and shared MLPs and experts are quantized, those of
-    MTP layers too; router, embeddings, head, norms and eh_proj stay as they are. The result is in the
-    compressed-tensors format, which vLLM reads. Needs no GPU, and memory for the largest file of the checkpoint, twice.
-    Exit code 2: it could not be quantized.
+    MTP layers too, and with --head the head; router, embeddings, norms and eh_proj stay as they are. The result is in
+    the compressed-tensors format, which vLLM reads. Needs no GPU, and memory for the largest file of the checkpoint,
+    twice. Exit code 2: it could not be quantized.
     """
     from vllm_bailing.errors import QuantizeError
     from vllm_bailing.tools.quantize import quantize
     from vllm_bailing.units import GIB
 
     try:
-        size, is_draft = quantize(model, out, scheme, group_size, keep or [])
+        size, is_draft = quantize(model, out, scheme, group_size, keep or [], head)
     except QuantizeError as error:
         raise output.fail("quantize", error, 2) from None
     speculation = json.dumps({"method": "mtp", "model": str(out), "num_speculative_tokens": 1})

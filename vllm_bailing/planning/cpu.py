@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.planning.memory import Layout
+from vllm_bailing.planning.memory import Layout, stored_beside_experts, stored_dtype
 from vllm_bailing.planning.roofline import step_bytes
 from vllm_bailing.units import GIB
 
+# What a plain checkpoint can be served in: all linear layers in the same bits, as `vllm-bailing quantize` makes them.
 DTYPES = ("bf16", "fp8", "int8", "int4")
+HEADS = {"int8": "int8", "int4": "int8"}  # of a head that is quantized with the rest
 _ENGINE = 2 * GIB  # of Python, vLLM and PyTorch, and what a step computes with; an estimate
 
 
@@ -36,7 +38,8 @@ class CpuPlan:
     """A model in one data type on one machine.
 
     Attributes:
-        dtype: Of linear layers and experts; embedding, head and router are bf16.
+        dtype: Of linear layers and experts; embedding and router are bf16.
+        head_dtype: Of the head; None if it is bf16.
         weights_bytes: Bytes of all weights.
         kv_tokens: Tokens of KV cache, in bf16, that the rest of the memory holds; 0 if the weights do not fit.
         has_kernel: Whether this processor has kernels for it.
@@ -46,6 +49,7 @@ class CpuPlan:
     """
 
     dtype: str
+    head_dtype: str | None
     weights_bytes: int
     kv_tokens: int
     has_kernel: bool
@@ -61,24 +65,31 @@ class CpuPlan:
 
 
 def cpu_plans(config: BailingMoeV2Config, machine: CpuMachine, context: int) -> list[CpuPlan]:
-    """The model in each of `DTYPES`, the largest first."""
-    plans = []
-    for dtype in DTYPES:
-        layout = Layout(config, dtype)
-        (stage,) = layout.stages((config.num_hidden_layers,))
-        weights = layout.weights(stage).total
-        per_token = layout.kv_bytes_per_token(stage)
-        room = max(0, machine.memory_bytes - _ENGINE - weights)
-        read = step_bytes(config, dtype, 1, context, 1)
-        plans.append(
-            CpuPlan(
-                dtype,
-                round(weights),
-                int(room // per_token),
-                dtype in machine.kernels,
-                machine.bandwidth / read,
-                read,
-                round(per_token),
-            )
-        )
-    return plans
+    """The model in each way that it can be served: what is best first, as long as it fits.
+
+    A checkpoint that is quantized can be served as it is, or dequantized. A plain one comes in each of `DTYPES`.
+    """
+    stored = stored_dtype(config)
+    if getattr(config, "quantization_config", None):
+        layouts = [Layout(config, stored, **stored_beside_experts(config)), Layout(config, "bf16")]
+    else:
+        layouts = [Layout(config, one, linear_dtype=one, head_dtype=HEADS.get(one)) for one in DTYPES]
+    return [_planned(layout, machine, context) for layout in layouts]
+
+
+def _planned(layout: Layout, machine: CpuMachine, context: int) -> CpuPlan:
+    (stage,) = layout.stages((layout.config.num_hidden_layers,))
+    weights = layout.weights(stage).total
+    per_token = layout.kv_bytes_per_token(stage)
+    room = max(0, machine.memory_bytes - _ENGINE - weights)
+    read = step_bytes(layout, context, 1)
+    return CpuPlan(
+        layout.dtype,
+        layout.head_dtype,
+        round(weights),
+        int(room // per_token),
+        layout.dtype in machine.kernels,
+        machine.bandwidth / read,
+        read,
+        round(per_token),
+    )

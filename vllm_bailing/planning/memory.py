@@ -6,9 +6,10 @@ Everything follows from the configuration: no torch, no GPU and no file is neede
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vllm_bailing.adapters import AdapterSlots
 from vllm_bailing.config import BailingMoeV2Config
@@ -94,6 +95,8 @@ def plain_dtype(config: BailingMoeV2Config) -> str:
 def stored_dtype(config: BailingMoeV2Config) -> str:
     """Which of `DTYPES` the checkpoint is stored in; if the configuration dequantizes it, what it becomes.
 
+    That of the experts, where a compressed-tensors checkpoint has several.
+
     Raises:
         ValueError: If its quantization is not known.
     """
@@ -105,17 +108,55 @@ def stored_dtype(config: BailingMoeV2Config) -> str:
     if method == "fp8":
         bits, kind = 8, "float"
     elif method == "compressed-tensors":
-        groups = [group.get("weights") or {} for group in quantization.get("config_groups", {}).values()]
-        bits, kind = (groups[0].get("num_bits"), groups[0].get("type", "int")) if groups else (None, "int")
+        weights = _weights_of(quantization, _AN_EXPERT) or _weights_of(quantization, _A_LINEAR_LAYER)
+        bits, kind = (weights.get("num_bits"), weights.get("type", "int")) if weights else (None, "int")
     elif method not in ("gptq", "awq"):
         bits = None
-    dtype = {(8, "float"): "fp8", (8, "int"): "int8", (4, "int"): "int4"}.get((bits, kind))
+    dtype = _QUANTIZED.get((bits, kind))
     if dtype is None:
         raise ValueError(
             f"quantization_config of config.json (quant_method={method!r}, {bits} bits, {kind}) is not a known one: "
             "fp8, or compressed-tensors, gptq or awq with fp8, int8 or int4; name a checkpoint of another scheme"
         )
     return dtype
+
+
+def stored_beside_experts(config: BailingMoeV2Config) -> dict[str, str | None]:
+    """`linear_dtype` and `head_dtype` of a `Layout` that serves the checkpoint as it is stored.
+
+    Only compressed-tensors says what they are; with other methods, and for a plain head, they are None.
+    """
+    quantization = getattr(config, "quantization_config", None) or {}
+    if quantization.get("quant_method") != "compressed-tensors":
+        return {"linear_dtype": None, "head_dtype": None}
+
+    def dtype_of(module: str) -> str | None:
+        weights = _weights_of(quantization, module)
+        return _QUANTIZED.get((weights.get("num_bits"), weights.get("type", "int"))) if weights else None
+
+    return {"linear_dtype": dtype_of(_A_LINEAR_LAYER) or plain_dtype(config), "head_dtype": dtype_of(_HEAD)}
+
+
+# Names of modules that stand for all of their kind.
+_AN_EXPERT, _A_LINEAR_LAYER = "model.layers.1.mlp.experts.0.gate_proj", "model.layers.1.attention.dense"
+_HEAD = "lm_head"
+_QUANTIZED = {(8, "float"): "fp8", (8, "int"): "int8", (4, "int"): "int4"}
+
+
+def _weights_of(quantization: dict[str, Any], module: str) -> dict[str, Any] | None:
+    """What compressed-tensors says of the weights of a linear layer or the head; None if they are plain."""
+
+    def is_meant(patterns: list[str] | None, kind: str = "") -> bool:
+        return any(
+            re.match(one[3:], module) if one.startswith("re:") else one in (module, kind) for one in patterns or []
+        )
+
+    if is_meant(quantization.get("ignore")):
+        return None
+    groups = [(one.get("targets", ["Linear"]), one) for one in (quantization.get("config_groups") or {}).values()]
+    named = [group for targets, group in groups if is_meant(targets)]  # which goes before the kind of layer
+    meant = named or [group for targets, group in groups if module != _HEAD and is_meant(targets, "Linear")]
+    return meant[0].get("weights") if meant else None
 
 
 def padded_vocabulary(config: BailingMoeV2Config) -> int:
@@ -213,6 +254,9 @@ class Layout:
         expert_parallel: Whether routed experts are divided as wholes.
         redundant_experts: Further copies of routed experts in each layer, over all ranks, for EPLB.
         replicas: Independent copies.
+        linear_dtype: Data type of attention, dense MLPs and shared experts. If None, it is `dtype`, and with int4 the
+            plain one.
+        head_dtype: Data type of the head; the plain one if None.
     """
 
     config: BailingMoeV2Config
@@ -226,6 +270,8 @@ class Layout:
     expert_parallel: bool = False
     redundant_experts: int = 0
     replicas: int = 1
+    linear_dtype: str | None = None
+    head_dtype: str | None = None
 
     @property
     def ranks(self) -> int:
@@ -275,9 +321,20 @@ class Layout:
 
     @cached_property
     def vocabulary(self) -> Part:
-        """The embedding or the head, on one rank."""
+        """The embedding, or a head that is not quantized, on one rank."""
         elements = padded_vocabulary(self.config) // self.tp * self.config.hidden_size
         return Part(elements * _plain_bytes(self.dtype), elements)
+
+    @cached_property
+    def _head_bytes(self) -> int:
+        rows = padded_vocabulary(self.config) // self.tp
+        if self.head_dtype is None or self.config.tie_word_embeddings:
+            return self.vocabulary.bytes
+        return _matrix_bytes(rows, self.config.hidden_size, self.head_dtype)
+
+    @cached_property
+    def _linear_dtype(self) -> str | None:
+        return self.linear_dtype or (None if self.dtype == "int4" else self.dtype)
 
     @cached_property
     def kv_bytes_per_layer(self) -> int:
@@ -320,8 +377,8 @@ class Layout:
             if kind == "router":
                 size = 4 if names[2] == "expert_bias" else router_bytes(self.dtype)
             is_matrix = len(shape) == 2
-            is_quantized = kind == "routed_experts" or (kind in _DENSE_PARTS and self.dtype != "int4")
-            stored = _matrix_bytes(*shape, self.dtype) if is_matrix and is_quantized else elements * size
+            stored_as = {"routed_experts": self.dtype, **dict.fromkeys(_DENSE_PARTS, self._linear_dtype)}.get(kind)
+            stored = _matrix_bytes(*shape, stored_as) if is_matrix and stored_as else elements * size
             parts[kind] = parts.get(kind, Part()) + Part(stored, elements if is_matrix else 0) * copies
         return parts
 
@@ -353,7 +410,7 @@ class Layout:
         own_embedding = self.vocabulary.bytes if self.mtp_layers and self.pp > 1 else 0
         return WeightBytes(
             embedding=self.vocabulary.bytes if is_first and not is_shared else 0,
-            head=self.vocabulary.bytes if is_last else 0,
+            head=self._head_bytes if is_last else 0,
             attention=self.part("attention", stage).bytes,
             dense_mlp=self.part("dense_mlp", stage).bytes,
             routed_experts=self.part("routed_experts", stage).bytes,

@@ -14,7 +14,7 @@ from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.planning import serve
 from vllm_bailing.planning.choice import Fit, fit, layouts, ranked, runner_up, why
 from vllm_bailing.planning.gpus import Gpu
-from vllm_bailing.planning.memory import Layout, OtherMemory, WeightBytes, stored_dtype
+from vllm_bailing.planning.memory import Layout, OtherMemory, WeightBytes, stored_beside_experts, stored_dtype
 from vllm_bailing.planning.request import Request, longest_window, mtp_layers, settled, yarn_factor
 from vllm_bailing.planning.roofline import Bound
 from vllm_bailing.planning.traffic import Traffic
@@ -136,6 +136,7 @@ def make_plan(config: BailingMoeV2Config, request: Request) -> Plan:
         request.kv_dtype,
         mtp_layers=mtp_layers(config, request),
         adapters=_adapter_slots(request),
+        **(stored_beside_experts(config) if dtype == stored_dtype(config) else {}),
     )
     fits = ranked((fit(layout, request) for layout in layouts(base, request)), request)
     best, other = fits[0], runner_up(fits, request)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.planning.gpus import Gpu
 from vllm_bailing.planning.memory import Layout, Stage
 
@@ -83,7 +82,6 @@ def stage_step(layout: Layout, stage: Stage, context: int, tokens: float) -> tup
     return read, own * (2 * active + attention) + tokens * 2 * experts
 
 
-def step_bytes(config: BailingMoeV2Config, dtype: str, tp: int, context: int, batch: int) -> float:
-    """Bytes that one of `tp` GPUs reads for a decoding step of `batch` requests that are `context` tokens long."""
-    layout = Layout(config, dtype, tp=tp)
-    return stage_step(layout, Stage(0, 0, config.num_hidden_layers), context, batch)[0]
+def step_bytes(layout: Layout, context: int, batch: int) -> float:
+    """Bytes that a rank of a model in one stage reads for a decoding step of `batch` requests of `context` tokens."""
+    return stage_step(layout, Stage(0, 0, layout.config.num_hidden_layers), context, batch)[0]

@@ -57,8 +57,7 @@ def settle_engine_config(vllm_config: Any) -> None:
     check_quantization(vllm_config)
     settle_experts(vllm_config)
     check_stop_tokens(vllm_config.model_config)
-    if draft_vocabulary(vllm_config):
-        _check_draft_head(vllm_config)
+    _check_draft_head(vllm_config)
     check_files(vllm_config)
     warn_of_another_target(vllm_config)
     _watch_for_nodes(vllm_config.parallel_config)
@@ -286,23 +285,28 @@ def adding_the_remedy(vllm_config: Any) -> Iterator[None]:
 
 
 def _check_draft_head(vllm_config: Any) -> None:
-    if not has_mtp_draft(vllm_config.speculative_config):
+    has_vocabulary = draft_vocabulary(vllm_config)
+    quantization = getattr(vllm_config.speculative_config, "draft_lm_head_quantization", None)
+    asked = f"draft_lm_head_quantization={quantization!r} in --speculative-config"
+    if has_vocabulary and not has_mtp_draft(vllm_config.speculative_config):
         raise SettingsError(
             f"{DRAFT_VOCABULARY} in --additional-config is for MTP drafts; add --speculative-config "
             '\'{"method": "mtp", "num_speculative_tokens": 1}\' or leave it out'
         )
-    quantization = getattr(vllm_config.speculative_config, "draft_lm_head_quantization", None)
-    if quantization is not None:
+    if has_vocabulary and quantization is not None:
         raise SettingsError(
-            f"{DRAFT_VOCABULARY} in --additional-config and draft_lm_head_quantization={quantization!r} in "
-            "--speculative-config: vLLM would quantize a head that the draft does not use then; leave one of them out"
+            f"{DRAFT_VOCABULARY} in --additional-config and {asked}: vLLM would quantize a head that the draft does "
+            "not use then; leave one of them out"
         )
     model_config = vllm_config.model_config
-    if Checkpoint.of(model_config).published(model_config.hf_config).has_scales("lm_head"):
-        raise SettingsError(
-            f"{DRAFT_VOCABULARY} in --additional-config takes rows of the head, and that of "
-            f"{model_config.model} is quantized; leave it out"
-        )
+    if (has_vocabulary or quantization is not None) and _has_quantized_head(model_config):
+        what = f"{DRAFT_VOCABULARY} in --additional-config takes rows" if has_vocabulary else f"{asked} makes a copy"
+        raise SettingsError(f"{what} of the head, and that of {model_config.model} is quantized; leave it out")
+
+
+def _has_quantized_head(model_config: Any) -> bool:
+    config = model_config.hf_config
+    return not config.stored_quantization_config and Checkpoint.of(model_config).published(config).has_scales("lm_head")
 
 
 def check_files(vllm_config: Any) -> None:

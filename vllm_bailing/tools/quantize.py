@@ -1,8 +1,8 @@
 """Quantize a BailingMoeV2 checkpoint's linear layers, one file at a time, without calibration data.
 
-Attention, dense and shared MLPs and experts are quantized, those of MTP layers too; router, embeddings, head, norms
-and `eh_proj` stay as they are. The result is in the compressed-tensors format, which vLLM reads. This file has the
-schemes that are written; those that are read are in `dequantize.py`.
+Attention, dense and shared MLPs and experts are quantized, those of MTP layers too, and the head if it is asked for;
+router, embeddings, norms and `eh_proj` stay as they are. The result is in the compressed-tensors format, which vLLM
+reads. This file has the schemes that are written; those that are read are in `dequantize.py`.
 
 torch and compressed-tensors are imported where they are used, so that the command line can name the schemes at once.
 """
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from vllm_bailing.checkpoint import Checkpoint
     from vllm_bailing.config import BailingMoeV2Config
 
-KEPT = ("lm_head", r"re:.*\.mlp\.gate$", r"re:.*\.eh_proj$")
+HEAD_MODULE = "lm_head"
+KEPT = (r"re:.*\.mlp\.gate$", r"re:.*\.eh_proj$")
 _LINEAR = ("query_key_value.weight", "attention.dense.weight", "_proj.weight")
 # Shares of a group's range that a scale is tried for; the best one in the mean square is taken.
 _RANGES = tuple(1 - step / 40 for step in range(13))
@@ -41,78 +42,36 @@ class Scheme(str, Enum):
 PRESETS = {Scheme.fp8: "FP8_DYNAMIC", Scheme.fp8_block: "FP8_BLOCK", Scheme.w8a8: "W8A8", Scheme.w4a16: "W4A16"}
 
 
-class Quantizer:
-    """A converter, as `compressed_tensors.entrypoints.convert` takes it.
+class LayerQuantizer:
+    """Weights [out, in] of linear layers in one scheme.
 
     Args:
-        checkpoint: The files; empty where they are yet to come from the hub.
+        targets: The layers, as compressed-tensors names them.
         group_size: Inputs that share a scale, for `Scheme.w4a16`.
-        keep: Modules to leave alone besides `KEPT`, as compressed-tensors matches them: a name or "re:PATTERN".
-    Raises:
-        QuantizeError: If `group_size` does not divide the inputs of a layer, or a layer is not in the checkpoint.
     """
 
-    def __init__(
-        self,
-        config: BailingMoeV2Config,
-        checkpoint: Checkpoint,
-        scheme: Scheme,
-        group_size: int,
-        keep: Iterable[str],
-    ) -> None:
+    def __init__(self, scheme: Scheme, targets: list[str], group_size: int) -> None:
         import torch
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.compressors.format import infer_module_format
         from compressed_tensors.quantization import preset_name_to_scheme
-        from compressed_tensors.utils.match import match_name
 
-        from vllm_bailing.tensor_names import main_tensors, mtp_tensors
-
-        self.scheme = preset_name_to_scheme(PRESETS[scheme], ["Linear"])
+        self.scheme = preset_name_to_scheme(PRESETS[scheme], targets)
         assert self.scheme.weights is not None
         self.args: QuantizationArgs = self.scheme.weights
         if scheme is Scheme.w4a16:
             self.args.group_size = group_size
-        format_ = infer_module_format(torch.nn.Linear, self.scheme)
-        self.scheme.format = format_
-        self.compressor = BaseCompressor.get_value_from_registry(format_.value)
-        self.keep = [*KEPT, *keep]
-        published = checkpoint.published(config).tensors
-        self.is_draft = is_draft_alone(config, published)
-        tensors = mtp_tensors(config) if self.is_draft else main_tensors(config) | mtp_tensors(config)
-        self.shapes = {
-            name: shape
-            for name, shape in tensors.items()
-            if name.endswith(_LINEAR) and not any(match_name(name.removesuffix(".weight"), kept) for kept in self.keep)
-        }
-        if scheme is Scheme.w4a16:
-            for name, (_, inputs) in self.shapes.items():
-                if inputs % group_size:
-                    raise QuantizeError(
-                        f"--group-size {group_size} does not divide the {inputs} inputs of {name}; choose a smaller one"
-                    )
-        self.config, self.prefix = config, checkpoint.prefix
-        if checkpoint.tensors and (missing := self.shapes.keys() - published.keys()):
-            raise QuantizeError(f"the checkpoint lacks {named(missing)}; `vllm-bailing doctor` says what it holds")
-        self._rest = {whole.name: {part.name for part in whole.rest} for whole in published.values() if whole.rest}
+        self.scheme.format = infer_module_format(torch.nn.Linear, self.scheme)
+        self._compressor = BaseCompressor.get_value_from_registry(self.scheme.format.value)
 
-    def process(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors of one file in the published layout, linear layers compressed."""
-        from vllm_bailing.layouts import as_published
-
-        result: dict[str, torch.Tensor] = {}
-        for name, tensor in as_published(tensors.items(), self.config, self.prefix):
-            if name not in self.shapes:
-                result[name] = tensor
-                continue
-            parts = {"weight": tensor.float(), "weight_scale": self.scale(tensor.float()).float()}
-            compressed: dict[str, torch.Tensor] = self.compressor.compress(parts, self.scheme)
-            for leaf, part in compressed.items():
-                result[f"{name.removesuffix('.weight')}.{leaf}"] = part.contiguous()
-        return result
+    def compress(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is stored for `weight`, by the last component of the names."""
+        parts = {"weight": weight.float(), "weight_scale": self.scale(weight.float())}
+        compressed: dict[str, torch.Tensor] = self._compressor.compress(parts, self.scheme)
+        return {leaf: part.contiguous() for leaf, part in compressed.items()}
 
     def scale(self, weight: torch.Tensor) -> torch.Tensor:
-        """Scales of `weight` [out, in]: [out, 1], [out, in / group_size] or [out / 128, in / 128], fp32."""
+        """Scales of `weight` [out, in] fp32: [out, 1] or [out / 128, in / 128] fp32, [out, in / group_size] bf16."""
         import torch
         from compressed_tensors.quantization.utils import calculate_qparams, maybe_pad_tensor_for_block_quant
 
@@ -125,7 +84,7 @@ class Quantizer:
             groups = weight.unflatten(1, (-1, self.args.group_size or weight.shape[1]))
         low, high = groups.amin(-1), groups.amax(-1)
         if self.args.num_bits > 4:
-            return calculate_qparams(low, high, self.args)[0]
+            return calculate_qparams(low, high, self.args)[0].float()
         best, least = torch.zeros_like(high), torch.full_like(high, torch.inf)
         limit = 2 ** (self.args.num_bits - 1)
         for share in _RANGES:
@@ -134,7 +93,79 @@ class Quantizer:
             rounded = (groups / scale[..., None]).round().clamp(-limit, limit - 1) * scale[..., None]
             error = (rounded - groups).square().sum(-1)
             best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-        return best
+        return best.bfloat16()
+
+
+class Quantizer:
+    """A converter, as `compressed_tensors.entrypoints.convert` takes it.
+
+    Args:
+        checkpoint: The files; empty where they are yet to come from the hub.
+        group_size: Inputs that share a scale, for `Scheme.w4a16`.
+        keep: Modules to leave alone besides `KEPT`, as compressed-tensors matches them: a name or "re:PATTERN".
+        head: Scheme of the head, which stays as it is without one.
+    Raises:
+        QuantizeError: If `group_size` does not divide the inputs of a layer, a layer is not in the checkpoint, or there
+            is no head that could be quantized so.
+    """
+
+    def __init__(
+        self,
+        config: BailingMoeV2Config,
+        checkpoint: Checkpoint,
+        scheme: Scheme,
+        group_size: int,
+        keep: Iterable[str],
+        head: Scheme | None = None,
+    ) -> None:
+        from compressed_tensors.utils.match import match_name
+
+        from vllm_bailing.tensor_names import HEAD, main_tensors, mtp_tensors
+
+        published = checkpoint.published(config).tensors
+        self.is_draft = is_draft_alone(config, published)
+        tensors = mtp_tensors(config) if self.is_draft else main_tensors(config) | mtp_tensors(config)
+        self.keep = [*KEPT, *keep]
+        self.head = None
+        if head is None:
+            self.keep.append(HEAD_MODULE)
+        else:
+            _check_head(config, head, HEAD in tensors)
+            self.head = LayerQuantizer(head, [HEAD_MODULE], group_size)
+        self.linear = LayerQuantizer(scheme, ["Linear"], group_size)
+        self.shapes = {
+            name: shape
+            for name, shape in tensors.items()
+            if name.endswith(_LINEAR) and not any(match_name(name.removesuffix(".weight"), kept) for kept in self.keep)
+        }
+        if self.head:
+            self.shapes[HEAD] = tensors[HEAD]
+        for name, (_, inputs) in self.shapes.items():
+            group = self._quantizer_of(name).args.group_size
+            if group and inputs % group:
+                raise QuantizeError(
+                    f"--group-size {group} does not divide the {inputs} inputs of {name}; choose a smaller one"
+                )
+        self.config, self.prefix = config, checkpoint.prefix
+        if checkpoint.tensors and (missing := self.shapes.keys() - published.keys()):
+            raise QuantizeError(f"the checkpoint lacks {named(missing)}; `vllm-bailing doctor` says what it holds")
+        self._rest = {whole.name: {part.name for part in whole.rest} for whole in published.values() if whole.rest}
+
+    def _quantizer_of(self, name: str) -> LayerQuantizer:
+        return self.head if self.head and name.startswith(HEAD_MODULE) else self.linear
+
+    def process(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of one file in the published layout, linear layers compressed."""
+        from vllm_bailing.layouts import as_published
+
+        result: dict[str, torch.Tensor] = {}
+        for name, tensor in as_published(tensors.items(), self.config, self.prefix):
+            if name not in self.shapes:
+                result[name] = tensor
+                continue
+            for leaf, part in self._quantizer_of(name).compress(tensor).items():
+                result[f"{name.removesuffix('.weight')}.{leaf}"] = part
+        return result
 
     def validate(self, tensors: dict[str, torch.Tensor]) -> None:
         """Refuse weights that are not plain ones of the configuration's shapes.
@@ -150,18 +181,38 @@ class Quantizer:
 
     def create_config(self) -> QuantizationConfig:
         """What becomes `quantization_config` of config.json."""
+        from compressed_tensors import CompressionFormat
         from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 
+        schemes = [one.scheme for one in (self.head, self.linear) if one]
+        formats = {scheme.format for scheme in schemes}
         return QuantizationConfig(
-            config_groups={"group_0": QuantizationScheme.model_validate(self.scheme)},
+            config_groups={
+                f"group_{index}": QuantizationScheme.model_validate(scheme) for index, scheme in enumerate(schemes)
+            },
             ignore=self.keep,
-            format=self.scheme.format,
+            format=formats.pop() if len(formats) == 1 else CompressionFormat.mixed_precision,
             quantization_status=QuantizationStatus.COMPRESSED,
         )
 
     def get_dependencies(self, weight_name: str) -> set[str]:
         """The other parts of a projection that is stored split, which must be in one file with the first."""
         return self._rest.get(weight_name, set())
+
+
+def _check_head(config: BailingMoeV2Config, head: Scheme, is_there: bool) -> None:
+    if not is_there:
+        what = "is the embedding here" if config.tie_word_embeddings else "is that of the target, which is not here"
+        raise QuantizeError(f"--head {head.value}: the head {what}, which stays as it is; leave --head out")
+    if config.norm_head:
+        raise QuantizeError(
+            f"--head {head.value}: with norm_head=true in config.json the head is normalized as it loads; leave it out"
+        )
+    if head is Scheme.fp8_block:
+        raise QuantizeError(
+            f"--head {head.value}: vLLM reads no head with a scale per block; choose "
+            f"{', '.join(one.value for one in Scheme if one is not head)}"
+        )
 
 
 def is_draft_alone(config: BailingMoeV2Config, names: Collection[str]) -> bool:
@@ -172,7 +223,12 @@ def is_draft_alone(config: BailingMoeV2Config, names: Collection[str]) -> bool:
 
 
 def quantize(
-    model: str, out: Path, scheme: Scheme, group_size: int = 128, keep: Iterable[str] = ()
+    model: str,
+    out: Path,
+    scheme: Scheme,
+    group_size: int = 128,
+    keep: Iterable[str] = (),
+    head: Scheme | None = None,
 ) -> tuple[int, bool]:
     """Quantize a bf16 checkpoint, a folder or a name on the hub, into the folder `out`, with progress bars of tqdm.
 
@@ -202,7 +258,7 @@ def quantize(
         raise QuantizeError(damage)
     if Path(model).is_dir() and not checkpoint.tensors:
         raise QuantizeError(f"no safetensors files in {model}; give the folder of a checkpoint")
-    quantizer = Quantizer(config, checkpoint, scheme, group_size, keep)
+    quantizer = Quantizer(config, checkpoint, scheme, group_size, keep, head)
     out.mkdir(parents=True, exist_ok=True)
     logger.remove()  # of every file copied
     convert_checkpoint(model, out, quantizer)

@@ -57,8 +57,9 @@ class Rounding:
         usual = cls.of(config, dtype, vllm)
         if config.stored_quantization_config:
             return [usual]
-        others = [None] if usual.inputs == "int8" else ["int8 by 128", "int8"] if _has_int4(config) else []
-        return [usual, *(replace(usual, inputs=one) for one in others)]
+        others = [None] if usual.inputs == "int8" else []
+        others += ["int8 by 128", "int8"] if _has_int4(config) else []
+        return [usual, *(replace(usual, inputs=one) for one in others if one != usual.inputs)]
 
     @classmethod
     def of(cls, config: BailingMoeV2Config, dtype: str, vllm: str | None = None) -> Rounding:
