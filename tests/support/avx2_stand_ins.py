@@ -24,7 +24,7 @@ def meaning(weights):
     groups, inputs = scales.shape[2], 2 * data.shape[2]
     group = inputs // groups
     half = min(group, 64) // 2  # so many bytes hold twice as many inputs, the first of them in their lower halves
-    bytes_ = data.unflatten(-1, (-1, half))
+    bytes_ = data.reshape(len(data), -1, inputs // (2 * half), 4, half).transpose(2, 3).flatten(1, 2)
     levels = torch.stack((bytes_ & 15, bytes_ >> 4), -2).flatten(-3).double()
     scale, zero = (
         one.double().transpose(2, 3).flatten(1, 2).repeat_interleave(group, -1) for one in (scales, zeros)

@@ -1,7 +1,8 @@
 // Matrix products with weights of 16, 8 and 4 bits on x86 processors with AVX2, F16C and FMA; see avx2.py.
 //
-// A block of `kRows` outputs at a time: up to `kFew` tokens (of a format) are multiplied with the weights as they are stored, two
-// tokens at a time, which reads memory once; for more, a part of the block becomes plain numbers in a cache first.
+// A block of `kRows` outputs at a time: up to `kFew` tokens (of a format) are multiplied with the weights as they are
+// stored, two tokens at a time, which reads memory once; for more, a part of the block becomes plain numbers in a cache
+// first.
 //
 // What stands for an activation:
 //   bf16, fp16, fp8  fp32
@@ -29,10 +30,19 @@ constexpr int kRows = 16;     // outputs of a block
 constexpr int kTile = 4;      // of them, in registers at a time, with one, two or kTogether tokens
 constexpr int64_t kPart = 512;  // inputs that become plain numbers at a time
 constexpr int64_t kWide = 128;  // inputs that share a scale of int8 activations
+constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
+constexpr int64_t kAhead = 1024;  // bytes that are asked of memory before they are needed, where it is read in order
 
 __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 __m128i load_half(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
+
+// Sums of kTile rows and T tokens; by loops that a compiler unrolls, which keeps them in registers.
+template <class Vector, int T>
+void clear(Vector (&sums)[kTile][T]) {
+  for (int r = 0; r < kTile; ++r)
+    for (int t = 0; t < T; ++t) sums[r][t] = Vector{};
+}
 
 float sum(__m256 v) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -103,13 +113,15 @@ struct Weights {
 // What stands for tokens x [T, K], and their scales.
 template <class Format>
 struct Tokens {
-  std::vector<typename Format::Number> numbers;  // [T, K]
+  std::vector<typename Format::Number> numbers;  // [T, stride]
   std::vector<float> scales, sums;               // [T, G]; sums of a group, in what they mean
-  int64_t k, groups;
-  const typename Format::Number* of(int64_t token) const { return numbers.data() + token * k; }
+  int64_t k, stride, groups;
+  const typename Format::Number* of(int64_t token) const { return numbers.data() + token * stride; }
 
-  Tokens(const void* x, int64_t dtype, int64_t count, const Weights& w) : k(w.k), groups(Format::groups(w)) {
-    numbers.resize(count * k);
+  // A cache line between tokens: at a distance of a multiple of 2048 bytes they would displace each other from a cache.
+  Tokens(const void* x, int64_t dtype, int64_t count, const Weights& w)
+      : k(w.k), stride(w.k + 64 / sizeof(typename Format::Number)), groups(Format::groups(w)) {
+    numbers.resize(count * stride);
     scales.resize(count * groups);
     sums.resize(Format::kHasZeros ? count * groups : 0);
 #pragma omp parallel if (count > 4)
@@ -118,7 +130,7 @@ struct Tokens {
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < count; ++t) {
         read(x, dtype, t * k, k, plain.data());
-        Format::represent(plain.data(), w, numbers.data() + t * k, scales.data() + t * groups,
+        Format::represent(plain.data(), w, numbers.data() + t * stride, scales.data() + t * groups,
                           Format::kHasZeros ? sums.data() + t * groups : nullptr);
       }
     }
@@ -130,7 +142,6 @@ struct Tokens {
 template <class Loader>
 struct Floating {
   using Number = float;
-  using Plain = float;
   static constexpr bool kHasZeros = false;
   static constexpr int64_t kFew = 12, kPlainPart = kPart / 2;
   static constexpr int kTogether = 3;
@@ -145,11 +156,11 @@ struct Floating {
   static void few(const Weights& w, int64_t row, const float (*scales)[kRows], int first, const float* const* x,
                   const float* const*, float (*out)[kRows]) {
     __m256 total[kTile][T];
-    for (auto& one : total) std::fill(one, one + T, _mm256_setzero_ps());
+    clear(total);
     const int64_t width = (w.groups > 1 ? kWide : w.k);
     for (int64_t g = 0; g * width < w.k; ++g) {
       __m256 part[kTile][T];
-      for (auto& one : part) std::fill(one, one + T, _mm256_setzero_ps());
+      clear(part);
       const int64_t end = std::min(w.k, (g + 1) * width);
       for (int64_t k = g * width; k < end; k += 16) {
         for (int r = 0; r < kTile; ++r) {
@@ -184,10 +195,9 @@ struct Floating {
   }
 
   template <int T>
-  static void many(const Weights&, const float (*)[kRows], int first, const float* plain, int64_t, int64_t count,
-                   const float* const* x, const float* const*, float* const* out) {
+  static void many(int first, const float* plain, int64_t count, const float* const* x, float* const* out) {
     __m256 acc[kTile][T];
-    for (auto& one : acc) std::fill(one, one + T, _mm256_setzero_ps());
+    clear(acc);
     for (int64_t k = 0; k < count; k += 8) {
       __m256 of[T];
       for (int t = 0; t < T; ++t) of[t] = _mm256_loadu_ps(x[t] + k);
@@ -254,7 +264,6 @@ struct Fp8 : Floating<LoadFp8> {
 
 struct Int8 {
   using Number = int16_t;
-  using Plain = int16_t;
   static constexpr bool kHasZeros = false;
   static constexpr int64_t kFew = 24, kPlainPart = kPart;
   static constexpr int kTogether = 2;
@@ -289,7 +298,7 @@ struct Int8 {
   static void few(const Weights& w, int64_t row, const float (*scales)[kRows], int first, const int16_t* const* x,
                   const float* const* x_scales, float (*out)[kRows]) {
     __m256i acc[kTile][T];
-    for (auto& one : acc) std::fill(one, one + T, _mm256_setzero_si256());
+    clear(acc);
     for (int64_t k = 0; k < w.k; k += 16) {
       for (int r = 0; r < kTile; ++r) {
         const int64_t index = (row + r) * w.k + k;
@@ -312,10 +321,9 @@ struct Int8 {
   }
 
   template <int T>
-  static void many(const Weights&, const float (*)[kRows], int first, const int16_t* plain, int64_t, int64_t count,
-                   const int16_t* const* x, const float* const*, float* const* out) {
+  static void many(int first, const int16_t* plain, int64_t count, const int16_t* const* x, float* const* out) {
     __m256i acc[kTile][T];
-    for (auto& one : acc) std::fill(one, one + T, _mm256_setzero_si256());
+    clear(acc);
     for (int64_t k = 0; k < count; k += 16) {
       __m256i of[T];
       for (int t = 0; t < T; ++t) of[t] = load(x[t] + k);
@@ -337,13 +345,12 @@ struct Int8 {
 
 // ---- weights in int4 -----------------------------------------------------------------------------------------------
 
-// 32 bytes hold 64 inputs: the first 32 in their lower halves; groups of 32 the same with 16 bytes.
+// 32 bytes hold 64 inputs of a row: the first 32 in their lower halves; groups of 32 the same with 16 bytes. Those of
+// kTile rows lie side by side, so that memory is read in its order.
 struct Int4 {
   using Number = int8_t;
-  using Plain = uint8_t;
   static constexpr bool kHasZeros = true;
-  static constexpr int64_t kFew = 24, kPlainPart = kPart;
-  static constexpr int kTogether = 2;
+  static constexpr int64_t kFew = kAny;  // as fast as what would become plain numbers first
 
   static int64_t groups(const Weights& w) { return w.groups; }
 
@@ -381,90 +388,59 @@ struct Int4 {
       }
   }
 
+  static bool has_small_groups(const Weights& w) { return w.k / w.groups == 32; }
+
   template <int T>
   static void few(const Weights& w, int64_t row, const float (*scales)[kRows], int first, const int8_t* const* x,
                   const float* const* x_scales, float (*out)[kRows]) {
+    has_small_groups(w) ? few_in<T, 16>(w, row, scales, first, x, x_scales, out)
+                        : few_in<T, 32>(w, row, scales, first, x, x_scales, out);
+  }
+
+  template <int T, int64_t kBytes>
+  static void few_in(const Weights& w, int64_t row, const float (*scales)[kRows], int first, const int8_t* const* x,
+                     const float* const* x_scales, float (*out)[kRows]) {
     const __m256i lower = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     const int64_t group = w.k / w.groups;
+    const uint8_t* from = w.data + row * w.k / 2;
     __m256 total[kTile][T];
-    for (auto& one : total) std::fill(one, one + T, _mm256_setzero_ps());
+    clear(total);
     for (int64_t g = 0; g < w.groups; ++g) {
       __m256i part[kTile][T];
-      for (auto& one : part) std::fill(one, one + T, _mm256_setzero_si256());
-      for (int64_t k = g * group; k < (g + 1) * group; k += 64) {
-        for (int r = 0; r < kTile; ++r) {
-          const uint8_t* from = w.data + ((row + r) * w.k + k) / 2;
-          prefetch(from + kTile * w.k / 2);
-          if (group == 32) {
+      clear(part);
+      for (int64_t k = g * group; k < (g + 1) * group; k += 2 * kBytes) {
+        prefetch(from + kAhead);
+        if (kBytes == 32) prefetch(from + kAhead + 64);
+        for (int r = 0; r < kTile; ++r, from += kBytes) {
+          if constexpr (kBytes == 16) {
             const __m128i bytes = load_half(from);
             const __m256i weight = _mm256_and_si256(
                 _mm256_inserti128_si256(_mm256_castsi128_si256(bytes), _mm_srli_epi16(bytes, 4), 1), lower);
-            for (int t = 0; t < T; ++t) part[r][t] = _mm256_maddubs_epi16(weight, load(x[t] + k));
-            continue;
-          }
-          const __m256i bytes = load(from);
-          const __m256i low = _mm256_and_si256(bytes, lower);
-          const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), lower);
-          for (int t = 0; t < T; ++t) {
-            const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(low, load(x[t] + k)),
-                                                  _mm256_maddubs_epi16(high, load(x[t] + k + 32)));
-            part[r][t] = _mm256_add_epi16(part[r][t], both);
+            for (int t = 0; t < T; ++t)
+              part[r][t] = _mm256_add_epi16(part[r][t], _mm256_maddubs_epi16(weight, load(x[t] + k)));
+          } else {
+            const __m256i bytes = load(from);
+            const __m256i low = _mm256_and_si256(bytes, lower);
+            const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), lower);
+            for (int t = 0; t < T; ++t) {
+              const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(low, load(x[t] + k)),
+                                                    _mm256_maddubs_epi16(high, load(x[t] + k + 32)));
+              part[r][t] = _mm256_add_epi16(part[r][t], both);
+            }
           }
         }
       }
-      for (int r = 0; r < kTile; ++r)
-        for (int t = 0; t < T; ++t) {
-          const __m256 scale = _mm256_set1_ps(scales[g][first + r] * x_scales[t][g]);
+      for (int t = 0; t < T; ++t) {
+        const __m256 x_scale = _mm256_broadcast_ss(x_scales[t] + g);
+        for (int r = 0; r < kTile; ++r) {
+          const __m256 scale = _mm256_mul_ps(_mm256_broadcast_ss(scales[g] + first + r), x_scale);
           total[r][t] =
               _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(part[r][t], ones)), scale, total[r][t]);
         }
+      }
     }
     for (int t = 0; t < T; ++t)
       for (int r = 0; r < kTile; ++r) out[t][first + r] = sum(total[r][t]);
-  }
-
-  static void unpack(const Weights& w, int64_t row, const float (*)[kRows], int64_t from, int64_t count,
-                     uint8_t* plain) {
-    const int64_t half = w.k / w.groups == 32 ? 16 : 32;  // bytes that are unpacked together
-    for (int r = 0; r < kRows; ++r) {
-      const uint8_t* bytes = w.data + ((row + r) * w.k + from) / 2;
-      for (int64_t k = 0; k < count; k += 2 * half)
-        for (int64_t i = 0; i < half; ++i) {
-          plain[r * count + k + i] = bytes[k / 2 + i] & 15;
-          plain[r * count + k + half + i] = bytes[k / 2 + i] >> 4;
-        }
-    }
-  }
-
-  template <int T>
-  static void many(const Weights& w, const float (*scales)[kRows], int first, const uint8_t* plain, int64_t from,
-                   int64_t count, const int8_t* const* x, const float* const* x_scales, float* const* out) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    const int64_t group = w.k / w.groups;
-    __m256 total[kTile][T];
-    for (auto& one : total) std::fill(one, one + T, _mm256_setzero_ps());
-    for (int64_t start = 0; start < count; start += group) {
-      const int64_t g = (from + start) / group;
-      __m256i part[kTile][T];
-      for (auto& one : part) std::fill(one, one + T, _mm256_setzero_si256());
-      for (int64_t k = start; k < start + group; k += 32) {
-        __m256i of[T];
-        for (int t = 0; t < T; ++t) of[t] = load(x[t] + k);
-        for (int r = 0; r < kTile; ++r) {
-          const __m256i weight = load(plain + (first + r) * count + k);
-          for (int t = 0; t < T; ++t)
-            part[r][t] = _mm256_add_epi16(part[r][t], _mm256_maddubs_epi16(weight, of[t]));
-        }
-      }
-      for (int r = 0; r < kTile; ++r)
-        for (int t = 0; t < T; ++t) {
-          const __m256 scale = _mm256_set1_ps(scales[g][first + r] * x_scales[t][g]);
-          total[r][t] =
-              _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(part[r][t], ones)), scale, total[r][t]);
-        }
-    }
-    for (int t = 0; t < T; ++t)
-      for (int r = 0; r < kTile; ++r) out[t][first + r] += sum(total[r][t]);
   }
 
   // Take away what the zero points stand for.
@@ -487,7 +463,7 @@ struct Int4 {
 template <class Format>
 struct Workplace {
   std::vector<float> scales, zeros, out;  // [G, kRows], [G, kRows], [T, kRows]
-  std::vector<typename Format::Plain> plain;
+  std::vector<typename Format::Number> plain;
 
   // out [T, kRows] = tokens [T, K] times rows [row, row + kRows) of the weights
   float* multiply(const Weights& w, int64_t row, const Tokens<Format>& tokens, const int64_t* chosen, int64_t count) {
@@ -511,8 +487,15 @@ struct Workplace {
             Format::template few<1>(w, row + first, s, first, x, x_scales, to);
         }
       if (Format::kHasZeros) finish(w, s, z, tokens, chosen, count);
-      return out.data();
+    } else if constexpr (Format::kFew != kAny) {
+      multiply_many(w, row, s, tokens, chosen, count);
+      finish(w, s, z, tokens, chosen, count);
     }
+    return out.data();
+  }
+
+  void multiply_many(const Weights& w, int64_t row, const float (*s)[kRows], const Tokens<Format>& tokens,
+                     const int64_t* chosen, int64_t count) {
     std::fill(out.begin(), out.end(), 0.0f);
     plain.resize(kRows * Format::kPlainPart);
     for (int64_t from = 0; from < w.k; from += Format::kPlainPart) {
@@ -521,25 +504,21 @@ struct Workplace {
       constexpr int most = Format::kTogether;
       for (int64_t t = 0; t < count; t += most) {
         const typename Format::Number* x[most];
-        const float* x_scales[most];
         float* to[most];
         const int64_t together = std::min<int64_t>(most, count - t);
         for (int64_t i = 0; i < together; ++i) {
           x[i] = tokens.of(chosen[t + i]) + from;
-          x_scales[i] = &tokens.scales[chosen[t + i] * groups];
           to[i] = out.data() + (t + i) * kRows;
         }
         for (int first = 0; first < kRows; first += kTile) {
           if (together == most)
-            Format::template many<most>(w, s, first, plain.data(), from, part, x, x_scales, to);
+            Format::template many<most>(first, plain.data(), part, x, to);
           else
             for (int64_t i = 0; i < together; ++i)
-              Format::template many<1>(w, s, first, plain.data(), from, part, x + i, x_scales + i, to + i);
+              Format::template many<1>(first, plain.data(), part, x + i, to + i);
         }
       }
     }
-    finish(w, s, z, tokens, chosen, count);
-    return out.data();
   }
 
   void finish(const Weights& w, const float (*s)[kRows], const float (*z)[kRows], const Tokens<Format>& tokens,

@@ -27,7 +27,7 @@ from vllm_bailing.processor import compiler
 
 MULTIPLES = (16, 32)  # of which N and K have to be multiples
 GROUPS = (32, 64, 128)  # sizes of groups of int4 weights; the kernel knows no others
-_ROWS = MULTIPLES[0]
+_ROWS, _TILE = MULTIPLES[0], 4  # of outputs whose scales, and whose weights in int4, lie side by side
 _SOURCE = Path(__file__).with_name("avx2.cpp")
 _FLAGS = ("-O3", "-std=c++20", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 600.0  # for the compiler
@@ -60,7 +60,8 @@ def packed_int4(
         scales: [N, G].
         zeros: [N, G] uint8, 0 to 16; a weight means (level - zero) * scale.
     Returns:
-        [N, K / 2] uint8, [N / 16, G, 16] bf16 or fp16, and [N / 16, G, 16] uint8. Groups larger than 128 are cut.
+        [N, K / 2] uint8, with 4 outputs side by side, [N / 16, G, 16] bf16 or fp16, and [N / 16, G, 16] uint8. Groups
+        larger than 128 are cut.
     Raises:
         RuntimeError: If the kernels know no groups of this size; a proof tells it.
     """
@@ -71,8 +72,8 @@ def packed_int4(
     if group > GROUPS[-1]:
         scales, zeros = (one.repeat_interleave(group // GROUPS[-1], 1) for one in (scales, zeros))
         group = GROUPS[-1]
-    halves = levels.view(n, -1, 2, min(group, 64) // 2)
-    data = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(n, k // 2)
+    halves = levels.view(n // _TILE, _TILE, -1, 2, min(group, 64) // 2)
+    data = (halves[..., 0, :] | halves[..., 1, :] << 4).transpose(1, 2).reshape(n, k // 2)
 
     def in_blocks(of_groups: torch.Tensor) -> torch.Tensor:
         return of_groups.view(n // _ROWS, _ROWS, -1).transpose(1, 2).contiguous()
