@@ -570,11 +570,21 @@ class BailingMoeV2ForCausalLM(
 
     def _with_head(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
-            if self.config.norm_head and name.startswith("lm_head."):
-                if name != HEAD or tensor.itemsize == 1:
-                    raise CheckpointError(
-                        "the head is quantized, and norm_head=true in config.json normalizes it while it loads, which "
-                        f"takes floats; {DEQUANTIZE}"
-                    )
+            if name.startswith("lm_head."):
+                self._check_head(name, tensor)
+            if name == HEAD:
                 tensor = normalized_head(self.config, tensor, self.vllm_config.model_config.dtype)
             yield name, tensor
+
+    def _check_head(self, name: str, tensor: torch.Tensor) -> None:
+        if self.config.norm_head and (name != HEAD or tensor.itemsize == 1):
+            raise CheckpointError(
+                "the head is quantized, and norm_head=true in config.json normalizes it while it loads, which takes "
+                f"floats; {DEQUANTIZE}"
+            )
+        if isinstance(self.lm_head, ParallelLMHead) and not hasattr(self.lm_head, name.rpartition(".")[2]):
+            raise CheckpointError(
+                f"{name} says that the head is quantized, and by quantization_config of config.json vLLM takes it for "
+                'a plain one (of compressed-tensors, "Linear" does not mean the head: a group has to have "lm_head" '
+                f"among its targets); {DEQUANTIZE}"
+            )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer, read_tensors, write_tensors
+from tests.support.configs import raw_config_of
 from tests.support.cpu import NEEDS_AVX512
 from tests.support.engine import TOLERANCE, EngineError, generate, make_llm, run, run_in_turn
 from tests.support.quantized import DEQUANTIZE, SCHEMES, no_expert, plain_copy, quantize, quantize_by_command
@@ -113,3 +116,27 @@ def test_a_scheme_without_a_kernel_is_refused_with_the_way_out(scheme, options, 
         run(_start_without_kernels_for_experts, model, **options)
     for fragment in fragments:
         assert fragment in refusal.value.message
+
+
+def _for_linear_layers_alone(config):
+    config["quantization_config"]["config_groups"] = {
+        "group_0": config["quantization_config"]["config_groups"]["group_1"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        (_for_linear_layers_alone, 'a group has to have "lm_head" among its targets'),
+        (lambda config: config.update(norm_head=True), "norm_head=true in config.json normalizes it"),
+    ],
+)
+def test_a_quantized_head_that_would_be_misread_is_refused(change, fragment, tmp_path):
+    model = make_checkpoint(tmp_path / "model")
+    quantize_by_command(model, tmp_path / "out", "fp8", "--head", "fp8", "--keep", r"re:.*\.mlp\.experts\..*")
+    config = raw_config_of(tmp_path / "out")
+    change(config)
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError) as refusal:
+        run(make_llm, tmp_path / "out", dtype="bfloat16")
+    assert fragment in refusal.value.message and '"dequantize": true' in refusal.value.message

@@ -21,7 +21,7 @@ def demo_answers():
     return run_in_turn(answers, DEMO, 200, 0, dtype="bfloat16")[0]
 
 
-@pytest.mark.parametrize("scheme", [*(f"script-{one}" for one in ("fp8", "fp8-block", "w8a8", "w4a16")), *SCHEMES])
+@pytest.mark.parametrize("scheme", [*(f"script-{one}" for one in ("fp8", "fp8-block+w8a8", "w8a8", "w4a16")), *SCHEMES])
 def test_the_quantized_demo_answers_like_the_plain_one(scheme, tmp_path, demo_answers):
     """Experts, MTP layer and all; what the plain checkpoint answers in bf16 is right in 97 of 100 cases."""
     model = quantized_demo(scheme, tmp_path / "demo")
@@ -35,7 +35,10 @@ def test_the_quantized_demo_answers_like_the_plain_one(scheme, tmp_path, demo_an
 @NEEDS_AVX2
 @pytest.mark.parametrize(
     "scheme",
-    ["script-w4a16", *(pytest.param(one, marks=pytest.mark.thorough) for one in ("script-w8a8", "gptq", "awq"))],
+    [
+        "script-w4a16+w8a8",
+        *(pytest.param(one, marks=pytest.mark.thorough) for one in ("script-w8a8+w8a8", "gptq", "awq")),
+    ],
 )
 def test_the_quantized_demo_answers_like_the_plain_one_in_kernels_for_avx2(scheme, tmp_path, demo_answers):
     model = quantized_demo(scheme, tmp_path / "demo")

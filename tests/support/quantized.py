@@ -225,5 +225,6 @@ def quantized_demo(scheme, folder):
         shutil.copytree(DEMO, folder)
         quantize(folder, scheme)
     else:
-        quantize_by_command(DEMO, folder, scheme.removeprefix("script-"), "--group-size", "32")
+        linear, _, head = scheme.removeprefix("script-").partition("+")
+        quantize_by_command(DEMO, folder, linear, "--group-size", "32", *(["--head", head] if head else []))
     return folder

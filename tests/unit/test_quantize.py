@@ -86,6 +86,7 @@ def test_a_checkpoint_without_a_layer_is_refused(tmp_path):
         (("--scheme", "w4a16"), "--group-size 128 does not divide the 64 inputs of model.layers"),
         (("--scheme", "int3"), "int3"),
         (("--head", "fp8-block"), "vLLM reads no head with a scale per block; choose fp8, w8a8, w4a16"),
+        (("--head", "w8a8", "--keep", "re:.*head"), "--head w8a8 and --keep, which names the head too; leave one"),
         (("--head", "w4a16"), "--group-size 128 does not divide the 64 inputs of lm_head.weight"),
     ],
 )

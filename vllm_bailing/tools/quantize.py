@@ -130,6 +130,8 @@ class Quantizer:
         if head is None:
             self.keep.append(HEAD_MODULE)
         else:
+            if any(match_name(HEAD_MODULE, kept) for kept in self.keep):
+                raise QuantizeError(f"--head {head.value} and --keep, which names the head too; leave one of them out")
             _check_head(config, head, HEAD in tensors)
             self.head = LayerQuantizer(head, [HEAD_MODULE], group_size)
         self.linear = LayerQuantizer(scheme, ["Linear"], group_size)
