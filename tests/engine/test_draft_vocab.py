@@ -1,7 +1,9 @@
 """A draft vocabulary."""
 
 import json
+import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,11 @@ import torch
 from tests.support.checkpoints import PROMPT, make_checkpoint
 from tests.support.config_switches import SWITCHES
 from tests.support.engine import TOLERANCE, TWO_RANKS, EngineError, make_llm, run, run_in_turn
+from tests.support.quantized import quantize_by_command
 from tests.support.speculation import answers, draft_logits, mtp
 from vllm_bailing import DEMO
+from vllm_bailing.config import read_config
+from vllm_bailing.errors import SettingsError
 
 
 def test_a_draft_vocabulary_changes_no_answer_and_only_the_chosen_tokens_are_proposed(
@@ -64,3 +69,31 @@ def test_a_wrong_draft_vocabulary_is_refused(given, speculative_config, fragment
         run(make_llm, model, **options)
     assert refusal.value.message.startswith("SettingsError: ")
     assert fragment in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    ("additional", "quantization", "fragment"),
+    [
+        ({"bailing_draft_vocab": [1, 2]}, None, "bailing_draft_vocab in --additional-config takes rows of the head"),
+        ({}, "fp8", "draft_lm_head_quantization='fp8' in --speculative-config makes a copy of the head"),
+        ({}, None, None),
+    ],
+)
+def test_what_needs_a_plain_head_is_refused_with_a_quantized_one(additional, quantization, fragment, tmp_path):
+    from vllm_bailing.plugin.checks import _check_draft_head
+    from vllm_bailing.plugin.speculation import MTP_ARCHITECTURE
+
+    model = make_checkpoint(tmp_path / "model", num_nextn_predict_layers=1)
+    quantize_by_command(model, tmp_path / "out", "w8a8", "--head", "w8a8")
+    for folder in (tmp_path / "out", model):
+        draft = SimpleNamespace(architectures=[MTP_ARCHITECTURE])
+        speculation = SimpleNamespace(draft_lm_head_quantization=quantization, draft_model_config=draft)
+        model_config = SimpleNamespace(model=str(folder), hf_config=read_config(str(folder)), revision=None)
+        vllm_config = SimpleNamespace(
+            additional_config=additional, speculative_config=speculation, model_config=model_config
+        )
+        if fragment is None or folder == model:
+            _check_draft_head(vllm_config)
+        else:
+            with pytest.raises(SettingsError, match=re.escape(fragment) + ".* is quantized; leave it out"):
+                _check_draft_head(vllm_config)

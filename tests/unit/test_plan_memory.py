@@ -270,6 +270,11 @@ def test_a_checkpoint_without_quantization_is_stored_as_vllm_computes(dtype, pla
     [
         ({"quant_method": "compressed-tensors"}, "'compressed-tensors', None bits, int"),
         ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": None}}}, "None bits, int"),
+        ({"quant_method": "compressed-tensors", "config_groups": [1]}, "None bits, int"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["re:(", 3]}}},
+            "pattern that is none",
+        ),
         ({"quant_method": "awq", "bits": 3}, "'awq', 3 bits, int"),
         ({"quant_method": "mxfp4", "bits": 4}, "'mxfp4', None bits, int"),
     ],

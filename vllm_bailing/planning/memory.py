@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from vllm_bailing.adapters import AdapterSlots
 from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.errors import told
 from vllm_bailing.tensor_names import layer_tensors, shard_shape
 from vllm_bailing.units import GIB, PLAIN_DTYPES, dtype_name
 
@@ -144,19 +145,30 @@ _QUANTIZED = {(8, "float"): "fp8", (8, "int"): "int8", (4, "int"): "int4"}
 
 
 def _weights_of(quantization: dict[str, Any], module: str) -> dict[str, Any] | None:
-    """What compressed-tensors says of the weights of a linear layer or the head; None if they are plain."""
+    """What compressed-tensors says of the weights of a linear layer or the head; None if they are plain.
 
-    def is_meant(patterns: list[str] | None, kind: str = "") -> bool:
-        return any(
-            re.match(one[3:], module) if one.startswith("re:") else one in (module, kind) for one in patterns or []
-        )
+    Raises:
+        ValueError: If a pattern is none.
+    """
+
+    def is_meant(patterns: Any, kind: str = "") -> bool:
+        names = [one for one in patterns if isinstance(one, str)] if isinstance(patterns, list) else []
+        try:
+            return any(re.match(one[3:], module) if one.startswith("re:") else one in (module, kind) for one in names)
+        except re.error as error:
+            raise ValueError(
+                f"quantization_config of config.json has a pattern that is none ({error}) among {told(names)}; take "
+                "the config.json that was exported with the weights"
+            ) from None
 
     if is_meant(quantization.get("ignore")):
         return None
-    groups = [(one.get("targets", ["Linear"]), one) for one in (quantization.get("config_groups") or {}).values()]
-    named = [group for targets, group in groups if is_meant(targets)]  # which goes before the kind of layer
-    meant = named or [group for targets, group in groups if module != _HEAD and is_meant(targets, "Linear")]
-    return meant[0].get("weights") if meant else None
+    groups = quantization.get("config_groups")
+    known = [one for one in groups.values() if isinstance(one, dict)] if isinstance(groups, dict) else []
+    named = [one for one in known if is_meant(one.get("targets"))]  # which goes before the kind of layer
+    meant = named or [one for one in known if module != _HEAD and is_meant(one.get("targets", ["Linear"]), "Linear")]
+    weights = meant[0].get("weights") if meant else None
+    return weights if isinstance(weights, dict) else None
 
 
 def padded_vocabulary(config: BailingMoeV2Config) -> int:
