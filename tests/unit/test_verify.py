@@ -136,15 +136,24 @@ INT8 = {
     "quant_method": "compressed-tensors",
     "config_groups": {"a": {"weights": {"num_bits": 8, "type": "int"}, "input_activations": {"type": "int"}}},
 }
+MIXED = {**INT8, "config_groups": {**INT8["config_groups"], "b": {"weights": {"num_bits": 4, "type": "int"}}}}
 
 
 @pytest.mark.parametrize(
-    ("quantization", "inputs"), [(None, [None]), (INT8, ["int8", None]), (INT4, [None, "int8 by 128", "int8"])]
+    ("quantization", "inputs", "fused"),
+    [
+        (None, [None], [False]),
+        (INT8, ["int8", None], [False, True]),
+        (INT4, [None, "int8 by 128", "int8"], [False, True, False]),
+        (MIXED, ["int8", None, "int8 by 128"], [False, True, True]),
+    ],
 )
-def test_kernels_for_integers_may_round_in_several_ways(quantization, inputs):
+def test_kernels_for_integers_may_round_in_several_ways(quantization, inputs, fused):
+    """Those of this package keep what is inside experts in fp32."""
     config = read_config(DEMO)
     config.quantization_config = quantization
     assert [one.inputs for one in Rounding.possible(config, "bfloat16")] == inputs
+    assert [one.fused_experts for one in Rounding.possible(config, "bfloat16")] == fused
     config.quantization_config, config.stored_quantization_config = None, quantization  # dequantized
     assert [one.inputs for one in Rounding.possible(config, "bfloat16")] == [None]
 

@@ -40,7 +40,8 @@ class Rounding:
         dtype: Of its activations.
         inputs: Of what its quantized layers multiply: "fp8", "int8" with a scale for each token, "int8 by 128" with one
             for so many inputs, or None for `dtype`.
-        fused_experts: Whether router and experts are one function on CPUs, which keeps more in fp32: before vLLM 0.30.
+        fused_experts: Whether experts keep in fp32 what is inside them on CPUs: in vLLM before 0.30, where router and
+            experts were one function, and in kernels of this package.
     """
 
     dtype: str
@@ -51,15 +52,17 @@ class Rounding:
     def possible(cls, config: BailingMoeV2Config, dtype: str, vllm: str | None = None) -> list[Rounding]:
         """What a deployment may round: that of `of`, and what kernels for CPUs do, which no server tells.
 
-        Without AVX-512 those for int8 keep more digits of inputs than the scheme says (`plugin/kernels/avx2.py`), and
-        those for int4 fewer; with AVX-512 those for int4 have one scale for each token.
+        Without AVX-512 those for int8 and fp8 keep more digits of inputs than the scheme says, those for int4 fewer,
+        and all of them keep what is inside experts (`plugin/kernels/avx2.py`); with AVX-512 those for int4 have one
+        scale for each token.
         """
         usual = cls.of(config, dtype, vllm)
         if config.stored_quantization_config:
             return [usual]
-        others = [None] if usual.inputs == "int8" else []
-        others += ["int8 by 128", "int8"] if _has_int4(config) else []
-        return [usual, *(replace(usual, inputs=one) for one in others if one != usual.inputs)]
+        others = [replace(usual, inputs=None, fused_experts=True)] if usual.inputs and dtype != "fp8" else []
+        if _has_int4(config):
+            others += [replace(usual, inputs="int8 by 128", fused_experts=True), replace(usual, inputs="int8")]
+        return [usual, *(one for one in others if one != usual)]
 
     @classmethod
     def of(cls, config: BailingMoeV2Config, dtype: str, vllm: str | None = None) -> Rounding:
