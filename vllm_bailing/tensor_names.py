@@ -15,6 +15,7 @@ ROUTER = ".mlp.gate.weight"  # the end of its name
 # Fixed scales of activations, and what else belongs to a quantized layer's inputs and outputs.
 ACTIVATION_LEAVES = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 EMBEDDING, HEAD = "model.word_embeddings.weight", "lm_head.weight"
+HEAD_MODULE = HEAD.removesuffix(".weight")
 SCORE = "score.weight"  # the head of classification and reward models, which transformers names
 
 

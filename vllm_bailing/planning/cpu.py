@@ -69,9 +69,8 @@ def cpu_plans(config: BailingMoeV2Config, machine: CpuMachine, context: int) -> 
 
     A checkpoint that is quantized can be served as it is, or dequantized. A plain one comes in each of `DTYPES`.
     """
-    stored = stored_dtype(config)
     if getattr(config, "quantization_config", None):
-        layouts = [Layout(config, stored, **stored_beside_experts(config)), Layout(config, "bf16")]
+        layouts = [Layout(config, stored_dtype(config), **stored_beside_experts(config)), Layout(config, "bf16")]
     else:
         layouts = [Layout(config, one, linear_dtype=one, head_dtype=HEADS.get(one)) for one in DTYPES]
     return [_planned(layout, machine, context) for layout in layouts]

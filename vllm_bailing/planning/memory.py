@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from vllm_bailing.adapters import AdapterSlots
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import told
-from vllm_bailing.tensor_names import layer_tensors, shard_shape
+from vllm_bailing.tensor_names import HEAD_MODULE, layer_tensors, shard_shape
 from vllm_bailing.units import GIB, PLAIN_DTYPES, dtype_name
 
 # Plain data types, then those that linear layers can be quantized to; int4 is for the routed experts alone.
@@ -135,12 +135,11 @@ def stored_beside_experts(config: BailingMoeV2Config) -> dict[str, str | None]:
         weights = _weights_of(quantization, module)
         return _QUANTIZED.get((weights.get("num_bits"), weights.get("type", "int"))) if weights else None
 
-    return {"linear_dtype": dtype_of(_A_LINEAR_LAYER) or plain_dtype(config), "head_dtype": dtype_of(_HEAD)}
+    return {"linear_dtype": dtype_of(_A_LINEAR_LAYER) or plain_dtype(config), "head_dtype": dtype_of(HEAD_MODULE)}
 
 
 # Names of modules that stand for all of their kind.
 _AN_EXPERT, _A_LINEAR_LAYER = "model.layers.1.mlp.experts.0.gate_proj", "model.layers.1.attention.dense"
-_HEAD = "lm_head"
 _QUANTIZED = {(8, "float"): "fp8", (8, "int"): "int8", (4, "int"): "int4"}
 
 
@@ -166,7 +165,9 @@ def _weights_of(quantization: dict[str, Any], module: str) -> dict[str, Any] | N
     groups = quantization.get("config_groups")
     known = [one for one in groups.values() if isinstance(one, dict)] if isinstance(groups, dict) else []
     named = [one for one in known if is_meant(one.get("targets"))]  # which goes before the kind of layer
-    meant = named or [one for one in known if module != _HEAD and is_meant(one.get("targets", ["Linear"]), "Linear")]
+    meant = named or [
+        one for one in known if module != HEAD_MODULE and is_meant(one.get("targets", ["Linear"]), "Linear")
+    ]
     weights = meant[0].get("weights") if meant else None
     return weights if isinstance(weights, dict) else None
 

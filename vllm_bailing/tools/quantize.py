@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from vllm_bailing.checkpoint import Checkpoint
     from vllm_bailing.config import BailingMoeV2Config
 
-HEAD_MODULE = "lm_head"
 KEPT = (r"re:.*\.mlp\.gate$", r"re:.*\.eh_proj$")
 _LINEAR = ("query_key_value.weight", "attention.dense.weight", "_proj.weight")
 # Shares of a group's range that a scale is tried for; the best one in the mean square is taken.
@@ -66,7 +65,8 @@ class LayerQuantizer:
 
     def compress(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is stored for `weight`, by the last component of the names."""
-        parts = {"weight": weight.float(), "weight_scale": self.scale(weight.float())}
+        weight = weight.float()
+        parts = {"weight": weight, "weight_scale": self.scale(weight)}
         compressed: dict[str, torch.Tensor] = self._compressor.compress(parts, self.scheme)
         return {leaf: part.contiguous() for leaf, part in compressed.items()}
 
@@ -120,7 +120,7 @@ class Quantizer:
     ) -> None:
         from compressed_tensors.utils.match import match_name
 
-        from vllm_bailing.tensor_names import HEAD, main_tensors, mtp_tensors
+        from vllm_bailing.tensor_names import HEAD, HEAD_MODULE, main_tensors, mtp_tensors
 
         published = checkpoint.published(config).tensors
         self.is_draft = is_draft_alone(config, published)
@@ -154,7 +154,8 @@ class Quantizer:
         self._rest = {whole.name: {part.name for part in whole.rest} for whole in published.values() if whole.rest}
 
     def _quantizer_of(self, name: str) -> LayerQuantizer:
-        return self.head if self.head and name.startswith(HEAD_MODULE) else self.linear
+        module = name.removesuffix(".weight")
+        return self.head if self.head and module in self.head.scheme.targets else self.linear
 
     def process(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors of one file in the published layout, linear layers compressed."""
