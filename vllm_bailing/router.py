@@ -22,16 +22,20 @@ from vllm.platforms import current_platform
 
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import CheckpointError
+from vllm_bailing.plugin.kernels.cpu_router import multiplies_gate, routing_function
 from vllm_bailing.plugin.options import FP32_ROUTER, keeps_fp32_router
 
 logger = init_logger("vllm.plugins.bailing.router")
 
 
-def routing_rule(config: BailingMoeV2Config) -> dict[str, Any]:
+def routing_rule(config: BailingMoeV2Config, gate: BailingMoeV2Gate, vllm_config: VllmConfig) -> dict[str, Any]:
     """Arguments of vLLM's `FusedMoEFactory`: group-limited top-k of sigmoid scores, whose bias only the choice sees."""
+    own = routing_function(vllm_config, config, gate.expert_bias) if current_platform.is_cpu() else None
     return {
         "scoring_func": "sigmoid",
-        "use_grouped_topk": True,
+        "use_grouped_topk": own is None,
+        "custom_routing_function": own,
+        "e_score_correction_bias": gate.expert_bias,
         "num_expert_group": config.n_group,
         "topk_group": config.topk_group,
         "top_k": config.num_experts_per_tok,
@@ -45,7 +49,7 @@ class BailingMoeV2Gate(GateLinear):
     """Router projection with fp32 logits, and the bias that only the choice of experts sees.
 
     The official code multiplies in fp32. A bf16 weight gives the same products (a product of two bf16 numbers is exact
-    in fp32, where they are summed) at half the bytes, so a bf16 model keeps the gate in bf16 where vLLM has a bf16
+    in fp32, where they are summed) at half the bytes, so a bf16 model keeps the gate in bf16 where there is a bf16
     product with fp32 result. Elsewhere, and for weights that bf16 cannot hold, the gate is fp32. The first weights
     decide: later, CUDA graphs hold on to the parameter as it is.
 
@@ -58,8 +62,11 @@ class BailingMoeV2Gate(GateLinear):
 
     def __init__(self, config: BailingMoeV2Config, vllm_config: VllmConfig, prefix: str) -> None:
         model_dtype = torch.get_default_dtype()
-        wants_fp32 = keeps_fp32_router(vllm_config)
-        try_bf16 = model_dtype == torch.bfloat16 and current_platform.is_cuda_alike() and not wants_fp32
+        try_bf16 = model_dtype == torch.bfloat16 and not keeps_fp32_router(vllm_config)
+        if current_platform.is_cpu():
+            try_bf16 = try_bf16 and multiplies_gate(vllm_config, config.num_experts, config.hidden_size)
+        else:
+            try_bf16 = try_bf16 and current_platform.is_cuda_alike()
         super().__init__(
             config.hidden_size,
             config.num_experts,
@@ -68,7 +75,7 @@ class BailingMoeV2Gate(GateLinear):
             prefix=prefix,
         )
         # This path takes any number of tokens; without it GateLinear would round the logits to bf16.
-        if try_bf16 and not self.allow_cublas_router_gemm:
+        if try_bf16 and not current_platform.is_cpu() and not self.allow_cublas_router_gemm:
             self._keep_fp32()
         # Dummy weights are never loaded, and the model runs before real ones replace them.
         self._is_settled = vllm_config.load_config.load_format == "dummy"
@@ -80,7 +87,7 @@ class BailingMoeV2Gate(GateLinear):
         """Logits [T, E] fp32 of hidden states [T, H], in the form of a vLLM linear layer."""
         if not current_platform.is_cpu():
             return super().forward(x)
-        # GateLinear casts to its weight's dtype, but on CPUs vLLM packs the weight and may leave an empty one in bf16.
+        # GateLinear casts to its weight's dtype, which is not that of the logits.
         return super(GateLinear, self).forward(x.float())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -144,6 +144,90 @@ def test_what_is_not_finite_stays_so_and_strange_picks_are_refused():
     assert len(said) == 2 and all("picked an expert that is none of 4" in one for one in said)
 
 
+def _routed(experts, groups, open_groups, picks, normalizes):
+    """Of the operation and of the plain router: for every token the weight of each expert, 0 for those not picked."""
+    from vllm_bailing.plugin.kernels import avx2
+    from vllm_bailing.reference_layers import grouped_topk
+
+    avx2.load()
+    found = []
+    for tokens in (0, 1, 7, 8, 9, 130):
+        logits, bias = 3 * torch.randn(tokens, experts), 0.1 * torch.randn(experts)
+        weights, ids = avx2.route(logits, bias, groups, open_groups, picks, normalizes, 2.5)
+        assert ids.dtype == torch.int32 and weights.dtype == torch.float32
+        assert all(len(set(row)) == picks for row in ids.tolist())
+        scores = logits.double().sigmoid()
+        chosen = grouped_topk(scores + bias, groups, open_groups, picks)
+        expected = scores.gather(1, chosen)
+        expected = 2.5 * (expected / expected.sum(1, keepdim=True) if normalizes else expected)
+        plain = torch.zeros_like(scores)
+        found.append((plain.scatter(1, ids.long(), weights.double()), plain.scatter(1, chosen, expected)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "rule", [(256, 8, 4, 8, True), (64, 8, 2, 6, True), (16, 1, 1, 1, False), (32, 4, 4, 32, True), (8, 4, 1, 2, True)]
+)
+def test_the_router_picks_and_weighs_as_the_plain_one(rule):
+    for found, expected in run_in_turn(_routed, *rule):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def _strangely_routed():
+    from vllm_bailing.plugin.kernels import avx2
+
+    avx2.load()
+    logits = torch.zeros(4, 16)  # all alike: the first of each, and of the first groups
+    logits[1, 5], logits[2, 7], logits[3, 7] = torch.nan, torch.inf, -torch.inf
+    weights, ids = avx2.route(logits, torch.zeros(16), 4, 2, 2, True, 1.0)
+    said = []
+    for rule in ((3, 1, 2), (4, 5, 2), (4, 1, 5), (4, 1, 0)):
+        try:
+            avx2.route(logits, torch.zeros(16), *rule, True, 1.0)
+        except RuntimeError as error:
+            said.append(str(error))
+    return weights, ids.tolist(), said
+
+
+def test_what_a_router_cannot_rank_is_nan_and_equal_scores_go_by_their_order():
+    weights, ids, said = run_in_turn(_strangely_routed)
+    assert weights.isnan().all(1).tolist() == [False, True, False, False] and all(0 <= one < 16 for one in ids[1])
+    assert ids[0] == [0, 1] and ids[3] == [0, 1] and sorted(ids[2]) == [0, 7]
+    assert len(said) == 4 and all("of 16 experts" in one for one in said)
+
+
+def _turned(dtype, size, rotary, angles):
+    """Queries, keys and values after the operation, and exactly."""
+    from vllm_bailing.plugin.kernels import avx2
+
+    avx2.load()
+    found = []
+    for tokens in (0, 1, 5, 40):
+        qkv = (3 * torch.randn(tokens, 7 * size)).to(dtype)  # 4 queries, 2 keys, 1 value
+        weights = [torch.randn(size).to(dtype) for _ in range(2)]
+        angle = 6 * torch.rand(50, rotary // 2)
+        cache = torch.cat((angle.cos(), angle.sin()), -1).to(angles)
+        positions = torch.randint(50, (tokens,))
+        x = qkv.double().view(tokens, 7, size)
+        cos, sin = cache.double()[positions, None].chunk(2, -1)
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        normed = normed * torch.stack([weights[0]] * 4 + [weights[1]] * 2 + [torch.ones(size)]).double()
+        first, second, rest = normed.split((rotary // 2, rotary // 2, size - rotary), -1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
+        expected = torch.cat((turned[:, :6], x[:, 6:]), 1).flatten(1)
+        avx2.qk_norm_rope(qkv, 4, 2, 1, size, 1e-6, *weights, cache, True, positions)
+        found.append((qkv, expected))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size, rotary, angles", [(128, 64, torch.bfloat16), (64, 64, torch.float32), (16, 16, None)])
+def test_queries_and_keys_are_normed_and_rotated_with_one_rounding(dtype, size, rotary, angles):
+    for found, expected in run_in_turn(_turned, dtype, size, rotary, angles or dtype):
+        step = torch.finfo(dtype).eps / 2  # of the number that it is rounded to; fp32 sums besides
+        torch.testing.assert_close(found.double(), expected, rtol=step + 1e-6, atol=1e-5)
+
+
 def _first_load(folder, cxx):
     """What `load` says twice, and the files that it leaves."""
     os.environ.update(CXX=cxx, VLLM_CACHE_ROOT=folder)

@@ -79,7 +79,7 @@ def _gate_as_on_a_gpu(model, updates, reloads=False, **options):
     import vllm_bailing.router as ours
 
     class GpuPlatform:
-        is_cuda_alike = staticmethod(lambda: True)
+        is_cpu, is_cuda_alike = staticmethod(lambda: False), staticmethod(lambda: True)
 
     build = ours.GateLinear.__init__
 

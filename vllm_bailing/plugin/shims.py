@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import inspect
 import math
 from typing import Any
@@ -116,6 +117,16 @@ def takes_expert_map(experts: Any) -> bool:
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExpertsModular
 
     return isinstance(experts, type) and issubclass(experts, FusedMoEExpertsModular)
+
+
+def has_router_for_cpus() -> bool:
+    """Whether on CPUs too experts are chosen before them, by a function that a model may bring.
+
+    Differs:  experts for CPUs came as one function with the router in it.
+    Upstream: `fused_moe.router.cpu_router.CPURouter`, in 0.32, not in 0.31.
+    Remove:   when the oldest supported version has it, or when its rule for CPUs is one operation.
+    """
+    return importlib.util.find_spec("vllm.model_executor.layers.fused_moe.router.cpu_router") is not None
 
 
 def knows_scales_of_modules() -> bool:

@@ -21,6 +21,7 @@
 #include <limits>
 #include <numeric>
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -670,6 +671,98 @@ bool experts(const Stack& w13, const Stack& w2, int64_t number, const void* x, i
   return true;
 }
 
+// ---- router --------------------------------------------------------------------------------------------------------
+
+// What a router takes of E experts in `groups` of neighbors: `picks` of the `open` groups whose two best rank highest.
+struct Rule {
+  int64_t experts, groups, open, picks;
+  bool normalizes;
+  float scale;
+};
+
+// The `count` largest of values [size] first in `order` [size]; of equal ones those with smaller numbers.
+void best(const float* values, int64_t size, int64_t count, int64_t* order) {
+  std::iota(order, order + size, 0);
+  std::partial_sort(order, order + count, order + size, [values](int64_t a, int64_t b) {
+    return values[a] > values[b] || (values[a] == values[b] && a < b);
+  });
+}
+
+// Memory of a thread for one token.
+struct Router {
+  std::vector<float> scores, ranking, of_groups, in_open;
+  std::vector<int64_t> order, open;
+
+  explicit Router(const Rule& rule)
+      : scores(rule.experts),
+        ranking(rule.experts),
+        of_groups(rule.groups),
+        in_open(rule.experts),
+        order(std::max(rule.experts, rule.groups)),
+        open(rule.experts) {}
+
+  void choose(const Rule& rule, const float* logits, const float* bias, float* weights, int32_t* ids) {
+    float check = 0;
+    for (int64_t e = 0; e < rule.experts; ++e) {
+      scores[e] = 1 / (1 + std::exp(-logits[e]));
+      ranking[e] = scores[e] + bias[e];
+      check += ranking[e];
+    }
+    if (!std::isfinite(check)) {  // nothing can be ranked, and the result shall tell it
+      std::iota(ids, ids + rule.picks, 0);
+      std::fill(weights, weights + rule.picks, std::numeric_limits<float>::quiet_NaN());
+      return;
+    }
+    const int64_t size = rule.experts / rule.groups;
+    for (int64_t g = 0; g < rule.groups; ++g) {
+      float first = -std::numeric_limits<float>::infinity(), second = first;
+      for (int64_t e = g * size; e < (g + 1) * size; ++e) {
+        second = std::max(second, std::min(first, ranking[e]));
+        first = std::max(first, ranking[e]);
+      }
+      of_groups[g] = first + second;
+    }
+    best(of_groups.data(), rule.groups, rule.open, order.data());
+    std::sort(order.begin(), order.begin() + rule.open);
+    int64_t count = 0;
+    for (int64_t i = 0; i < rule.open; ++i)
+      for (int64_t e = order[i] * size; e < (order[i] + 1) * size; ++e, ++count) {
+        open[count] = e;
+        in_open[count] = ranking[e];
+      }
+    best(in_open.data(), count, rule.picks, order.data());
+    float total = 0;
+    for (int64_t p = 0; p < rule.picks; ++p) {
+      ids[p] = static_cast<int32_t>(open[order[p]]);
+      weights[p] = scores[ids[p]];
+      total += weights[p];
+    }
+    const float times = rule.normalizes ? rule.scale / (total + 1e-20f) : rule.scale;
+    for (int64_t p = 0; p < rule.picks; ++p) weights[p] *= times;
+  }
+};
+
+// ---- norms of queries and keys, and their rotation -----------------------------------------------------------------
+
+// x [size] = x / rms(x) * weight, its first 2 * half rotated by angles with these cosines and sines.
+void norm_and_rotate(float* x, int64_t size, float eps, const float* weight, const float* cosines, const float* sines,
+                     int64_t half) {
+  __m256 squares = _mm256_setzero_ps();
+  for (int64_t i = 0; i < size; i += 8) {
+    const __m256 v = _mm256_loadu_ps(x + i);
+    squares = _mm256_fmadd_ps(v, v, squares);
+  }
+  const __m256 factor = _mm256_set1_ps(1 / std::sqrt(sum(squares) / size + eps));
+  for (int64_t i = 0; i < size; i += 8)
+    _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + i), factor), _mm256_loadu_ps(weight + i)));
+  for (int64_t i = 0; i < half; i += 8) {
+    const __m256 first = _mm256_loadu_ps(x + i), second = _mm256_loadu_ps(x + half + i);
+    const __m256 cosine = _mm256_loadu_ps(cosines + i), sine = _mm256_loadu_ps(sines + i);
+    _mm256_storeu_ps(x + i, _mm256_fmsub_ps(first, cosine, _mm256_mul_ps(second, sine)));
+    _mm256_storeu_ps(x + half + i, _mm256_fmadd_ps(second, cosine, _mm256_mul_ps(first, sine)));
+  }
+}
+
 }  // namespace
 
 // ---- operations of PyTorch, which avx2.py declares -----------------------------------------------------------------
@@ -779,10 +872,64 @@ void avx2_experts(const Tensor& output, const Tensor& x, const Tensor& data13, c
   TORCH_CHECK_VALUE(is_right, "a router picked an expert that is none of ", number);
 }
 
+std::tuple<Tensor, Tensor> avx2_route(const Tensor& logits, const Tensor& bias, int64_t groups, int64_t open,
+                                      int64_t picks, bool normalizes, double scale) {
+  const int64_t count = logits.size(0), experts = logits.size(1);
+  TORCH_CHECK(groups > 0 && experts % groups == 0 && 0 < open && open <= groups && 0 < picks &&
+                  picks <= open * (experts / groups) && bias.numel() == experts,
+              "no ", picks, " picks of ", open, " of ", groups, " groups of ", experts, " experts");
+  const Rule rule{experts, groups, open, picks, normalizes, static_cast<float>(scale)};
+  const Tensor from = logits.to(at::kFloat).contiguous(), added = bias.to(at::kFloat).contiguous();
+  const Tensor weights = from.new_empty({count, picks}), 
+               ids = from.new_empty({count, picks}, from.options().dtype(at::kInt));
+#pragma omp parallel if (count > 8)
+  {
+    Router router(rule);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < count; ++t)
+      router.choose(rule, from.const_data_ptr<float>() + t * experts, added.const_data_ptr<float>(),
+                    weights.mutable_data_ptr<float>() + t * picks, ids.mutable_data_ptr<int32_t>() + t * picks);
+  }
+  return {weights, ids};
+}
+
+void avx2_qk_norm_rope(const Tensor& qkv, int64_t q_heads, int64_t k_heads, int64_t size, double eps,
+                       const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos_sin, const Tensor& positions) {
+  const int64_t half = cos_sin.size(1) / 2, count = qkv.size(0), heads = q_heads + k_heads;
+  TORCH_CHECK(qkv.is_contiguous() && qkv.size(1) >= heads * size && q_weight.numel() == size &&
+                  k_weight.numel() == size && size % 8 == 0 && half % 8 == 0 && 2 * half <= size &&
+                  cos_sin.is_contiguous() && positions.numel() == count,
+              "sizes of queries and keys do not fit");
+  const Tensor at = positions.to(at::kLong).contiguous();
+  const Tensor of[2] = {q_weight.to(at::kFloat).contiguous(), k_weight.to(at::kFloat).contiguous()};
+  const int64_t dtype = dtype_of(qkv), angles = dtype_of(cos_sin), bytes = qkv.element_size(), rows = cos_sin.size(0);
+  uint8_t* data = static_cast<uint8_t*>(qkv.mutable_data_ptr());
+  const int64_t* places = at.const_data_ptr<int64_t>();
+  TORCH_CHECK(std::all_of(places, places + count, [rows](int64_t p) { return 0 <= p && p < rows; }),
+              "positions are none of ", rows);
+#pragma omp parallel if (count > 4)
+  {
+    std::vector<float> x(size), turns(2 * half);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < count; ++t) {
+      read(cos_sin.const_data_ptr(), angles, places[t] * 2 * half, 2 * half, turns.data());
+      for (int64_t h = 0; h < heads; ++h) {
+        uint8_t* head = data + (t * qkv.size(1) + h * size) * bytes;
+        read(head, dtype, 0, size, x.data());
+        const float* weight = of[h >= q_heads].const_data_ptr<float>();
+        norm_and_rotate(x.data(), size, static_cast<float>(eps), weight, turns.data(), turns.data() + half, half);
+        write(head, dtype, 0, size, x.data());
+      }
+    }
+  }
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(vllm_bailing, CPU, m) {
   m.impl("avx2_linear", &avx2_linear);
   m.impl("avx2_plain_linear", &avx2_plain_linear);
   m.impl("avx2_experts", &avx2_experts);
+  m.impl("avx2_route", &avx2_route);
+  m.impl("avx2_qk_norm_rope", &avx2_qk_norm_rope);
 }

@@ -91,10 +91,23 @@ _registry.define(
     "avx2_experts(Tensor(a!) output, Tensor x, Tensor data13, Tensor? scales13, Tensor? zeros13, int rows13, "
     "Tensor data2, Tensor? scales2, Tensor? zeros2, int rows2, Tensor weights, Tensor ids) -> ()"
 )
+_registry.define(
+    "avx2_route(Tensor logits, Tensor bias, int groups, int open, int picks, bool normalizes, float scale) "
+    "-> (Tensor, Tensor)"
+)
+_registry.define(
+    "avx2_qk_norm_rope(Tensor(a!) qkv, int q_heads, int k_heads, int head_dim, float eps, Tensor q_weight, "
+    "Tensor k_weight, Tensor cos_sin, Tensor positions) -> ()"
+)
 for _name, _shaped in {
     "avx2_linear": lambda x, data, *_: x.new_empty(*x.shape[:-1], data.shape[1]),
     "avx2_plain_linear": lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
     "avx2_experts": lambda *_: None,
+    "avx2_qk_norm_rope": lambda *_: None,
+    "avx2_route": lambda logits, _bias, _groups, _open, picks, *_: (
+        logits.new_empty(logits.shape[0], picks, dtype=torch.float32),
+        logits.new_empty(logits.shape[0], picks, dtype=torch.int32),
+    ),
 }.items():
     torch.library.register_fake(f"vllm_bailing::{_name}", _shaped, lib=_registry)
 
@@ -125,6 +138,44 @@ def experts(
         ValueError: If an id is none of an expert.
     """
     torch.ops.vllm_bailing.avx2_experts(output, x, *w13, *w2, weights, ids)
+
+
+def route(
+    logits: torch.Tensor, bias: torch.Tensor, groups: int, open_groups: int, picks: int, normalizes: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [T, P] in fp32 and ids [T, P] in int32 of the experts of tokens with `logits` [T, E]; after `load`.
+
+    `picks` of those with the highest sigmoid plus `bias` [E], in the `open_groups` of `groups` whose two best of these
+    have the highest sum. Weights are sigmoids, divided by their sum with `normalizes`, times `scale`. NaN and infinity
+    give weights that are NaN.
+
+    Source: Ling-V2, `modeling_bailing_moe_v2.py`, class `BailingMoeV2Gate`.
+    """
+    return torch.ops.vllm_bailing.avx2_route(logits, bias, groups, open_groups, picks, normalizes, scale)
+
+
+def qk_norm_rope(
+    qkv: torch.Tensor,
+    num_heads_q: int,
+    num_heads_k: int,
+    num_heads_v: int,
+    head_dim: int,
+    eps: float,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    position_ids: torch.Tensor,
+) -> None:
+    """Norm and rotate queries and keys of `qkv` [T, (q + k + v) D] in place; after `load`.
+
+    Args and source: as `cpu.fused_qk_norm_rope`; halves are rotated, whatever `is_neox` says.
+    Raises:
+        RuntimeError: If D or half of the rotary width are no multiples of 8.
+    """
+    torch.ops.vllm_bailing.avx2_qk_norm_rope(
+        qkv, num_heads_q, num_heads_k, head_dim, eps, q_weight, k_weight, cos_sin_cache, position_ids
+    )
 
 
 # ---- compiling -----------------------------------------------------------------------------------------------------

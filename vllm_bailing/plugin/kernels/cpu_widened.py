@@ -23,6 +23,7 @@ from vllm.platforms import current_platform
 
 from vllm_bailing.plugin.kernels import avx2
 from vllm_bailing.plugin.kernels.proof import linear_problem, matrix, proof
+from vllm_bailing.plugin.options import wants_cpu_kernels
 from vllm_bailing.processor import quantized_kernels
 
 logger = init_logger("vllm.plugins.bailing.cpu")
@@ -44,15 +45,26 @@ def widens(dtype: torch.dtype) -> bool:
     return current_platform.is_cpu() and asked is not None and not asked() and not has_zentorch()
 
 
+def uses_avx2(vllm_config: Any, dtype: torch.dtype) -> bool:
+    """Whether an engine may compute in kernels of avx2.py what would be in `dtype`; each is proved besides."""
+    return wants_cpu_kernels(vllm_config) is not False and widens(dtype) and not _missing()
+
+
+@proof
+def _missing() -> str:
+    missing = quantized_kernels().obstacle or ("" if torch.cpu._is_avx2_supported() else "this CPU has no AVX2")
+    if not missing:
+        avx2.load()
+    return missing
+
+
 @proof
 def avx2_problem(dtype: torch.dtype, n: int, k: int) -> str:
     """Why the kernels of avx2.py cannot multiply with weights [n, k] of `dtype`; empty if they can."""
-    missing = quantized_kernels().obstacle or ("" if torch.cpu._is_avx2_supported() else "this CPU has no AVX2")
     odd = n % avx2.MULTIPLES[0] or k % avx2.MULTIPLES[1]
-    if missing or odd:
-        return missing or f"[{n}, {k}] are no multiples of {avx2.MULTIPLES}"
+    if _missing() or odd:
+        return _missing() or f"[{n}, {k}] are no multiples of {avx2.MULTIPLES}"
     weight = matrix(n, k).to(dtype)
-    avx2.load()
     return linear_problem(lambda x: avx2.plain_linear(x.to(dtype), weight), weight, _TOLERANCE)
 
 

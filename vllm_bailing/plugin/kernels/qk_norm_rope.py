@@ -2,7 +2,8 @@
 
 vLLM's CUDA build has `fused_qk_norm_rope`, which its own compiler pass leaves off at every optimization level. Here it
 is called where it proves equal on the GPU at hand, rotary widths below the head size included: a kernel of this kind
-was once wrong for those (vLLM pull request 43676). CPU engines in eager mode have that of `vllm_bailing.cpu`.
+was once wrong for those (vLLM pull request 43676). CPU engines that multiply in kernels of this package have one of
+avx2.py, and others in eager mode that of cpu.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_bailing.errors import SettingsError
-from vllm_bailing.plugin.kernels import cpu
+from vllm_bailing.plugin.kernels import avx2, cpu
+from vllm_bailing.plugin.kernels.cpu_widened import uses_avx2
 from vllm_bailing.plugin.kernels.proof import proof
 from vllm_bailing.plugin.options import FUSED_QK_NORM_ROPE, wants_fused_qk_norm_rope
 
@@ -44,7 +46,8 @@ def fused_qk_norm_rope_for(attention: Any, vllm_config: Any) -> Callable[..., No
     if is_asked_for is False:
         return None
     dtype = torch.get_default_dtype()
-    kernel = _kernel()
+    fits = attention.head_dim % 8 == attention.rotary_emb.rotary_dim % 16 == 0
+    kernel = avx2.qk_norm_rope if fits and uses_avx2(vllm_config, dtype) else _kernel()
     obstacle = (
         _obstacle(kernel, attention, vllm_config, dtype)
         or ("" if is_asked_for else _price(attention.attn.attn_backend.get_name()))
@@ -71,7 +74,8 @@ def _obstacle(kernel: Any, attention: Any, vllm_config: Any, dtype: torch.dtype)
     if isinstance(attention.query_layernorm, torch.nn.Identity):
         return "the model has no norms on queries and keys"
     if current_platform.is_cpu():
-        return "on CPUs torch.compile fuses them" if vllm_config.compilation_config.mode else ""
+        is_fused = kernel is cpu.fused_qk_norm_rope and vllm_config.compilation_config.mode
+        return "on CPUs torch.compile fuses them" if is_fused else ""
     if not current_platform.is_cuda() or kernel is None:
         return "this build of vLLM has no such kernel"
     if dtype not in _DTYPES:

@@ -1,0 +1,70 @@
+"""The router on CPUs that multiply bf16 in kernels of this package: one operation for its choice, its weight in bf16.
+
+vLLM's rule for CPUs is fifteen small operations of PyTorch for every layer. With one token they take longer than many a
+matrix product.
+
+Dimension letters: T tokens, H hidden size, E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.plugin.kernels import avx2
+from vllm_bailing.plugin.kernels.cpu_widened import avx2_problem, uses_avx2
+from vllm_bailing.plugin.kernels.proof import TOKENS, proof
+from vllm_bailing.plugin.shims import has_router_for_cpus
+from vllm_bailing.reference_layers import grouped_topk
+
+logger = init_logger("vllm.plugins.bailing.cpu")
+
+_TOLERANCE = 1e-6  # of a weight before it is scaled, which is at most 1
+
+
+def multiplies_gate(vllm_config: Any, experts: int, hidden_size: int) -> bool:
+    """Whether there is a product of a router's weight [E, H] in bf16 that leaves logits in fp32."""
+    return uses_avx2(vllm_config, torch.bfloat16) and not avx2_problem(torch.bfloat16, experts, hidden_size)
+
+
+def routing_function(vllm_config: Any, config: BailingMoeV2Config, bias: torch.Tensor) -> Callable[..., Any] | None:
+    """What vLLM's router calls in place of its own rule, with logits [T, E]; None where its own stays.
+
+    Args:
+        bias: [E], which the choice alone sees.
+    """
+    if not uses_avx2(vllm_config, torch.get_default_dtype()) or not has_router_for_cpus():
+        return None
+    rule = (config.n_group, config.topk_group, config.num_experts_per_tok, config.num_experts_per_tok > 1)
+    if problem := _problem(config.num_experts, *rule):
+        logger.info_once("The choice of experts stays in PyTorch: %s", problem)
+        return None
+
+    def route(*, gating_output: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return avx2.route(gating_output, bias, *rule, config.routed_scaling_factor)
+
+    return route
+
+
+@proof
+def _problem(experts: int, groups: int, open_groups: int, picks: int, normalizes: bool) -> str:
+    """Why the operation cannot choose; empty if it can."""
+    generator = torch.Generator().manual_seed(0)
+    for tokens in TOKENS:
+        logits = torch.randn(tokens, experts, generator=generator, dtype=torch.float32)
+        bias = torch.randn(experts, generator=generator, dtype=torch.float32) / 10
+        weights, ids = avx2.route(logits, bias, groups, open_groups, picks, normalizes, 1.0)
+        scores = logits.sigmoid()
+        expected = torch.zeros_like(scores)
+        chosen = grouped_topk(scores + bias, groups, open_groups, picks)
+        expected.scatter_(1, chosen, scores.gather(1, chosen))
+        if normalizes:
+            expected /= expected.sum(1, keepdim=True)
+        found = torch.zeros_like(scores).scatter_(1, ids.long(), weights)
+        if not bool(((found - expected).abs() <= _TOLERANCE).all()):
+            return "the operation chooses other experts or weights"
+    return ""
