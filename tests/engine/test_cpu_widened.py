@@ -8,6 +8,8 @@ import torch
 from tests.support.conversations import HELD_OUT
 from tests.support.engine import ask, make_llm, run_in_turn
 from vllm_bailing import DEMO
+from vllm_bailing.plugin.shims import has_router_for_cpus
+from vllm_bailing.processor import quantized_kernels
 
 DTYPES = [torch.bfloat16, torch.float16]
 PLAIN = {"bailing_cpu_kernels": False}
@@ -60,7 +62,7 @@ def _widens(dtype):
 
 
 def _served(dtype, additional, eager):
-    """(how often the operation ran, [log-probabilities, tokens], classes of the methods of all layers)."""
+    """([log-probabilities, tokens], classes of the methods of all layers, `_own`)."""
     import vllm_bailing
 
     vllm_bailing.register()
@@ -70,7 +72,7 @@ def _served(dtype, additional, eager):
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     prompt = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_dict=False)
     llm = make_llm(DEMO, dtype=dtype, additional_config=additional, enforce_eager=eager)
-    return ask(llm, [prompt])[0], llm.apply_model(_methods)[0]
+    return ask(llm, [prompt])[0], llm.apply_model(_methods)[0], llm.apply_model(_own)[0]
 
 
 def _methods(model):
@@ -78,13 +80,26 @@ def _methods(model):
     return {name: method for name, method in named if method != "NoneType"}
 
 
+def _own(model):
+    """Of a layer: the dtype of its gate, and whether the choice of experts, and the rotation, are those of avx2.py."""
+    from vllm_bailing.plugin.kernels import avx2
+
+    layer = model.model.layers[1]
+    chooses = getattr(layer.mlp.experts.router, "custom_routing_function", None) is not None
+    return layer.mlp.gate.weight.dtype, chooses, layer.attention.fused_qk_norm_rope is avx2.qk_norm_rope
+
+
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_model_computes_the_same(dtype, eager):
     if not run_in_turn(_widens, dtype):
         pytest.skip(f"this CPU multiplies {dtype} matrices")
-    (table, tokens), methods = run_in_turn(_served, dtype, {}, eager)
-    (wanted, wanted_tokens), plain = run_in_turn(_served, dtype, PLAIN, eager)
+    (table, tokens), methods, own = run_in_turn(_served, dtype, {}, eager)
+    (wanted, wanted_tokens), plain, plain_own = run_in_turn(_served, dtype, PLAIN, eager)
+    has_avx2 = not quantized_kernels().obstacle
+    gate = torch.bfloat16 if has_avx2 and dtype == torch.bfloat16 else torch.float32
+    assert own == (gate, has_avx2 and run_in_turn(has_router_for_cpus), has_avx2)
+    assert plain_own == (torch.float32, False, False)
     assert {methods[name] for name in plain if plain[name] == "UnquantizedLinearMethod"} == {"WidenedLinear"}
     assert methods["lm_head"] == "WidenedHead" and "Widened" not in str(plain)
     assert (table.exp() - wanted.exp()).abs().max() < 0.05
@@ -95,5 +110,5 @@ def test_a_model_computes_the_same(dtype, eager):
 
 def test_fp32_is_left_as_it_is():
     assert not run_in_turn(_widens, torch.float32)
-    (_, methods) = run_in_turn(_served, torch.float32, {}, True)
-    assert "Widened" not in str(methods)
+    (_, methods, own) = run_in_turn(_served, torch.float32, {}, True)
+    assert "Widened" not in str(methods) and own == (torch.float32, False, False)

@@ -111,9 +111,7 @@ def test_what_the_kernel_cannot_is_said():
 def test_those_of_cpus_compute_what_the_layers_compute(case):
     folder, prompt = prompt_of(case)
     tables = {
-        (fused, dtype): run_in_turn(
-            _plainly_served, folder, prompt, {"bailing_fused_qk_norm_rope": fused}, dtype=dtype
-        )
+        (fused, dtype): run_in_turn(_plainly_served, folder, prompt, {"bailing_fused_qk_norm_rope": fused}, dtype=dtype)
         for fused in (False, True)
         for dtype in ("float32", "bfloat16")
     }

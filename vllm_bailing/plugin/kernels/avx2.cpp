@@ -901,7 +901,11 @@ void avx2_qk_norm_rope(const Tensor& qkv, int64_t q_heads, int64_t k_heads, int6
                   cos_sin.is_contiguous() && positions.numel() == count,
               "sizes of queries and keys do not fit");
   const Tensor at = positions.to(at::kLong).contiguous();
-  const Tensor of[2] = {q_weight.to(at::kFloat).contiguous(), k_weight.to(at::kFloat).contiguous()};
+  std::vector<float> of[2] = {std::vector<float>(size), std::vector<float>(size)};
+  for (int i = 0; i < 2; ++i) {
+    const Tensor weight = (i ? k_weight : q_weight).contiguous();
+    read(weight.const_data_ptr(), dtype_of(weight), 0, size, of[i].data());
+  }
   const int64_t dtype = dtype_of(qkv), angles = dtype_of(cos_sin), bytes = qkv.element_size(), rows = cos_sin.size(0);
   uint8_t* data = static_cast<uint8_t*>(qkv.mutable_data_ptr());
   const int64_t* places = at.const_data_ptr<int64_t>();
@@ -916,8 +920,8 @@ void avx2_qk_norm_rope(const Tensor& qkv, int64_t q_heads, int64_t k_heads, int6
       for (int64_t h = 0; h < heads; ++h) {
         uint8_t* head = data + (t * qkv.size(1) + h * size) * bytes;
         read(head, dtype, 0, size, x.data());
-        const float* weight = of[h >= q_heads].const_data_ptr<float>();
-        norm_and_rotate(x.data(), size, static_cast<float>(eps), weight, turns.data(), turns.data() + half, half);
+        norm_and_rotate(x.data(), size, static_cast<float>(eps), of[h >= q_heads].data(), turns.data(),
+                        turns.data() + half, half);
         write(head, dtype, 0, size, x.data());
       }
     }
