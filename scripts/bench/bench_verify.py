@@ -50,6 +50,7 @@ from vllm_bailing.tools.verify_deployment import (
 Fault = Callable[[Any], object]  # changes the plain model
 HELD_OUT = ROOT / "tests" / "data" / "demo_heldout.jsonl"
 MTP = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
+COMPILED = {"enforce_eager": False}  # as `vllm serve` runs unless it is told otherwise
 LINEAR = (r"re:.*\.experts\..*",)  # kept as they are: CPUs without AVX-512 have no kernel for such experts
 
 
@@ -111,6 +112,9 @@ ARMS = {
     "int8": Arm(scheme=Scheme.w8a8),
     "int4": Arm(scheme=Scheme.w4a16),
     "int8, drafts": Arm(options=MTP, scheme=Scheme.w8a8),
+    "bf16, compiled": Arm(options=COMPILED),
+    "int8, compiled": Arm(options=COMPILED, scheme=Scheme.w8a8),
+    "int4, compiled": Arm(options=COMPILED, scheme=Scheme.w4a16),
     "fp8 linear layers": Arm(scheme=Scheme.fp8, keep=LINEAR),
     "int8 linear layers": Arm(scheme=Scheme.w8a8, keep=LINEAR),
     "int4 linear layers": Arm(scheme=Scheme.w4a16, keep=LINEAR),

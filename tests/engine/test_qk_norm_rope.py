@@ -108,14 +108,11 @@ def test_what_the_kernel_cannot_is_said():
 
 
 @pytest.mark.parametrize("case", ["plain", "yarn", "full_rope"])
-def test_those_of_cpus_compute_what_the_layers_compute(case):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_that_of_cpus_computes_what_the_layers_compute(case, dtype):
     folder, prompt = prompt_of(case)
-    tables = {
-        (fused, dtype): run_in_turn(_plainly_served, folder, prompt, {"bailing_fused_qk_norm_rope": fused}, dtype=dtype)
-        for fused in (False, True)
-        for dtype in ("float32", "bfloat16")
-    }
-    torch.testing.assert_close(tables[True, "float32"], tables[False, "float32"], atol=1e-5, rtol=0)
-    # In bf16 they round elsewhere. They may be closer to fp32 than the layers, and not farther.
-    fused, layers = ((tables[one, "bfloat16"] - tables[one, "float32"]).abs().median() for one in (True, False))
-    assert 0 < fused <= 1.1 * layers
+    wanted = run_in_turn(_plainly_served, folder, prompt, {"bailing_fused_qk_norm_rope": False}, dtype=dtype)
+    table = run_in_turn(_plainly_served, folder, prompt, {"bailing_fused_qk_norm_rope": True}, dtype=dtype)
+    # In bf16 the order of a sum still tells: a last bit that differs may choose another expert at a position.
+    apart = (table - wanted).abs().amax(-1) > (2e-3 if dtype == "bfloat16" else 1e-5)
+    assert apart.float().mean() <= (0.05 if dtype == "bfloat16" else 0)

@@ -5,6 +5,7 @@ import tempfile
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import PROMPT, make_checkpoint
 from tests.support.engine import ask, make_llm, run
@@ -45,11 +46,22 @@ def _watch_router(model, dtype):
     return {name: tensor.clone() for name, tensor in seen.items()}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_routing_stays_in_fp32_whatever_the_model_computes_in(dtype, tmp_path):
+def _with_routers_that_need_fp32(model):
+    tensors = load_file(model / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("mlp.gate.weight"):
+            tensors[name] = tensor.float() * 1.001
+            assert not torch.equal(tensors[name], tensors[name].bfloat16().float())
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(("dtype", "fits"), [("bfloat16", True), ("bfloat16", False), ("float32", True)])
+def test_routing_stays_in_fp32_whatever_the_model_computes_in(dtype, fits, tmp_path):
     from vllm_bailing.reference import BailingMoeV2ForCausalLM
 
     model = make_checkpoint(tmp_path)
+    if not fits:
+        _with_routers_that_need_fp32(model)
     seen = run(_watch_router, model, dtype)
     plain = BailingMoeV2ForCausalLM.from_pretrained(model, dtype=torch.float32).model.layers[1].mlp.gate
     assert seen["hidden"].dtype == getattr(torch, dtype)

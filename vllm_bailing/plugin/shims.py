@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
 import inspect
 import math
 from typing import Any
@@ -126,7 +125,11 @@ def has_router_for_cpus() -> bool:
     Upstream: `fused_moe.router.cpu_router.CPURouter`, in 0.32, not in 0.31.
     Remove:   when the oldest supported version has it, or when its rule for CPUs is one operation.
     """
-    return importlib.util.find_spec("vllm.model_executor.layers.fused_moe.router.cpu_router") is not None
+    try:
+        importlib.import_module("vllm.model_executor.layers.fused_moe.router.cpu_router")
+    except ImportError:
+        return False
+    return True
 
 
 def knows_scales_of_modules() -> bool:

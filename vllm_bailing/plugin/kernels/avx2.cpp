@@ -1,4 +1,5 @@
-// Matrix products with weights of 16, 8 and 4 bits on x86 processors with AVX2, F16C and FMA; see avx2.py.
+// Matrix products with weights of 16, 8 and 4 bits on x86 processors with AVX2, F16C and FMA, and the small operations
+// between them that take long elsewhere; see avx2.py.
 //
 // A block of `kRows` outputs at a time: up to `kFew` tokens (of a format) are multiplied with the weights as they are
 // stored, two tokens at a time, which reads memory once; for more, a part of the block becomes plain numbers in a cache

@@ -1,13 +1,15 @@
 """Matrix products with weights of 16, 8 and 4 bits for x86 processors with AVX2 and without AVX-512 bf16.
 
 vLLM's CPU build and PyTorch have none for them that read a quantized weight once and in its own bits. avx2.cpp is
-compiled when an engine needs it first, which takes a C++ compiler and half a minute, and kept in the user's cache.
+compiled when an engine needs it first, which takes a C++ compiler and half a minute, and kept in the user's cache. It
+has two operations more, which are many small ones elsewhere: the choice of experts, and norms and rotation.
 
 Weights are multiplied as what they mean: bf16, fp16 and fp8 with activations in fp32; int8 with activations in integers
 of 11 to 15 bits, as many as leave sums of 32 bits without an overflow; int4 with activations in int8 and a scale for
 every 128 of them. An activation that is not finite makes its token's result NaN.
 
-Dimension letters: T tokens, P picks of a token, E experts, N outputs, K inputs, G groups of inputs with a scale.
+Dimension letters: T tokens, P picks of a token, E experts, N outputs, K inputs, G groups of inputs with a scale, D head
+size.
 """
 
 from __future__ import annotations
@@ -146,7 +148,7 @@ def route(
     """Weights [T, P] in fp32 and ids [T, P] in int32 of the experts of tokens with `logits` [T, E]; after `load`.
 
     `picks` of those with the highest sigmoid plus `bias` [E], in the `open_groups` of `groups` whose two best of these
-    have the highest sum. Weights are sigmoids, divided by their sum with `normalizes`, times `scale`. NaN and infinity
+    have the highest sum. Weights are sigmoids, divided by their sum with `normalizes`, times `scale`. Logits with NaN
     give weights that are NaN.
 
     Source: Ling-V2, `modeling_bailing_moe_v2.py`, class `BailingMoeV2Gate`.

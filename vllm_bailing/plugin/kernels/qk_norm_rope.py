@@ -2,8 +2,8 @@
 
 vLLM's CUDA build has `fused_qk_norm_rope`, which its own compiler pass leaves off at every optimization level. Here it
 is called where it proves equal on the GPU at hand, rotary widths below the head size included: a kernel of this kind
-was once wrong for those (vLLM pull request 43676). CPU engines that multiply in kernels of this package have one of
-avx2.py, and others in eager mode that of cpu.py.
+was once wrong for those (vLLM pull request 43676). CPU engines have that of cpu.py in eager mode. torch.compile fuses
+both too, into more operations than the one of avx2.py, which compiled engines take where they multiply in those kernels.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ def fused_qk_norm_rope_for(attention: Any, vllm_config: Any) -> Callable[..., No
     if is_asked_for is False:
         return None
     dtype = torch.get_default_dtype()
-    fits = attention.head_dim % 8 == attention.rotary_emb.rotary_dim % 16 == 0
-    kernel = avx2.qk_norm_rope if fits and uses_avx2(vllm_config, dtype) else _kernel()
+    kernel = avx2.qk_norm_rope if _takes_avx2(attention, vllm_config, dtype) else _kernel()
     obstacle = (
         _obstacle(kernel, attention, vllm_config, dtype)
         or ("" if is_asked_for else _price(attention.attn.attn_backend.get_name()))
@@ -62,6 +61,11 @@ def fused_qk_norm_rope_for(attention: Any, vllm_config: Any) -> Callable[..., No
         return None
     logger.info_once("Norms of queries and keys and the rotary embedding run in one kernel, which proved equal.")
     return kernel
+
+
+def _takes_avx2(attention: Any, vllm_config: Any, dtype: torch.dtype) -> bool:
+    sizes_fit = attention.head_dim % 8 == attention.rotary_emb.rotary_dim % 16 == 0
+    return sizes_fit and bool(vllm_config.compilation_config.mode) and uses_avx2(vllm_config, dtype)
 
 
 def _kernel() -> Any:
