@@ -173,6 +173,23 @@ def test_the_router_picks_and_weighs_as_the_plain_one(rule):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
+def _problems_of_routers(rules):
+    from vllm_bailing.plugin.kernels import avx2, cpu_router
+
+    avx2.load()
+    route, found = avx2.route, []
+    found.append([cpu_router._problem(*rule) for rule in rules])
+    cpu_router._problem.cache_clear()
+    avx2.route = lambda logits, bias, *rule: route(logits, 0 * bias, *rule)
+    found.append([cpu_router._problem(*rule) for rule in rules])
+    return found
+
+
+def test_a_router_that_is_wrong_is_not_used():
+    right, wrong = run_in_turn(_problems_of_routers, [(256, 8, 4, 8, True), (16, 2, 1, 1, False)])
+    assert right == ["", ""] and wrong == ["the operation chooses other experts or weights"] * 2
+
+
 def _strangely_routed():
     from vllm_bailing.plugin.kernels import avx2
 

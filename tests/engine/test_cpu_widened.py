@@ -8,7 +8,6 @@ import torch
 from tests.support.conversations import HELD_OUT
 from tests.support.engine import ask, make_llm, run_in_turn
 from vllm_bailing import DEMO
-from vllm_bailing.plugin.shims import has_router_for_cpus
 from vllm_bailing.processor import quantized_kernels
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -80,6 +79,12 @@ def _methods(model):
     return {name: method for name, method in named if method != "NoneType"}
 
 
+def _can_choose():
+    from vllm_bailing.plugin.shims import grouped_topk_for_cpus
+
+    return grouped_topk_for_cpus() is not None
+
+
 def _own(model):
     """Of a layer: the dtype of its gate, and whether the choice of experts, and the rotation, are those of avx2.py."""
     from vllm_bailing.plugin.kernels import avx2
@@ -98,7 +103,7 @@ def test_a_model_computes_the_same(dtype, eager):
     (wanted, wanted_tokens), plain, plain_own = run_in_turn(_served, dtype, PLAIN, eager)
     has_avx2 = not quantized_kernels().obstacle
     gate = torch.bfloat16 if has_avx2 and dtype == torch.bfloat16 else torch.float32
-    assert own == (gate, has_avx2 and run_in_turn(has_router_for_cpus), has_avx2 and not eager)
+    assert own == (gate, has_avx2 and run_in_turn(_can_choose), has_avx2 and not eager)
     assert plain_own == (torch.float32, False, False)
     assert {methods[name] for name in plain if plain[name] == "UnquantizedLinearMethod"} == {"WidenedLinear"}
     assert methods["lm_head"] == "WidenedHead" and "Widened" not in str(plain)

@@ -118,18 +118,18 @@ def takes_expert_map(experts: Any) -> bool:
     return isinstance(experts, type) and issubclass(experts, FusedMoEExpertsModular)
 
 
-def has_router_for_cpus() -> bool:
-    """Whether on CPUs too experts are chosen before them, by a function that a model may bring.
+def grouped_topk_for_cpus() -> Any:
+    """vLLM's rule for the choice of experts on CPUs; None where a model cannot bring a function in its place.
 
     Differs:  experts for CPUs came as one function with the router in it.
-    Upstream: `fused_moe.router.cpu_router.CPURouter`, in 0.32, not in 0.31.
-    Remove:   when the oldest supported version has it, or when its rule for CPUs is one operation.
+    Upstream: `fused_moe.router.cpu_router._grouped_topk`, beside `CPURouter`, in 0.32, not in 0.31.
+    Remove:   when the oldest supported version has it, or when it is one operation.
     """
     try:
-        importlib.import_module("vllm.model_executor.layers.fused_moe.router.cpu_router")
+        module = importlib.import_module("vllm.model_executor.layers.fused_moe.router.cpu_router")
     except ImportError:
-        return False
-    return True
+        return None
+    return getattr(module, "_grouped_topk", None)
 
 
 def knows_scales_of_modules() -> bool:

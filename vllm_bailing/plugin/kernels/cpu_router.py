@@ -18,8 +18,7 @@ from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.plugin.kernels import avx2
 from vllm_bailing.plugin.kernels.cpu_widened import avx2_problem, uses_avx2
 from vllm_bailing.plugin.kernels.proof import TOKENS, proof
-from vllm_bailing.plugin.shims import has_router_for_cpus
-from vllm_bailing.reference_layers import grouped_topk
+from vllm_bailing.plugin.shims import grouped_topk_for_cpus
 
 logger = init_logger("vllm.plugins.bailing.cpu")
 
@@ -37,7 +36,7 @@ def routing_function(vllm_config: Any, config: BailingMoeV2Config, bias: torch.T
     Args:
         bias: [E], which the choice alone sees.
     """
-    if not uses_avx2(vllm_config, torch.get_default_dtype()) or not has_router_for_cpus():
+    if not uses_avx2(vllm_config, torch.get_default_dtype()) or grouped_topk_for_cpus() is None:
         return None
     rule = (config.n_group, config.topk_group, config.num_experts_per_tok, config.num_experts_per_tok > 1)
     if problem := _problem(config.num_experts, *rule):
@@ -58,13 +57,10 @@ def _problem(experts: int, groups: int, open_groups: int, picks: int, normalizes
         logits = torch.randn(tokens, experts, generator=generator, dtype=torch.float32)
         bias = torch.randn(experts, generator=generator, dtype=torch.float32) / 10
         weights, ids = avx2.route(logits, bias, groups, open_groups, picks, normalizes, 1.0)
-        scores = logits.sigmoid()
-        expected = torch.zeros_like(scores)
-        chosen = grouped_topk(scores + bias, groups, open_groups, picks)
-        expected.scatter_(1, chosen, scores.gather(1, chosen))
-        if normalizes:
-            expected /= expected.sum(1, keepdim=True)
-        found = torch.zeros_like(scores).scatter_(1, ids.long(), weights)
+        plain = grouped_topk_for_cpus()(logits, picks, normalizes, groups, open_groups, "sigmoid", 1.0, bias)
+        found, expected = (
+            torch.zeros_like(logits).scatter_(1, chosen.long(), of) for of, chosen in ((weights, ids), plain)
+        )
         if not bool(((found - expected).abs() <= _TOLERANCE).all()):
             return "the operation chooses other experts or weights"
     return ""
