@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.conversations import HELD_OUT
-from tests.support.engine import ask, make_llm, run_in_turn
+from tests.support.engine import ask, make_llm, run, run_in_turn
 from vllm_bailing import DEMO
 from vllm_bailing.processor import quantized_kernels
 
@@ -111,6 +111,15 @@ def test_a_model_computes_the_same(dtype, eager):
     # Compiled, PyTorch sums up in fp32 too, which may give the very same numbers.
     assert not (eager and torch.equal(table, wanted))
     assert tokens == wanted_tokens
+
+
+def test_without_a_compiler_it_computes_the_same_in_pytorch():
+    if not run_in_turn(_widens, torch.bfloat16):
+        pytest.skip("this CPU multiplies bf16 matrices")
+    (table, _), methods, own = run(_served, torch.bfloat16, {}, True, env={"CXX": "/nonexistent"})
+    (wanted, _), _, _ = run_in_turn(_served, torch.bfloat16, PLAIN, True)
+    assert methods["lm_head"] == "WidenedHead" and own == (torch.float32, False, False)
+    assert (table.exp() - wanted.exp()).abs().max() < 0.05
 
 
 def test_fp32_is_left_as_it_is():

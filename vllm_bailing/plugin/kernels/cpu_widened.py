@@ -113,7 +113,7 @@ def _multiply_so(layer: Any) -> bool:
         return False
     layer.cpu_linear = torch.ops.vllm_bailing.avx2_plain_linear
     if problem := avx2_problem(layer.weight.dtype, *layer.weight.shape):
-        logger.info_once("Weights %s: without the kernels for AVX2 (%s)", [*layer.weight.shape], problem)
+        logger.info_once("Weights [%d, %d]: without the kernels for AVX2 (%s)", *layer.weight.shape, problem)
         layer.cpu_linear = torch.ops.vllm_bailing.widened_linear
     return True
 
