@@ -87,7 +87,8 @@ class BailingMoeV2Gate(GateLinear):
         """Logits [T, E] fp32 of hidden states [T, H], in the form of a vLLM linear layer."""
         if not current_platform.is_cpu():
             return super().forward(x)
-        # GateLinear casts to its weight's dtype, which is not that of the logits.
+        # GateLinear casts to its weight's dtype, which is not that of the logits; where vLLM has packed the weight, it
+        # may be an empty one in bf16.
         return super(GateLinear, self).forward(x.float())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
