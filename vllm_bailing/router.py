@@ -30,7 +30,7 @@ logger = init_logger("vllm.plugins.bailing.router")
 
 def routing_rule(config: BailingMoeV2Config, gate: BailingMoeV2Gate, vllm_config: VllmConfig) -> dict[str, Any]:
     """Arguments of vLLM's `FusedMoEFactory`: group-limited top-k of sigmoid scores, whose bias only the choice sees."""
-    own = routing_function(vllm_config, config, gate.expert_bias) if current_platform.is_cpu() else None
+    own = routing_function(vllm_config, config, gate.expert_bias)
     return {
         "scoring_func": "sigmoid",
         "use_grouped_topk": own is None,
@@ -62,11 +62,13 @@ class BailingMoeV2Gate(GateLinear):
 
     def __init__(self, config: BailingMoeV2Config, vllm_config: VllmConfig, prefix: str) -> None:
         model_dtype = torch.get_default_dtype()
-        try_bf16 = model_dtype == torch.bfloat16 and not keeps_fp32_router(vllm_config)
-        if current_platform.is_cpu():
-            try_bf16 = try_bf16 and multiplies_gate(vllm_config, config.num_experts, config.hidden_size)
-        else:
-            try_bf16 = try_bf16 and current_platform.is_cuda_alike()
+        try_bf16 = (
+            model_dtype == torch.bfloat16
+            and not keeps_fp32_router(vllm_config)
+            and (
+                current_platform.is_cuda_alike() or multiplies_gate(vllm_config, config.num_experts, config.hidden_size)
+            )
+        )
         super().__init__(
             config.hidden_size,
             config.num_experts,
