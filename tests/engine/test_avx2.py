@@ -186,7 +186,7 @@ def _problems_of_routers(rules):
 
 
 def test_a_router_that_is_wrong_is_not_used():
-    right, wrong = run_in_turn(_problems_of_routers, [(256, 8, 4, 8, True), (16, 2, 1, 1, False)])
+    right, wrong = run(_problems_of_routers, [(256, 8, 4, 8, True), (16, 2, 1, 1, False)])
     assert right == ["", ""] and wrong == ["the operation chooses other experts or weights"] * 2
 
 

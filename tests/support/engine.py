@@ -156,11 +156,21 @@ def _turns(connection: Any, log: str, env: dict[str, str]) -> None:
     with Path(log).open("w", buffering=1) as stream:
         _redirect(stream)
         while True:
+            before = _own_names()
             answer = outcome(*pickle.loads(connection.recv_bytes()))
+            after = _own_names()
+            if replaced := [name for name, value in before.items() if after.get(name) is not value]:
+                answer = "error", f"the job replaced {replaced}, which later jobs would get: give it a process of its own"
             stream.flush()
             connection.send_bytes(pickle.dumps(answer))
             del answer
             _forget_engines()
+
+
+def _own_names() -> dict[str, Any]:
+    """What the names in the modules of the package stand for."""
+    modules = [(name, module) for name, module in sys.modules.items() if name.startswith("vllm_bailing.")]
+    return {f"{name}.{key}": value for name, module in modules for key, value in vars(module).items()}
 
 
 def _forget_engines() -> None:
