@@ -160,7 +160,7 @@ def _turns(connection: Any, log: str, env: dict[str, str]) -> None:
             answer = outcome(*pickle.loads(connection.recv_bytes()))
             after = _own_names()
             if replaced := [name for name, value in before.items() if after.get(name) is not value]:
-                answer = "error", f"the job replaced {replaced}, which later jobs would get: give it a process of its own"
+                answer = "error", f"the job replaced {replaced}, for later jobs too; give it a process of its own"
             stream.flush()
             connection.send_bytes(pickle.dumps(answer))
             del answer
