@@ -168,9 +168,11 @@ def _turns(connection: Any, log: str, env: dict[str, str]) -> None:
 
 
 def _own_names() -> dict[str, Any]:
-    """What the names in the modules of the package stand for."""
+    """The functions and classes that names in the modules of the package stand for."""
     modules = [(name, module) for name, module in sys.modules.items() if name.startswith("vllm_bailing.")]
-    return {f"{name}.{key}": value for name, module in modules for key, value in vars(module).items()}
+    return {
+        f"{name}.{key}": value for name, module in modules for key, value in vars(module).items() if callable(value)
+    }
 
 
 def _forget_engines() -> None:
