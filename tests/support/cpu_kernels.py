@@ -19,11 +19,12 @@ def use(whose, damaged=None):
     Args:
         damaged: An operation that is wrong, or "exact" for stand-ins that keep all digits of activations.
     """
-    from vllm_bailing.plugin.kernels import cpu_quantized
+    from vllm_bailing.plugin.kernels import cpu_quantized, quantized_avx2
 
     if whose == AVX512:
         cpu_stand_ins.register(damaged)
         return
     cpu_quantized.quantized_kernels = lambda: QuantizedKernels(are_vllms=False, are_ours=True, obstacle="")
+    quantized_avx2.instructions = lambda: ["AVX2"]  # with more, vLLM has kernels for linear layers in integers
     if damaged:
         avx2_stand_ins.register(None if damaged == "exact" else damaged)

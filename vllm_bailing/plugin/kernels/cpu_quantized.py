@@ -215,7 +215,8 @@ def _proved_int8_linear(parent: Any) -> Any:
     class ProvedInt8Linear(parent):
         def process_weights_after_loading(self, layer: Any) -> None:
             n, k = getattr(layer, self.layer_param_names[0]).shape
-            _refuse("int8", _size_problem(torch.bfloat16, n, k) or int8_linear_problem(n, k))
+            self.problem = _size_problem(torch.get_default_dtype(), n, k) or int8_linear_problem(n, k)
+            _tell("int8", self.problem)
             super().process_weights_after_loading(layer)
 
     return ProvedInt8Linear
@@ -226,19 +227,35 @@ def _proved_int4_linear(parent: Any) -> Any:
         @classmethod
         def can_implement(cls, config: Any) -> tuple[bool, str | None]:
             supported, reason = super().can_implement(config)
-            if supported:
-                (k, n), group = config.partition_weight_shape, config.group_size
-                group = k if group == -1 else group
-                reason = _size_problem(torch.bfloat16, n, k) or int4_linear_problem(n, k, group)
+            reason = _int4_config_problem(config) if supported and not _kernels().HAS_PEERS else reason
             if reason:
                 raise ValueError(f"vLLM's CPU build has no int4 kernel for linear layers here ({reason})")
             return True, None
 
+        def process_weights_after_loading(self, layer: Any) -> None:
+            self.problem = _int4_config_problem(self.config)
+            _tell("int4", self.problem)
+            super().process_weights_after_loading(layer)
+
     return ProvedInt4Linear
 
 
-def _refuse(scheme: str, problem: str) -> None:
-    if problem:
+def _int4_config_problem(config: Any) -> str:
+    (k, n), group = config.partition_weight_shape, config.group_size
+    return _size_problem(config.act_type, n, k) or int4_linear_problem(n, k, k if group == -1 else group)
+
+
+def _tell(scheme: str, problem: str) -> None:
+    """Log which kernel linear layers take, or that those of this processor cannot take them.
+
+    Raises:
+        SettingsError: If no other can.
+    """
+    if not problem:
+        logger.info_once("Linear layers run in an %s kernel of %s, which proved right.", scheme, _kernels().NAME)
+    elif _kernels().HAS_PEERS:
+        logger.info_once("Linear layers keep vLLM's other %s kernel: %s", scheme, problem)
+    else:
         raise SettingsError(f"vLLM's CPU build has no {scheme} kernel for linear layers here ({problem}); {DEQUANTIZE}")
 
 

@@ -20,10 +20,12 @@ from vllm_bailing.errors import CheckpointError
 from vllm_bailing.plugin.kernels import avx2
 from vllm_bailing.plugin.kernels.avx2 import Weights, packed_int4
 from vllm_bailing.plugin.kernels.proof import BLOCK, ORDERS, RunExperts, RunLinear
+from vllm_bailing.processor import instructions
 
 NAME = "this package for AVX2"
 TOLERANCE = {"int8": 0.01, "int4": 0.03, "fp8": 0.01}  # of the norm of the result, which is rounded to bf16
 TAKES_ANY_DTYPE = True
+HAS_PEERS = False  # where linear layers of integers are multiplied here, vLLM cannot
 
 
 def obstacle() -> str:
@@ -243,7 +245,7 @@ def linears(parents: dict[str, Any]) -> dict[str, Any]:
             zeros = getattr(layer, self.w_zp_name or "weight_zero_point")
             return avx2.linear(x, Weights(words, scale, zeros), bias)
 
-    if torch.cpu._is_avx512_supported():  # for integers vLLM has kernels then
+    if "AVX-512" in instructions():  # for integers vLLM has kernels then
         return {"fp8": Fp8}
     return {"int8": Int8, "fp8": Fp8, "int4": Int4}
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from vllm import _custom_ops
+from vllm import _custom_ops, envs
 
 from vllm_bailing.plugin.kernels.proof import BLOCK, RunExperts, RunLinear
 
@@ -21,6 +21,7 @@ NAME = "vLLM for AVX-512"
 # Of the norm of the result. With activations in 8 bits the kernels are 0.022 off, with those in bf16 0.004.
 TOLERANCE = {"int8": 0.04, "int4": 0.04, "fp8": 0.01}
 TAKES_ANY_DTYPE = False
+HAS_PEERS = True  # vLLM's CPU build multiplies linear layers of integers in two ways
 ops: Any = _custom_ops  # of older vLLM some names are missing
 _OPERATIONS = (
     "convert_weight_packed",
@@ -45,8 +46,32 @@ def experts(parents: dict[str, Any]) -> dict[str, Any]:
 
 
 def linears(parents: dict[str, Any]) -> dict[str, Any]:
-    """vLLM's class of linear layers that asks for AMX; the others do not."""
-    return {"fp8": parents["fp8"]}
+    """vLLM's classes of linear layers, by scheme, with the kernels that they take where there is AMX.
+
+    Of integers those have a `problem` set before weights are processed: why they take vLLM's other kernels.
+    """
+
+    class Int8(parents["int8"]):
+        problem = ""
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            if self.problem or not self.config.input_symmetric:
+                super().process_weights_after_loading(layer)
+                return
+            self.linear_method = self._apply_weights_sgl
+            self.process_weights_for_sgl(layer)
+
+    class Int4(parents["int4"]):
+        problem = ""
+
+        def _process_gptq_weights_w4a16(self, layer: Any) -> None:  # called where there is no AMX
+            if self.problem or not envs.VLLM_CPU_INT4_W4A8:
+                super()._process_gptq_weights_w4a16(layer)
+                return
+            layer.use_w4a8 = True
+            self._process_gptq_weights_w4a8(layer)
+
+    return {"int8": Int8, "fp8": parents["fp8"], "int4": Int4}
 
 
 def preparations() -> dict[str, Any]:
@@ -93,3 +118,17 @@ def fp8_linear(level: torch.Tensor, scale: torch.Tensor, rows: int) -> RunLinear
         return torch.ops._C.fp8_scaled_mm_cpu(x, packed, scale, [rows, BLOCK], None, torch.bfloat16, True)
 
     return run
+
+
+def int8_linear(level: torch.Tensor, scale: torch.Tensor) -> RunLinear:
+    """A linear layer of int8 weights [N, K] with a scale per output."""
+    packed = torch.ops._C.convert_weight_packed(level)
+    return lambda x: torch.ops._C.int8_scaled_mm_with_quant(x, packed, scale, None, torch.bfloat16, True)
+
+
+def int4_linear(words: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> RunLinear:
+    """A linear layer of int4 weights as GPTQ packs them (`proof.in_groups`, without E)."""
+    packed, packed_zeros, packed_scales = ops.convert_weight_packed_scale_zp(
+        words, zeros, scales, ops.CPUQuantAlgo.GPTQ
+    )
+    return lambda x: ops.int4_scaled_mm_cpu(x, packed, packed_zeros, packed_scales, None)
