@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from vllm import _custom_ops
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import GateLinear
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -59,10 +60,10 @@ def use_cpu_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> None
     for module in model.modules():
         if eager and type(module) is RMSNorm:
             _switch_norm(module)
+        elif widened or isinstance(module, GateLinear):  # whose logits are fp32, and those for AVX-512 have bf16 alone
+            widen(module, is_head=module is head)
         elif not obstacle:
             _switch_matrices(module, is_head=module is head)
-        elif widened:
-            widen(module, is_head=module is head)
     if widened:
         logger.info_once("Matrix products run in fp32, in kernels of this package: this CPU has none for bf16 or fp16.")
     elif obstacle:

@@ -47,7 +47,8 @@ def widens(dtype: torch.dtype) -> bool:
 
 def uses_avx2(vllm_config: Any, dtype: torch.dtype) -> bool:
     """Whether an engine may compute in kernels of avx2.py what would be in `dtype`; each is proved besides."""
-    return wants_cpu_kernels(vllm_config) is not False and widens(dtype) and not _missing()
+    may = current_platform.is_cpu() and wants_cpu_kernels(vllm_config) is not False and dtype in _SUPPORTED
+    return may and not _missing()
 
 
 @proof
