@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from vllm import _custom_ops, envs
+from vllm.model_executor.utils import replace_parameter
 
 from vllm_bailing.plugin.kernels.proof import BLOCK, RunExperts, RunLinear
 
@@ -70,6 +71,9 @@ def linears(parents: dict[str, Any]) -> dict[str, Any]:
                 return
             layer.use_w4a8 = True
             self._process_gptq_weights_w4a8(layer)
+            for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
+                if name is not None:  # vLLM's class of parameters takes each operation through Python
+                    replace_parameter(layer, name, getattr(layer, name).data)
 
     return {"int8": Int8, "fp8": parents["fp8"], "int4": Int4}
 
