@@ -13,17 +13,13 @@ import pytest
 import torch
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer
-from tests.support.cpu_kernels import AVX2, AVX512, NEEDS_AVX2, use
+from tests.support.cpu_kernels import AVX2, AVX512, NEEDS_AVX2, NEEDS_VLLMS, use
 from tests.support.cpu_stand_ins import register
 from tests.support.engine import TWO_RANKS, EngineError, ask, generate, make_llm, run
 from tests.support.quantized import only_experts, plain_copy, quantize, quantize_by_command
 from tests.support.speculation import mtp
 from tests.support.versions import since
-from vllm_bailing.processor import quantized_kernels
 
-KERNELS = pytest.mark.skipif(
-    not quantized_kernels().are_vllms, reason="needs a CPU with AVX-512 bf16 and VNNI; stand-ins tell nothing here"
-)
 KNOWN = since("0.32", "quantized experts for CPUs to which a kernel can be given")
 SIZES = {"hidden_size": 128, "moe_intermediate_size": 128}
 # Parts of a fused layer have to be whole blocks.
@@ -177,11 +173,14 @@ def test_each_of_two_ranks_computes_its_experts(whose, scheme, are_whole, tmp_pa
 
 
 @KNOWN
-@THOROUGH
-@pytest.mark.parametrize("whose", [AVX512, pytest.param(AVX2, marks=NEEDS_AVX2)])
 @pytest.mark.parametrize(
-    ("online", "scheme", "kernel"),
-    [("int8_per_channel_weight_only", "script-w8a8", "Int8"), ("fp8_per_block", "fp8-block", "Fp8")],
+    ("online", "scheme", "kernel", "whose"),
+    [
+        ("fp8_per_block", "fp8-block", "Fp8", AVX512),
+        pytest.param("fp8_per_block", "fp8-block", "Fp8", AVX2, marks=(THOROUGH, NEEDS_AVX2)),
+        pytest.param("int8_per_channel_weight_only", "script-w8a8", "Int8", AVX512, marks=THOROUGH),
+        pytest.param("int8_per_channel_weight_only", "script-w8a8", "Int8", AVX2, marks=(THOROUGH, NEEDS_AVX2)),
+    ],
 )
 def test_experts_are_quantized_while_they_load(online, scheme, kernel, whose, tmp_path):
     """To the same weights as `vllm-bailing quantize` writes, which for fp8 are those of all linear layers."""
@@ -256,7 +255,41 @@ def test_groups_that_the_kernel_would_misread_are_refused():
     assert problems[:2] == ["", ""] and all("not one for all of them" in one for one in problems[2:])
 
 
-@KERNELS
+def _with_linear_layers(model, damaged=None):
+    """Whether linear layers take the kernels that vLLM keeps for AMX, and log-probabilities."""
+    use(AVX512, damaged)
+    llm = make_llm(model, dtype="bfloat16")
+    return llm.apply_model(_takes_kernels_for_amx)[0], ask(llm, [PROMPT])[0][0]
+
+
+def _takes_kernels_for_amx(model):
+    layer = model.model.layers[0].attention.query_key_value
+    if hasattr(layer, "use_w4a8"):
+        return layer.use_w4a8
+    return layer.scheme.kernel.linear_method.__name__ == "_apply_weights_sgl"
+
+
+@KNOWN
+@pytest.mark.parametrize(
+    ("scheme", "damaged"),
+    [
+        ("w8a8", None),
+        ("gptq", None),
+        pytest.param("script-w4a16", None, marks=THOROUGH),
+        pytest.param("w8a8", "int8_scaled_mm_with_quant", marks=NEEDS_VLLMS),
+        pytest.param("awq", "int4_scaled_mm_cpu", marks=NEEDS_VLLMS),
+    ],
+)
+def test_linear_layers_of_integers_mean_what_the_checkpoint_says(scheme, damaged, tmp_path):
+    """Their activations are rounded too; with a kernel that is wrong they keep vLLM's other one."""
+    model, plain = _quantized(tmp_path, scheme, everything=True)
+    wanted, _ = plain_answer(plain, PROMPT)
+    takes_kernels, logprobs = run(_with_linear_layers, model, damaged)
+    assert takes_kernels == (damaged is None)
+    assert (logprobs - wanted).abs().mean() <= ROUNDED
+
+
+@NEEDS_VLLMS
 @pytest.mark.parametrize("scheme", ["w8a8", "fp8", "gptq", "awq"])
 def test_kernels_agree_with_dequantized_weights(scheme, tmp_path):
     """The same checkpoint through the kernels and as plain weights in bf16; every linear layer quantized."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.conversations import evenly
-from tests.support.cpu_kernels import AVX2, NEEDS_AVX2, use
+from tests.support.cpu_kernels import AVX2, AVX512, NEEDS_AVX2, NEEDS_VLLMS, use
 from tests.support.engine import EngineError, run, run_in_turn
 from tests.support.quantized import DEQUANTIZE, SCHEMES, quantized_demo
 from tests.support.speculation import answers, mtp
@@ -32,24 +32,27 @@ def test_the_quantized_demo_answers_like_the_plain_one(scheme, tmp_path, demo_an
 
 
 @since("0.32", "quantized experts for CPUs to which a kernel can be given")
-@NEEDS_AVX2
+@pytest.mark.parametrize("whose", [pytest.param(AVX512, marks=NEEDS_VLLMS), pytest.param(AVX2, marks=NEEDS_AVX2)])
 @pytest.mark.parametrize(
     "scheme",
     [
         "script-w4a16+w8a8",
-        *(pytest.param(one, marks=pytest.mark.thorough) for one in ("script-w8a8+w8a8", "gptq", "awq")),
+        *(
+            pytest.param(one, marks=pytest.mark.thorough)
+            for one in ("script-w8a8+w8a8", "script-w4a16+w4a16", "gptq", "awq")
+        ),
     ],
 )
-def test_the_quantized_demo_answers_like_the_plain_one_in_kernels_for_avx2(scheme, tmp_path, demo_answers):
+def test_the_quantized_demo_answers_like_the_plain_one_in_kernels(scheme, whose, tmp_path, demo_answers):
     model = quantized_demo(scheme, tmp_path / "demo")
-    ids, counted = run(_answers_in_kernels_for_avx2, model)
+    ids, counted = run(_answers_in_kernels, model, whose)
     same = sum(one == other for one, other in zip(ids, demo_answers, strict=True))
     assert same >= 0.95 * len(ids), f"{same} of {len(ids)}"
     assert counted["accepted_tokens"] >= 0.9 * counted["drafts"]
 
 
-def _answers_in_kernels_for_avx2(model):
-    use(AVX2)
+def _answers_in_kernels(model, whose):
+    use(whose)
     return answers(model, 200, 1, dtype="bfloat16")
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tests.support import avx2_stand_ins, cpu_stand_ins
-from vllm_bailing.processor import QuantizedKernels, compiler, instructions
+from vllm_bailing.processor import QuantizedKernels, compiler, instructions, quantized_kernels
 
 NEEDS_AVX2 = pytest.mark.skipif(
     "AVX2" not in instructions() or compiler() is None, reason="needs a CPU with AVX2, and a C++ compiler"
+)
+NEEDS_VLLMS = pytest.mark.skipif(
+    not quantized_kernels().are_vllms, reason="needs a CPU with AVX-512 bf16 and VNNI; stand-ins tell nothing here"
 )
 AVX512, AVX2 = "vLLM's", "AVX2"
 

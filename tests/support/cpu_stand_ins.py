@@ -22,6 +22,10 @@ _SCHEMAS = {
     "bool is_vnni) -> ()",
     "fp8_scaled_mm_cpu": "(Tensor mat1, Tensor mat2, Tensor scales2, int[] block_size, Tensor? bias, "
     "ScalarType out_dtype, bool is_vnni) -> Tensor",
+    "int8_scaled_mm_with_quant": "(Tensor mat1, Tensor mat2, Tensor scales2, Tensor? bias, ScalarType out_dtype, "
+    "bool is_vnni) -> Tensor",
+    "int4_scaled_mm_cpu": "(Tensor(a!) x, Tensor(b!) w, Tensor(c!) w_zeros, Tensor(d!) w_scales, Tensor? bias) -> "
+    "Tensor",
 }
 
 
@@ -49,6 +53,9 @@ def _nibbles(words, algorithm):
 
 
 def convert_weight_packed_scale_zp(qweight, qzeros, scales, algorithm):
+    if qweight.ndim == 2:  # of one matrix
+        packed = convert_weight_packed_scale_zp(*(one.unsqueeze(0) for one in (qweight, qzeros, scales)), algorithm)
+        return tuple(one[0] for one in packed)
     experts, groups, outputs = scales.shape
     if algorithm == 1:  # GPTQ: eight inputs in a word, zero points less one
         levels = _nibbles(qweight.transpose(1, 2), 1)  # [E, N, K]
@@ -113,6 +120,17 @@ def fp8_scaled_mm_cpu(mat1, mat2, scales2, block_size, bias, out_dtype, is_vnni)
     return (result if bias is None else result + bias.float()).to(out_dtype)
 
 
+def int8_scaled_mm_with_quant(mat1, mat2, scales2, bias, out_dtype, is_vnni):
+    assert is_vnni and mat2.dtype == torch.int8 and mat2.shape[1] == mat1.shape[1] + 4
+    result = mat1.float() @ (_plain(mat2, mat1.shape[1]) * scales2.view(-1, 1)).t()
+    return (result if bias is None else result + bias).to(out_dtype)
+
+
+def int4_scaled_mm_cpu(x, w, w_zeros, w_scales, bias):
+    result = x.float() @ _of_groups(*(one.unsqueeze(0) for one in (w, w_zeros, w_scales)))[0].t()
+    return (result if bias is None else result + bias).to(x.dtype)
+
+
 _registered: list[torch.library.Library] = []  # they end with the object
 
 
@@ -137,7 +155,7 @@ def register(damaged: str | None = None) -> None:
             continue
         library.impl(name, wrong(globals()[name]) if name == damaged else globals()[name], "CPU", allow_override=True)
     cpu_quantized.quantized_kernels = lambda: QuantizedKernels(are_vllms=True, are_ours=False, obstacle="")
-    checks._lacks_avx512 = bool  # of linear layers, which have no stand-ins: tests leave them plain
+    checks._lacks_avx512 = bool
 
 
 def wrong(right):

@@ -327,6 +327,19 @@ def offer_quantized_layers_on_cpu(in_cpu_moe: dict[str, Any], linears: list[type
             offered[:] = [linear if issubclass(linear, one) else one for one in offered]
 
 
+def quantize_blocks_uncompiled_on_cpu() -> None:
+    """Have vLLM quantize weights to fp8 blocks while they load without torch.compile; safe to call again.
+
+    Differs:  compiled for CPUs, the function writes past the end of the scales, into whatever lies there in memory.
+    Upstream: `per_block_cast_to_fp8` in `vllm/utils/deep_gemm.py`, in 0.32 and 0.33; issue 196681 of PyTorch.
+    Remove:   when the oldest supported PyTorch has mended it.
+    """
+    from vllm.model_executor.layers.quantization.online import fp8
+
+    compiled = fp8.per_block_cast_to_fp8
+    fp8.per_block_cast_to_fp8 = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+
+
 def settle_partial_layers() -> None:
     """Have `end_update` of `model.weight_loading` called before vLLM's reload ends, and `after_update` afterwards.
 

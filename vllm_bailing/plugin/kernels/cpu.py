@@ -60,7 +60,7 @@ def use_cpu_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> None
     for module in model.modules():
         if eager and type(module) is RMSNorm:
             _switch_norm(module)
-        elif widened or isinstance(module, GateLinear):  # whose logits are fp32, and those for AVX-512 have bf16 alone
+        elif widened or _is_gate_in_bf16(module):
             widen(module, is_head=module is head)
         elif not obstacle:
             _switch_matrices(module, is_head=module is head)
@@ -70,6 +70,11 @@ def use_cpu_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> None
         logger.debug("vLLM's choice of CPU kernels for matrices stays: %s", obstacle)
     else:
         logger.info_once("Matrix products run on AVX-512 bf16 kernels of vLLM that it keeps for CPUs with AMX.")
+
+
+def _is_gate_in_bf16(module: nn.Module) -> bool:
+    """Whether it needs a product with logits in fp32, which the kernels for AVX-512 do not have."""
+    return isinstance(module, GateLinear) and module.weight.dtype == torch.bfloat16
 
 
 def _obstacle(dtype: torch.dtype) -> str:

@@ -35,7 +35,7 @@ from vllm_bailing.plugin.kernels.proof import (
     proof,
 )
 from vllm_bailing.plugin.options import CPU_KERNELS, wants_cpu_kernels
-from vllm_bailing.plugin.patches import offer_quantized_layers_on_cpu
+from vllm_bailing.plugin.patches import offer_quantized_layers_on_cpu, quantize_blocks_uncompiled_on_cpu
 from vllm_bailing.plugin.shims import quantized_cpu_layers
 from vllm_bailing.processor import quantized_kernels
 
@@ -97,6 +97,7 @@ def offer_quantized_layers(vllm_config: Any) -> None:
         return
     in_cpu_moe, linear = _classes(vllm_config.parallel_config.enable_expert_parallel)
     offer_quantized_layers_on_cpu(in_cpu_moe, linear)
+    quantize_blocks_uncompiled_on_cpu()
 
 
 @functools.cache
