@@ -87,7 +87,9 @@ def test_planted_faults_are_flagged(fault, dtype, prompts, tmp_path):
 
 
 @pytest.mark.parametrize("fault", SMALL_FAULTS)
-def test_a_fault_smaller_than_rounding_is_flagged(fault, prompts, tmp_path):
+def test_a_fault_smaller_than_rounding_is_flagged(fault, tmp_path):
+    """By as many words as the command asks unless told otherwise: a quarter of them is not always enough."""
+    prompts = verify.prompts_of(DEMO, list(verify.DEFAULT_PROMPTS), 32, verify.WORDS, read_config(DEMO).vocab_size)
     planted, part = SMALL_FAULTS[fault]
     report = judged(planted, "bfloat16", prompts, tmp_path)
     assert "significance" in report["reason"] and report["looks_like"].startswith(part), report

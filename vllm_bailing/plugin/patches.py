@@ -23,6 +23,8 @@ In a process that builds the model, by `patch_for_model`:
 - `offer_quantized_layers_on_cpu`: the classes of quantized experts in `experts.cpu_moe`, with the functions that pack
   their weights, and those of linear layers in `_POSSIBLE_FP8_BLOCK_KERNELS`, `_POSSIBLE_INT8_KERNELS` and
   `_POSSIBLE_KERNELS`, in CPU engines with quantized layers;
+- `quantize_blocks_uncompiled_on_cpu`: `per_block_cast_to_fp8` of `quantization.online.fp8`, in CPU engines with
+  quantized layers;
 - `settle_partial_layers`: `reload.layerwise.finalize_layerwise_processing`, for models that ask for it;
 - `check_adapters_while_loading`: `WorkerLoRAManager._load_adapter`, with adapters.
 
