@@ -104,14 +104,15 @@ class LlamaCpp:
         command = [str(self.tools / "llama-batched-bench"), "-m", str(self.file), "-t", str(self.threads)]
         command += ["-tb", str(self.threads), "-c", str((prompt + tokens) * requests + 64), "-npp", str(prompt)]
         command += ["-ntg", str(tokens), "-npl", str(requests), "-b", "2048", "-ub", "512", "--output-format", "jsonl"]
-        with tempfile.TemporaryFile("w+") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
+        with tempfile.TemporaryFile("w+") as results, tempfile.TemporaryFile("w+") as log:
+            process = subprocess.Popen(command, stdout=results, stderr=log)
             _, status, usage = os.wait4(process.pid, 0)
+            results.seek(0)
             log.seek(0)
-            lines = log.readlines()
-        rows = [json.loads(line) for line in lines if line.startswith("{")]
+            rows = [json.loads(line) for line in results if line.startswith("{")]
+            said = log.read().strip()[-300:]
         if status or not rows:
-            raise RuntimeError(f"llama-batched-bench ended with status {status}: {''.join(lines).strip()[-300:]}")
+            raise RuntimeError(f"llama-batched-bench ended with status {status}: {said}")
         self.peak = max(self.peak, usage.ru_maxrss * 1024)
         return rows[-1]
 
