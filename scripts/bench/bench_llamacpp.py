@@ -46,6 +46,7 @@ ALIKE = {
     "w4a16": "q4_0",
     "fp8-block": "q8_0",
 }  # schemes, and what llama.cpp has of the same size
+_TRIES = 5  # results go through a log of llama.cpp, whose end is lost now and then
 FIGURES = ("prefill 512", "decode 1", "decode 16")
 # The converter knows the tokenizers of published models by their hashes, and no others; none is needed.
 CONVERT = """
@@ -104,13 +105,16 @@ class LlamaCpp:
         command = [str(self.tools / "llama-batched-bench"), "-m", str(self.file), "-t", str(self.threads)]
         command += ["-tb", str(self.threads), "-c", str((prompt + tokens) * requests + 64), "-npp", str(prompt)]
         command += ["-ntg", str(tokens), "-npl", str(requests), "-b", "2048", "-ub", "512", "--output-format", "jsonl"]
-        with tempfile.TemporaryFile("w+") as results, tempfile.TemporaryFile("w+") as log:
-            process = subprocess.Popen(command, stdout=results, stderr=log)
-            _, status, usage = os.wait4(process.pid, 0)
-            results.seek(0)
-            log.seek(0)
-            rows = [json.loads(line) for line in results if line.startswith("{")]
-            said = log.read().strip()[-300:]
+        for _ in range(_TRIES):
+            with tempfile.TemporaryFile("w+") as results, tempfile.TemporaryFile("w+") as log:
+                process = subprocess.Popen(command, stdout=results, stderr=log)
+                _, status, usage = os.wait4(process.pid, 0)
+                results.seek(0)
+                log.seek(0)
+                rows = [json.loads(line) for line in results if line.startswith("{")]
+                said = log.read().strip()[-300:]
+            if status or rows:
+                break
         if status or not rows:
             raise RuntimeError(f"llama-batched-bench ended with status {status}: {said}")
         self.peak = max(self.peak, usage.ru_maxrss * 1024)
