@@ -76,14 +76,15 @@ def quantized_kernels() -> QuantizedKernels:
 def kernels() -> dict[str, str]:
     """What vLLM's CPU build multiplies with here, in words, by kind of weights."""
     has, quantized = instructions(), quantized_kernels()
-    whose = "vLLM's kernels" if quantized.are_vllms else "kernels of this package for AVX2"
+    whose = "vLLM's kernels for AMX" if quantized.are_vllms else "kernels of this package for AVX2"
     proved = f"none ({quantized.obstacle})" if quantized.obstacle else f"{whose}, each after a proof"
     bf16 = "AVX-512 bf16 kernels" if "AVX-512 bf16" in has else "oneDNN and vLLM's portable kernel"
     if has == ["AVX2"]:  # oneDNN takes none: plugin/kernels/cpu_widened.py
         bf16 = "products in fp32, and vLLM's portable kernel for experts"
+    in_vllm = "AVX-512" in has and not quantized.are_vllms  # others for linear layers than for experts
     return {
         "bf16": "AMX kernels" if "AMX" in has else bf16,
-        "linear layers in int8 or int4": "oneDNN and vLLM's kernels" if "AVX-512" in has else proved,
+        "linear layers in int8 or int4": "oneDNN and vLLM's kernels" if in_vllm else proved,
         "experts in int8, int4 or fp8 blocks": proved,
     }
 

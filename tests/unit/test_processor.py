@@ -62,7 +62,10 @@ def test_instructions_and_the_kernels_that_follow(pretend, capabilities, words, 
     pretend(capabilities)
     assert processor.found().startswith(words)
     assert processor.dtypes_with_kernels() == dtypes
-    assert whose in processor.kernels()["experts in int8, int4 or fp8 blocks"]
+    kernels = processor.kernels()
+    assert whose in kernels["experts in int8, int4 or fp8 blocks"]
+    linear = "oneDNN" if capabilities == ICE_LAKE else whose
+    assert linear in kernels["linear layers in int8 or int4"]
 
 
 class Stored:
