@@ -1,4 +1,4 @@
-"""The router on CPUs that multiply bf16 in kernels of this package: one operation for its choice, its weight in bf16.
+"""The router on x86 CPUs: one operation of avx2.py for its choice, and its weight in bf16.
 
 vLLM's rule for CPUs is fifteen small operations of PyTorch for every layer. With one token they take longer than many a
 matrix product.

@@ -3,7 +3,7 @@
 vLLM's CUDA build has `fused_qk_norm_rope`, which its own compiler pass leaves off at every optimization level. Here it
 is called where it proves equal on the GPU at hand, rotary widths below the head size included: a kernel of this kind
 was once wrong for those (vLLM pull request 43676). CPU engines have that of cpu.py in eager mode. Compiled ones leave
-both to torch.compile, or take that of avx2.py where they multiply in its kernels: it is one operation, not several.
+both to torch.compile, or take that of avx2.py on x86: it is one operation, not several.
 """
 
 from __future__ import annotations
