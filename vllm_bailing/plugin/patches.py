@@ -338,8 +338,9 @@ def quantize_blocks_uncompiled_on_cpu() -> None:
     """
     from vllm.model_executor.layers.quantization.online import fp8
 
-    compiled = fp8.per_block_cast_to_fp8
-    fp8.per_block_cast_to_fp8 = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+    module: Any = fp8
+    compiled = module.per_block_cast_to_fp8
+    module.per_block_cast_to_fp8 = getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
 def settle_partial_layers() -> None:
