@@ -216,7 +216,11 @@ def _proved_int8_linear(parent: Any) -> Any:
     class ProvedInt8Linear(parent):
         def process_weights_after_loading(self, layer: Any) -> None:
             n, k = getattr(layer, self.layer_param_names[0]).shape
-            self.problem = _size_problem(torch.get_default_dtype(), n, k) or int8_linear_problem(n, k)
+            self.problem = (
+                _kernels().linear_obstacle("int8", self.config)
+                or _size_problem(torch.get_default_dtype(), n, k)
+                or int8_linear_problem(n, k)
+            )
             _tell("int8", self.problem)
             super().process_weights_after_loading(layer)
 
@@ -243,7 +247,11 @@ def _proved_int4_linear(parent: Any) -> Any:
 
 def _int4_config_problem(config: Any) -> str:
     (k, n), group = config.partition_weight_shape, config.group_size
-    return _size_problem(config.act_type, n, k) or int4_linear_problem(n, k, k if group == -1 else group)
+    return (
+        _kernels().linear_obstacle("int4", config)
+        or _size_problem(config.act_type, n, k)
+        or int4_linear_problem(n, k, k if group == -1 else group)
+    )
 
 
 def _tell(scheme: str, problem: str) -> None:

@@ -33,6 +33,11 @@ def obstacle() -> str:
     return ""
 
 
+def linear_obstacle(_scheme: str, _config: Any) -> str:
+    """Why linear layers of integers are not for these kernels, whatever their sizes: nothing."""
+    return ""
+
+
 def prepare() -> None:
     """Before a proof: have the kernels compiled and loaded.
 

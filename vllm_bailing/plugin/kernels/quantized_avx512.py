@@ -56,26 +56,42 @@ def linears(parents: dict[str, Any]) -> dict[str, Any]:
         problem = ""
 
         def process_weights_after_loading(self, layer: Any) -> None:
-            if self.problem or not self.config.input_symmetric:
-                super().process_weights_after_loading(layer)
-                return
-            self.linear_method = self._apply_weights_sgl
-            self.process_weights_for_sgl(layer)
+            if self.problem:
+                self.linear_method = self._apply_weights_onednn
+                self.process_weights_for_onednn(layer)
+            else:
+                self.linear_method = self._apply_weights_sgl
+                self.process_weights_for_sgl(layer)
 
     class Int4(parents["int4"]):
         problem = ""
 
-        def _process_gptq_weights_w4a16(self, layer: Any) -> None:  # called where there is no AMX
-            if self.problem or not envs.VLLM_CPU_INT4_W4A8:
+        def _process_gptq_weights_w4a16(self, layer: Any) -> None:  # vLLM calls this one without AMX
+            self._pack(layer)
+
+        def _process_gptq_weights_w4a8(self, layer: Any) -> None:  # and this one with it
+            self._pack(layer)
+
+        def _pack(self, layer: Any) -> None:
+            layer.use_w4a8 = not self.problem
+            if self.problem:
                 super()._process_gptq_weights_w4a16(layer)
                 return
-            layer.use_w4a8 = True
-            self._process_gptq_weights_w4a8(layer)
+            super()._process_gptq_weights_w4a8(layer)
             for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
                 if name is not None:  # vLLM's class of parameters takes each operation through Python
                     replace_parameter(layer, name, getattr(layer, name).data)
 
     return {"int8": Int8, "fp8": parents["fp8"], "int4": Int4}
+
+
+def linear_obstacle(scheme: str, config: Any) -> str:
+    """Why linear layers of integers cannot take these kernels, whatever their sizes; empty if they can."""
+    if scheme == "int8" and not config.input_symmetric:
+        return "activations have zero points"
+    if scheme == "int4" and not envs.VLLM_CPU_INT4_W4A8:
+        return "VLLM_CPU_INT4_W4A8=0 keeps activations in 16 bits"
+    return ""
 
 
 def preparations() -> dict[str, Any]:
