@@ -54,7 +54,8 @@ class Tally:
         right: Number of answers that were right, by kind of request.
         wrong: Descriptions of those that were not.
         lost: Requests that ended in an error, with it.
-        samples: Rows of seconds, memory in bytes and open files of the server's processes, preemptions, requests.
+        samples: Rows of seconds, memory in bytes and open files of the server's processes, preemptions, requests: the
+            first from before the load, the last from after it.
     """
 
     right: Counter[str] = field(default_factory=Counter)
@@ -81,7 +82,7 @@ def soak(
     kinds: Collection[str] = BASE,
 ) -> Tally:
     """Load the server at `url` for `seconds` with `clients` at once and requests of these of `KINDS`."""
-    tally, end, lock = Tally(), time.monotonic() + seconds, threading.Lock()
+    tally, lock = Tally(), threading.Lock()
     fitting = {kind: [one for one in asked if KINDS[kind].fits(one)] for kind in kinds}
 
     def work(seed: int) -> None:
@@ -102,22 +103,34 @@ def soak(
                     else:
                         tally.right[kind] += 1
 
-    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(clients)]
-    started = time.monotonic()
-    for worker in workers:
-        worker.start()
     processes = processes_of(url)
-    while time.monotonic() < end:
+    started = time.monotonic()
+
+    def sample() -> bool:
+        """Whether the server still tells how it is."""
         try:
             tally.samples.append({"seconds": time.monotonic() - started, **_sample(url, processes)})
         except (httpx.HTTPError, psutil.Error) as error:
-            end = 0  # for all clients
             tally.lost.append(f"the server is gone: {type(error).__name__}: {error}")
+            return False
+        return True
+
+    # One sample before the load and one after it, however long a server at work takes for those between.
+    if not sample():
+        return tally
+    end = time.monotonic() + seconds
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(clients)]
+    for worker in workers:
+        worker.start()
+    while time.monotonic() < end:
         time.sleep(min(sample_every, max(0.0, end - time.monotonic())))
+        if time.monotonic() < end and not sample():
+            end = 0  # for all clients
     for worker in workers:
         worker.join(660)
     if any(worker.is_alive() for worker in workers):
         tally.lost.append("a request never ended")
+    sample()
     return tally
 
 
