@@ -22,6 +22,7 @@ _NAMES = {
 }
 # The kernels of vLLM's CPU build that were ported from SGLang are compiled for these.
 _QUANTIZED_EXPERTS = ("AVX-512", "AVX-512 bf16", "AVX-512 VNNI")
+SCHEMES = ("fp8", "int8", "int4")
 
 
 def instructions() -> list[str]:
@@ -53,35 +54,38 @@ def compiler() -> str | None:
 
 
 class QuantizedKernels(NamedTuple):
-    """Which kernels run quantized layers here: vLLM's for AVX-512, or those of this package for AVX2, or none."""
+    """Which of `SCHEMES` run in kernels of this package here, and which in vLLM's for AVX-512."""
 
-    are_vllms: bool
-    are_ours: bool
-    obstacle: str  # why there are none
+    ours: tuple[str, ...]
+    vllms: tuple[str, ...]
+    obstacle: str = ""  # why none does
 
 
 def quantized_kernels() -> QuantizedKernels:
     """Which kernels there are on this processor, with a compiler for those that are compiled here."""
     has = instructions()
     if all(name in has for name in _QUANTIZED_EXPERTS):
-        return QuantizedKernels(True, False, "")
+        # vLLM's for int4 are slower without AMX: docs/cpu.md.
+        ours = ("int4",) if "AMX" not in has and compiler() else ()
+        return QuantizedKernels(ours, tuple(scheme for scheme in SCHEMES if scheme not in ours))
     if "AVX2" not in has:
-        return QuantizedKernels(False, False, f"it has {found()}, and they need AVX2")
+        return QuantizedKernels((), (), f"it has {found()}, and they need AVX2")
     if compiler() is None:
         compiled = "they are compiled for AVX2, and there is no C++ compiler here; install one (g++), or name it by CXX"
-        return QuantizedKernels(False, False, compiled)
-    return QuantizedKernels(False, True, "")
+        return QuantizedKernels((), (), compiled)
+    return QuantizedKernels(SCHEMES, ())
 
 
 def kernels() -> dict[str, str]:
     """What vLLM's CPU build multiplies with here, in words, by kind of weights."""
     has, quantized = instructions(), quantized_kernels()
-    whose = "vLLM's kernels for AMX" if quantized.are_vllms else "kernels of this package for AVX2"
-    proved = f"none ({quantized.obstacle})" if quantized.obstacle else f"{whose}, each after a proof"
+    parts = [f"vLLM's kernels for AMX ({', '.join(quantized.vllms)})"] if quantized.vllms else []
+    parts += [f"kernels of this package ({', '.join(quantized.ours)})"] if quantized.ours else []
+    proved = f"none ({quantized.obstacle})" if quantized.obstacle else f"{' and '.join(parts)}, each after a proof"
     bf16 = "AVX-512 bf16 kernels" if "AVX-512 bf16" in has else "oneDNN and vLLM's portable kernel"
     if has == ["AVX2"]:  # oneDNN takes none: plugin/kernels/cpu_widened.py
         bf16 = "products in fp32, and vLLM's portable kernel for experts"
-    in_vllm = "AVX-512" in has and not quantized.are_vllms  # others for linear layers than for experts
+    in_vllm = "AVX-512" in has and not quantized.vllms  # others for linear layers than for experts
     return {
         "bf16": "AMX kernels" if "AMX" in has else bf16,
         "linear layers in int8 or int4": "oneDNN and vLLM's kernels" if in_vllm else proved,
@@ -91,7 +95,7 @@ def kernels() -> dict[str, str]:
 
 def dtypes_with_kernels() -> tuple[str, ...]:
     """Data types of experts that can be multiplied with on this processor."""
-    return ("bf16",) if quantized_kernels().obstacle else ("bf16", "fp8", "int8", "int4")
+    return ("bf16",) if quantized_kernels().obstacle else ("bf16", *SCHEMES)
 
 
 def memory_bandwidth(seconds: float = 1.0) -> float:

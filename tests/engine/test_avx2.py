@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support import avx2_stand_ins
-from tests.support.cpu_kernels import NEEDS_AVX2
+from tests.support.cpu_kernels import NEEDS_AVX2, NEEDS_VNNI
 from tests.support.engine import run, run_in_turn
 from vllm_bailing.processor import compiler
 
@@ -30,6 +30,7 @@ FORMATS = {
     "int4, groups of 128": (torch.uint8, 128, ROUNDED),
     "int4, groups of 256": (torch.uint8, 256, ROUNDED),
 }
+FOR_VNNI = {f"{name}, VNNI": found for name, found in FORMATS.items() if "int4" in name}
 SIZES = [
     # experts, hidden size, width, picks; the last has more inputs than are unpacked at a time, and a rest
     (3, 128, 128, 2),
@@ -39,7 +40,7 @@ SIZES = [
 TOKENS = (0, 1, 2, 5, 12, 13, 24, 25, 97, 130)
 
 
-def _stack(dtype, shared, experts, n, k):
+def _stack(dtype, shared, experts, n, k, for_vnni=False):
     """Random weights of which the products with a normal vector are about as large as it."""
     from vllm_bailing.plugin.kernels.avx2 import Weights, packed_int4
 
@@ -58,7 +59,7 @@ def _stack(dtype, shared, experts, n, k):
         levels = torch.randint(0, 16, (n, k), dtype=torch.uint8)
         scales = ((torch.rand(n, k // shared) + 0.5) * size / 4).to(torch.float16 if number % 2 else torch.bfloat16)
         zeros = torch.randint(0, 17, (n, k // shared), dtype=torch.uint8)
-        parts.append(packed_int4(levels, scales.to(torch.bfloat16), zeros))
+        parts.append(packed_int4(levels, scales.to(torch.bfloat16), zeros, for_vnni))
     return Weights(*(torch.stack(one) for one in zip(*parts, strict=True)))
 
 
@@ -68,12 +69,12 @@ def _errors(name):
 
     avx2.load()
     torch.manual_seed(0)
-    dtype, shared, _ = FORMATS[name]
-    found = []
+    dtype, shared, _ = {**FORMATS, **FOR_VNNI}[name]
+    found, vnni = [], name in FOR_VNNI
     for experts, hidden, width, picks in SIZES:
         if hidden % max(shared, 1) or width % max(shared, 1):
             continue
-        w13, w2 = _stack(dtype, shared, experts, 2 * width, hidden), _stack(dtype, shared, experts, hidden, width)
+        w13, w2 = (_stack(dtype, shared, experts, *size, vnni) for size in ((2 * width, hidden), (hidden, width)))
         first = avx2.Weights(*(one[:1] if isinstance(one, torch.Tensor) else one for one in w13))
         for tokens in TOKENS:
             x, bias = torch.randn(tokens, hidden), torch.randn(2 * width)
@@ -89,11 +90,11 @@ def _errors(name):
     return found
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, *(pytest.param(name, marks=NEEDS_VNNI) for name in FOR_VNNI)])
 def test_products_are_those_of_fp64(name):
     found = run_in_turn(_errors, name)
     assert len(found) >= 2 * len(TOKENS)
-    assert not {case: error for case, error in found if not error <= FORMATS[name][2]}
+    assert not {case: error for case, error in found if not error <= {**FORMATS, **FOR_VNNI}[name][2]}
 
 
 def _rounded_once(dtype):

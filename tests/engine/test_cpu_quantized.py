@@ -1,4 +1,4 @@
-"""Quantized layers on CPUs: in vLLM's kernels for AVX-512 with bf16 and VNNI, and in those of this package for AVX2.
+"""Quantized layers on CPUs: in vLLM's kernels for AVX-512 with bf16 and VNNI, and in ours for AVX2 and for VNNI.
 
 On a processor without AVX-512 stand-ins take the place of vLLM's kernels (`support/cpu_stand_ins.py`): everything up to
 the kernels is tested then, and not what they compute. Those for AVX2 are always the real ones, and have all linear
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.support.checkpoints import PROMPT, make_checkpoint, plain_answer
-from tests.support.cpu_kernels import AVX2, AVX512, NEEDS_AVX2, NEEDS_VLLMS, use
+from tests.support.cpu_kernels import AVX2, AVX512, NEEDS_AVX2, NEEDS_VLLMS, NEEDS_VNNI, VNNI, use
 from tests.support.cpu_stand_ins import register
 from tests.support.engine import TWO_RANKS, EngineError, ask, generate, make_llm, run
 from tests.support.quantized import only_experts, plain_copy, quantize, quantize_by_command
@@ -111,13 +111,24 @@ def test_experts_mean_what_the_checkpoint_says(scheme, kernel, tmp_path):
     ],
 )
 def test_every_layer_means_what_the_checkpoint_says_on_avx2(scheme, kernel, tmp_path):
+    _check_every_layer(scheme, kernel, AVX2, tmp_path)
+
+
+@KNOWN
+@NEEDS_VNNI
+@pytest.mark.parametrize("scheme", ["awq", pytest.param("gptq", marks=THOROUGH), "script-w4a16"])
+def test_every_layer_means_what_the_checkpoint_says_with_vnni(scheme, tmp_path):
+    _check_every_layer(scheme, "Int4", VNNI, tmp_path)
+
+
+def _check_every_layer(scheme, kernel, whose, tmp_path):
     """Compiled or not, target and MTP layer, in more digits than bf16 has, so that little rounds beside the kernels."""
     model, plain = _quantized(tmp_path, scheme, everything=True, num_nextn_predict_layers=1)
     wanted, _ = plain_answer(plain, PROMPT)
     dtype = "float32" if scheme == "w8a8" else "float16"
     options = {"dtype": dtype, "speculative_config": mtp(1), "enforce_eager": scheme != "script-w4a16"}
     for kept, limit in [(None, ROUNDED), ("exact", EXACTLY["Int4"])] if kernel == "Int4" else [(None, EXACTLY[kernel])]:
-        kernels, found = run(_served, model, AVX2, kept, reload=True, **options)
+        kernels, found = run(_served, model, whose, kept, reload=True, **options)
         name, refused, _ = kernels.partition(", no reload")
         assert name == f"vllm_bailing.Proved{kernel}Experts" and not (refused and kernel != "Int4")
         for logprobs, _ in found:
@@ -160,6 +171,8 @@ def test_a_quantized_head_means_what_the_checkpoint_says_on_avx2(scheme, head, l
         pytest.param(AVX512, "w8a8", True, marks=THOROUGH),
         pytest.param(AVX2, "w8a8", True, marks=NEEDS_AVX2),
         pytest.param(AVX2, "gptq", False, marks=(THOROUGH, NEEDS_AVX2)),
+        pytest.param(VNNI, "gptq", False, marks=NEEDS_VNNI),
+        pytest.param(VNNI, "script-w4a16", True, marks=(THOROUGH, NEEDS_VNNI)),
     ],
 )
 def test_each_of_two_ranks_computes_its_experts(whose, scheme, are_whole, tmp_path):
@@ -207,6 +220,7 @@ def test_experts_are_quantized_while_they_load(online, scheme, kernel, whose, tm
         pytest.param(AVX2, "w8a8", "avx2_linear", marks=NEEDS_AVX2),
         pytest.param(AVX2, "fp8", "avx2_linear", marks=(THOROUGH, NEEDS_AVX2)),
         pytest.param(AVX2, "gptq", "avx2_linear", marks=(THOROUGH, NEEDS_AVX2)),
+        pytest.param(VNNI, "gptq", "avx2_experts", marks=NEEDS_VNNI),
     ],
 )
 def test_a_kernel_that_is_wrong_is_not_used(whose, scheme, damaged, tmp_path):
@@ -255,11 +269,17 @@ def test_groups_that_the_kernel_would_misread_are_refused():
     assert problems[:2] == ["", ""] and all("not one for all of them" in one for one in problems[2:])
 
 
-def _with_linear_layers(model, damaged=None):
-    """Whether linear layers take the kernels that vLLM keeps for AMX, and log-probabilities."""
-    use(AVX512, damaged)
+def _with_linear_layers(model, damaged=None, whose=AVX512):
+    """Whether linear layers take the kernels that vLLM keeps for AMX, or ours; and log-probabilities."""
+    use(whose, damaged)
     llm = make_llm(model, dtype="bfloat16")
-    return llm.apply_model(_takes_kernels_for_amx)[0], ask(llm, [PROMPT])[0][0]
+    takes = _takes_kernels_for_amx if whose == AVX512 else _takes_ours
+    return llm.apply_model(takes)[0], ask(llm, [PROMPT])[0][0]
+
+
+def _takes_ours(model):
+    weight = model.model.layers[0].attention.query_key_value.weight_packed
+    return weight.ndim == 4
 
 
 def _takes_kernels_for_amx(model):
@@ -286,6 +306,17 @@ def test_linear_layers_of_integers_mean_what_the_checkpoint_says(scheme, damaged
     wanted, _ = plain_answer(plain, PROMPT)
     takes_kernels, logprobs = run(_with_linear_layers, model, damaged)
     assert takes_kernels == (damaged is None)
+    assert (logprobs - wanted).abs().mean() <= ROUNDED
+
+
+@KNOWN
+@NEEDS_VNNI
+@pytest.mark.parametrize(("damaged", "options"), [("avx2_linear", {}), (None, {"VLLM_CPU_INT4_W4A8": "0"}), (None, {})])
+def test_linear_layers_in_int4_with_vnni_have_another_kernel(damaged, options, tmp_path):
+    model, plain = _quantized(tmp_path, "script-w4a16", everything=True)
+    wanted, _ = plain_answer(plain, PROMPT)
+    are_ours, logprobs = run(_with_linear_layers, model, damaged, VNNI, env=options)
+    assert are_ours == (not damaged and not options)
     assert (logprobs - wanted).abs().mean() <= ROUNDED
 
 

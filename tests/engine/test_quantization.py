@@ -68,7 +68,7 @@ def _take_kernels_away():
     from vllm_bailing.plugin.kernels import cpu_quantized
     from vllm_bailing.processor import QuantizedKernels
 
-    nothing = QuantizedKernels(are_vllms=False, are_ours=False, obstacle="it has none, and they need AVX2")
+    nothing = QuantizedKernels((), (), "it has none, and they need AVX2")
     cpu_quantized.quantized_kernels = lambda: nothing
 
 

@@ -21,15 +21,27 @@ def meaning(weights):
     if data.dtype == torch.float8_e4m3fn:
         spread = scales.double().repeat_interleave(rows, 1).repeat_interleave(128, 2)
         return data.double() * spread[:, : data.shape[1], : data.shape[2]]
-    groups, inputs = scales.shape[2], 2 * data.shape[2]
-    group = inputs // groups
-    half = min(group, 64) // 2  # so many bytes hold twice as many inputs, the first of them in their lower halves
-    bytes_ = data.reshape(len(data), -1, inputs // (2 * half), 4, half).transpose(2, 3).flatten(1, 2)
-    levels = torch.stack((bytes_ & 15, bytes_ >> 4), -2).flatten(-3).double()
+    levels, group = _levels_for_vnni(data, scales) if data.ndim == 4 else _levels(data, scales)
     scale, zero = (
         one.double().transpose(2, 3).flatten(1, 2).repeat_interleave(group, -1) for one in (scales, zeros)
     )  # [E, N, K]
     return (levels - zero) * scale
+
+
+def _levels_for_vnni(data, scales):
+    """Of integers of four bits, [E, N, K], and the size of a group."""
+    experts, blocks, eights, _ = data.shape  # 64 bytes: of 16 outputs four inputs in lower halves, four in upper ones
+    fours = data.view(experts, blocks, eights, 16, 1, 4)
+    levels = torch.cat((fours & 15, fours >> 4), -2).transpose(2, 3).reshape(experts, 16 * blocks, 8 * eights)
+    return levels.double(), 8 * eights // scales.shape[2]
+
+
+def _levels(data, scales):
+    groups, inputs = scales.shape[2], 2 * data.shape[2]
+    group = inputs // groups
+    half = min(group, 64) // 2  # so many bytes hold twice as many inputs, the first of them in their lower halves
+    bytes_ = data.reshape(len(data), -1, inputs // (2 * half), 4, half).transpose(2, 3).flatten(1, 2)
+    return torch.stack((bytes_ & 15, bytes_ >> 4), -2).flatten(-3).double(), group
 
 
 def avx2_linear(x, data, scales, zeros, rows, bias):

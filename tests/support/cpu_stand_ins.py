@@ -144,7 +144,7 @@ def register(damaged: str | None = None) -> None:
 
     from vllm_bailing.plugin import checks
     from vllm_bailing.plugin.kernels import cpu_quantized
-    from vllm_bailing.processor import QuantizedKernels
+    from vllm_bailing.processor import SCHEMES, QuantizedKernels
 
     library = torch.library.Library("_C", "FRAGMENT")
     _registered.append(library)
@@ -154,7 +154,7 @@ def register(damaged: str | None = None) -> None:
         elif name != damaged:
             continue
         library.impl(name, wrong(globals()[name]) if name == damaged else globals()[name], "CPU", allow_override=True)
-    cpu_quantized.quantized_kernels = lambda: QuantizedKernels(are_vllms=True, are_ours=False, obstacle="")
+    cpu_quantized.quantized_kernels = lambda: QuantizedKernels(ours=(), vllms=SCHEMES)
     checks._lacks_avx512 = bool
 
 

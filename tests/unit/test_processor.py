@@ -52,7 +52,7 @@ ALL = ("bf16", "fp8", "int8", "int4")
         ({}, "none of x86's wide ones", "none (it has none", ("bf16",)),
         (ZEN_3, "AVX2", "of this package", ALL),
         (ICE_LAKE, "AVX2, AVX-512, AVX-512 VNNI", "of this package", ALL),
-        (ZEN_4, "AVX2, AVX-512, AVX-512 bf16, AVX-512 VNNI", "vLLM's", ALL),
+        (ZEN_4, "AVX2, AVX-512, AVX-512 bf16, AVX-512 VNNI", "AMX (fp8, int8) and kernels of this package (int4)", ALL),
         (SAPPHIRE_RAPIDS, "AVX2, AVX-512, AVX-512 bf16, AVX-512 VNNI, AMX", "vLLM's", ALL),
     ],
     ids=["Arm", "Zen 3", "Ice Lake", "Zen 4", "Sapphire Rapids"],

@@ -1,5 +1,5 @@
-// Matrix products with weights of 16, 8 and 4 bits on x86 processors with AVX2, F16C and FMA, and the small operations
-// between them that take long elsewhere; see avx2.py.
+// Matrix products with weights of 16, 8 and 4 bits on x86 processors with AVX2, F16C and FMA (those of 4 bits with
+// AVX-512 VNNI too, where there is that), and the small operations between them that take long elsewhere; see avx2.py.
 //
 // A block of `kRows` outputs at a time: up to `kFew` tokens (of a format) are multiplied with the weights as they are
 // stored, two tokens at a time, which reads memory once; for more, a part of the block becomes plain numbers in a cache
@@ -13,12 +13,15 @@
 // Dimension letters as in avx2.py: T tokens, N outputs, K inputs, G groups of inputs with a scale.
 
 #include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/vec.h>
 #include <immintrin.h>
+#include <omp.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -28,12 +31,16 @@
 
 namespace {
 
+using Vector = at::vec::Vectorized<float>;  // of 8, as compiled for AVX2
+
 constexpr int kRows = 16;     // outputs of a block
 constexpr int kTile = 4;      // of them, in registers at a time, with one, two or kTogether tokens
+constexpr int64_t kBlocks = 4;  // of a task
 constexpr int64_t kPart = 512;  // inputs that become plain numbers at a time
 constexpr int64_t kWide = 128;  // inputs that share a scale of int8 activations
 constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
 constexpr int64_t kAhead = 1024;  // bytes that are asked of memory before they are needed, where it is read in order
+constexpr int64_t kFurther = 2048;  // the same with AVX-512, whose loops are faster
 
 __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 __m128i load_half(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
@@ -144,7 +151,7 @@ struct Tokens {
 template <class Loader>
 struct Floating {
   using Number = float;
-  static constexpr bool kHasZeros = false;
+  static constexpr bool kHasZeros = false, kIsWide = false;
   static constexpr int64_t kFew = 12, kPlainPart = kPart / 2;
   static constexpr int kTogether = 3;
 
@@ -266,7 +273,7 @@ struct Fp8 : Floating<LoadFp8> {
 
 struct Int8 {
   using Number = int16_t;
-  static constexpr bool kHasZeros = false;
+  static constexpr bool kHasZeros = false, kIsWide = false;
   static constexpr int64_t kFew = 24, kPlainPart = kPart;
   static constexpr int kTogether = 2;
 
@@ -347,33 +354,37 @@ struct Int8 {
 
 // ---- weights in int4 -----------------------------------------------------------------------------------------------
 
+// x [k] as integers of 8 bits, with a scale and a sum of what they mean for each `group`; groups within kWide share one.
+void in_levels(const float* x, int64_t count, int64_t group, int8_t* numbers, float* scales, float* sums) {
+  const int64_t width = count % kWide == 0 && kWide % group == 0 ? kWide : group;
+  for (int64_t from = 0; from < count; from += width) {
+    const float most = largest(x + from, width), scale = most / 127;
+    const __m256 times = _mm256_set1_ps(most > 0 ? 127 / most : 0);
+    for (int64_t k = from; k < from + width; k += group) {
+      __m256i total = _mm256_setzero_si256();
+      for (int64_t i = k; i < k + group; i += 8) {
+        const __m256i level = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), times));
+        total = _mm256_add_epi32(total, level);
+        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(level), _mm256_extracti128_si256(level, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(numbers + i), _mm_packs_epi16(words, words));
+      }
+      scales[k / group] = scale;
+      sums[k / group] = Int8::sum32(total) * scale;
+    }
+  }
+}
+
 // 32 bytes hold 64 inputs of a row: the first 32 in their lower halves; groups of 32 the same with 16 bytes. Those of
 // kTile rows lie side by side, so that memory is read in its order.
 struct Int4 {
   using Number = int8_t;
-  static constexpr bool kHasZeros = true;
+  static constexpr bool kHasZeros = true, kIsWide = false;
   static constexpr int64_t kFew = kAny;  // as fast as what would become plain numbers first
 
   static int64_t groups(const Weights& w) { return w.groups; }
 
   static void represent(const float* x, const Weights& w, int8_t* numbers, float* scales, float* sums) {
-    const int64_t group = w.k / w.groups;
-    const int64_t width = w.k % kWide == 0 && kWide % group == 0 ? kWide : group;
-    for (int64_t from = 0; from < w.k; from += width) {
-      const float most = largest(x + from, width), scale = most / 127;
-      const __m256 times = _mm256_set1_ps(most > 0 ? 127 / most : 0);
-      for (int64_t k = from; k < from + width; k += group) {
-        __m256i total = _mm256_setzero_si256();
-        for (int64_t i = k; i < k + group; i += 8) {
-          const __m256i level = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), times));
-          total = _mm256_add_epi32(total, level);
-          const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(level), _mm256_extracti128_si256(level, 1));
-          _mm_storel_epi64(reinterpret_cast<__m128i*>(numbers + i), _mm_packs_epi16(words, words));
-        }
-        scales[k / group] = scale;
-        sums[k / group] = Int8::sum32(total) * scale;
-      }
-    }
+    in_levels(x, w.k, w.k / w.groups, numbers, scales, sums);
   }
 
   // scales as in memory [N / kRows, G, kRows] in bf16 or fp16, zero points likewise in bytes
@@ -459,19 +470,138 @@ struct Int4 {
   }
 };
 
+// ---- weights in int4, with AVX-512 VNNI ----------------------------------------------------------------------------
+
+#define WITH_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+
+// Of a block of kRows outputs, 64 bytes hold 8 inputs of each: the first 4 in their lower halves. Blocks follow each
+// other, and in each its inputs, so that memory is read in its order.
+struct Int4Vnni {
+  using Number = int8_t;
+  static constexpr bool kHasZeros = true, kIsWide = true;
+  static constexpr int kTogether = 8;  // tokens whose sums are in registers
+  static constexpr int kInOrder = 4;   // for so many tokens memory is what takes time, and is read in its order
+
+  static int64_t groups(const Weights& w) { return w.groups; }
+  static void represent(const float* x, const Weights& w, int8_t* numbers, float* scales, float* sums) {
+    in_levels(x, w.k, w.k / w.groups, numbers, scales, sums);
+  }
+
+  // to[r] [T, kRows] = x [T, K] times block r of those that begin with `row`
+  template <int R, int T>
+  WITH_VNNI static void multiply(const Weights& w, int64_t row, const int8_t* const* x, const float* const* x_scales,
+                                 const float* const* x_sums, float* const* to) {
+    constexpr int kChains = R * T < 3 ? 4 : R * T < 5 ? 2 : 1;  // of sums, so that none waits for the one before
+    const __m512i lower = _mm512_set1_epi8(15);
+    const int64_t group = w.k / w.groups;
+    const uint8_t* from[R];
+    for (int r = 0; r < R; ++r) from[r] = w.data + (row + r * kRows) * w.k / 2;
+    __m512 total[R][T];
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) total[r][t] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < w.groups; ++g) {
+      __m512i part[R][T][kChains];
+      for (int r = 0; r < R; ++r)
+        for (int t = 0; t < T; ++t)
+          for (int c = 0; c < kChains; ++c) part[r][t][c] = _mm512_setzero_si512();
+      for (int64_t k = g * group; k < (g + 1) * group; k += 16) {
+        __m512i weight[R][4];  // of 4 inputs each
+        for (int r = 0; r < R; ++r)
+          for (int i = 0; i < 4; i += 2, from[r] += 64) {
+            if (T <= kInOrder) prefetch(from[r] + kFurther);
+            const __m512i bytes = _mm512_loadu_si512(from[r]);
+            weight[r][i] = _mm512_and_si512(bytes, lower);
+            weight[r][i + 1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), lower);
+          }
+        for (int i = 0; i < 4; ++i)
+          for (int t = 0; t < T; ++t) {
+            int32_t four;
+            std::memcpy(&four, x[t] + k + 4 * i, 4);
+            const __m512i inputs = _mm512_set1_epi32(four);
+            for (int r = 0; r < R; ++r)
+              part[r][t][i % kChains] = _mm512_dpbusd_epi32(part[r][t][i % kChains], weight[r][i], inputs);
+          }
+      }
+      for (int r = 0; r < R; ++r) {
+        const int64_t place = (row + r * kRows) * w.groups + g * kRows;
+        const __m256i words = load(static_cast<const uint16_t*>(w.scales) + place);
+        const __m512 scale = w.scale_dtype == kFp16
+                                 ? _mm512_cvtph_ps(words)
+                                 : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+        const __m512i point = _mm512_cvtepu8_epi32(load_half(w.zeros + place));
+        const __m512 zero = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(point));
+        for (int t = 0; t < T; ++t) {
+          __m512i sum = part[r][t][0];
+          for (int c = 1; c < kChains; ++c) sum = _mm512_add_epi32(sum, part[r][t][c]);
+          const __m512 x_scale = _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[t][g]));
+          total[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), x_scale, total[r][t]);
+          total[r][t] = _mm512_fnmadd_ps(zero, _mm512_set1_ps(x_sums[t][g]), total[r][t]);
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) _mm512_storeu_ps(to[r] + t * kRows, total[r][t]);
+  }
+
+  // The same for `count` tokens, T at the most.
+  template <int R, int T = kTogether>
+  static void some(const Weights& w, int64_t row, const int8_t* const* x, const float* const* x_scales,
+                   const float* const* x_sums, int64_t count, float* const* to) {
+    if (count == T)
+      multiply<R, T>(w, row, x, x_scales, x_sums, to);
+    else if constexpr (T > 1)
+      some<R, T - 1>(w, row, x, x_scales, x_sums, count, to);
+  }
+};
+
 // ---- products ------------------------------------------------------------------------------------------------------
 
 // Memory of a thread for one block of outputs.
 template <class Format>
 struct Workplace {
-  std::vector<float> scales, zeros, out;  // [G, kRows], [G, kRows], [T, kRows]
+  std::vector<float> scales, zeros, out[2 * kBlocks];  // [G, kRows], [G, kRows], [T, kRows] of each block
   std::vector<typename Format::Number> plain;
 
-  // out [T, kRows] = tokens [T, K] times rows [row, row + kRows) of the weights
-  float* multiply(const Weights& w, int64_t row, const Tokens<Format>& tokens, const int64_t* chosen, int64_t count) {
+  // out[first + i] [T, kRows] = tokens [T, K] times the rows of block i of `blocks`, which begin with `row`
+  void multiply(const Weights& w, int64_t row, int64_t blocks, const Tokens<Format>& tokens, const int64_t* chosen,
+                int64_t count, int first = 0) {
+    for (int64_t i = 0; i < blocks; ++i) out[first + i].resize(count * kRows);
+    if constexpr (Format::kIsWide) {
+      const int64_t pairs = count > Format::kInOrder ? blocks / 2 : 0;
+      for (int64_t i = 0; i < pairs; ++i)
+        multiply_wide<2>(w, row + 2 * i * kRows, tokens, chosen, count, first + 2 * i);
+      for (int64_t i = 2 * pairs; i < blocks; ++i)
+        multiply_wide<1>(w, row + i * kRows, tokens, chosen, count, first + i);
+    } else {
+      for (int64_t i = 0; i < blocks; ++i)
+        multiply_narrow(w, row + i * kRows, tokens, chosen, count, out[first + i]);
+    }
+  }
+
+  template <int R>
+  void multiply_wide(const Weights& w, int64_t row, const Tokens<Format>& tokens, const int64_t* chosen, int64_t count,
+                     int64_t first) {
+    constexpr int most = Format::kTogether;
+    const typename Format::Number* x[most];
+    const float *x_scales[most], *x_sums[most];
+    for (int64_t t = 0; t < count; t += most) {
+      const int64_t together = std::min<int64_t>(most, count - t);
+      for (int64_t i = 0; i < together; ++i) {
+        const int64_t token = chosen[t + i];
+        x[i] = tokens.of(token);
+        x_scales[i] = &tokens.scales[token * tokens.groups];
+        x_sums[i] = &tokens.sums[token * tokens.groups];
+      }
+      float* to[R];
+      for (int r = 0; r < R; ++r) to[r] = out[first + r].data() + t * kRows;
+      Format::template some<R>(w, row, x, x_scales, x_sums, together, to);
+    }
+  }
+
+  void multiply_narrow(const Weights& w, int64_t row, const Tokens<Format>& tokens, const int64_t* chosen,
+                       int64_t count, std::vector<float>& out) {
     scales.resize(std::max<int64_t>(w.groups, 1) * kRows);
     zeros.resize(Format::kHasZeros ? scales.size() : 0);
-    out.resize(count * kRows);
     auto* s = reinterpret_cast<float(*)[kRows]>(scales.data());
     auto* z = reinterpret_cast<float(*)[kRows]>(zeros.data());
     Format::scales_of(w, row, s, z);
@@ -488,16 +618,15 @@ struct Workplace {
           else
             Format::template few<1>(w, row + first, s, first, x, x_scales, to);
         }
-      if (Format::kHasZeros) finish(w, s, z, tokens, chosen, count);
+      if (Format::kHasZeros) finish(w, s, z, tokens, chosen, count, out);
     } else if constexpr (Format::kFew != kAny) {
-      multiply_many(w, row, s, tokens, chosen, count);
-      finish(w, s, z, tokens, chosen, count);
+      multiply_many(w, row, s, tokens, chosen, count, out);
+      finish(w, s, z, tokens, chosen, count, out);
     }
-    return out.data();
   }
 
   void multiply_many(const Weights& w, int64_t row, const float (*s)[kRows], const Tokens<Format>& tokens,
-                     const int64_t* chosen, int64_t count) {
+                     const int64_t* chosen, int64_t count, std::vector<float>& out) {
     std::fill(out.begin(), out.end(), 0.0f);
     plain.resize(kRows * Format::kPlainPart);
     for (int64_t from = 0; from < w.k; from += Format::kPlainPart) {
@@ -524,7 +653,7 @@ struct Workplace {
   }
 
   void finish(const Weights& w, const float (*s)[kRows], const float (*z)[kRows], const Tokens<Format>& tokens,
-              const int64_t* chosen, int64_t count) {
+              const int64_t* chosen, int64_t count, std::vector<float>& out) {
     for (int64_t t = 0; t < count; ++t)
       Format::finish(w, s, z, &tokens.scales[chosen[t] * tokens.groups],
                      Format::kHasZeros ? &tokens.sums[chosen[t] * tokens.groups] : nullptr, out.data() + t * kRows);
@@ -544,19 +673,30 @@ struct Stack {
   }
 };
 
+int64_t tasks_of(int64_t rows) { return (rows / kRows + kBlocks - 1) / kBlocks; }
+
+// Tasks that a thread takes at a time: of few tokens its share, since memory is read faster where it goes on.
+int64_t together(int64_t tasks, int64_t tokens) {
+  return tokens > 32 ? 1 : (tasks + omp_get_max_threads() - 1) / omp_get_max_threads();
+}
+
 template <class Format>
 void linear(const Stack& stack, const void* x, int64_t dtype, int64_t count, void* out) {
   const Weights& w = stack.first;
   const Tokens<Format> tokens(x, dtype, count, w);
   std::vector<int64_t> all(count);
   std::iota(all.begin(), all.end(), 0);
+  const int64_t chunk = together(tasks_of(w.n), count);
 #pragma omp parallel
   {
     Workplace<Format> place;
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t row = 0; row < w.n; row += kRows) {
-      const float* block = place.multiply(w, row, tokens, all.data(), count);
-      for (int64_t t = 0; t < count; ++t) write(out, dtype, t * w.n + row, kRows, block + t * kRows);
+#pragma omp for schedule(dynamic, chunk)
+    for (int64_t row = 0; row < w.n; row += kBlocks * kRows) {
+      const int64_t blocks = std::min(kBlocks, (w.n - row) / kRows);
+      place.multiply(w, row, blocks, tokens, all.data(), count);
+      for (int64_t t = 0; t < count; ++t)
+        for (int64_t i = 0; i < blocks; ++i)
+          write(out, dtype, t * w.n + row + i * kRows, kRows, &place.out[i][t * kRows]);
     }
   }
 }
@@ -598,6 +738,12 @@ struct Picks {
 constexpr int64_t kTokens = 2048;   // whose picks are computed together, so that what is kept of them stays small
 constexpr int64_t kFewPicks = 512;  // whose results are kept each before they are summed up
 
+// to [size] += weight * from [size]
+void add_scaled(float* to, float weight, const float* from, int64_t size) {
+  for (int64_t i = 0; i < size; i += 8)
+    (Vector::loadu(to + i) + Vector(weight) * Vector::loadu(from + i)).store(to + i);
+}
+
 // out [T, H] = of each token the weighted sum of what its experts make of it
 template <class Format>
 bool experts(const Stack& w13, const Stack& w2, int64_t number, const void* x, int64_t dtype, int64_t count,
@@ -608,22 +754,23 @@ bool experts(const Stack& w13, const Stack& w2, int64_t number, const void* x, i
   std::vector<float> inner(picks.count() * width);
   {
     const Tokens<Format> tokens(x, dtype, count, w13.first);
-    const int64_t blocks = width / kRows;
+    const int64_t tasks = tasks_of(width), chunk = together(used * tasks, count);
 #pragma omp parallel
     {
-      Workplace<Format> gates, ups;
-#pragma omp for schedule(dynamic, 2)
-      for (int64_t task = 0; task < used * blocks; ++task) {
-        const int64_t expert = picks.used[task / blocks], row = task % blocks * kRows;
+      Workplace<Format> place;
+#pragma omp for schedule(dynamic, chunk)
+      for (int64_t task = 0; task < used * tasks; ++task) {
+        const int64_t expert = picks.used[task / tasks], row = task % tasks * kBlocks * kRows;
         const int64_t from = picks.starts[expert], size = picks.starts[expert + 1] - from;
-        const float* gate = gates.multiply(w13.of(expert), row, tokens, &picks.token[from], size);
-        const float* up = ups.multiply(w13.of(expert), width + row, tokens, &picks.token[from], size);
-        for (int64_t p = 0; p < size; ++p) {
-          float* to = &inner[(from + p) * width + row];
-#pragma omp simd
-          for (int r = 0; r < kRows; ++r)
-            to[r] = gate[p * kRows + r] / (1 + std::exp(-gate[p * kRows + r])) * up[p * kRows + r];
-        }
+        const int64_t blocks = std::min(kBlocks, (width - row) / kRows);
+        place.multiply(w13.of(expert), row, blocks, tokens, &picks.token[from], size);
+        place.multiply(w13.of(expert), width + row, blocks, tokens, &picks.token[from], size, kBlocks);
+        for (int64_t b = 0; b < blocks; ++b)
+          for (int64_t i = 0; i < size * kRows; i += 8) {
+            const Vector gate = Vector::loadu(&place.out[b][i]), up = Vector::loadu(&place.out[kBlocks + b][i]);
+            (gate / (Vector(1) + gate.neg().exp()) * up)
+                .store(&inner[(from + i / kRows) * width + row + b * kRows + i % kRows]);
+          }
       }
     }
   }
@@ -631,29 +778,33 @@ bool experts(const Stack& w13, const Stack& w2, int64_t number, const void* x, i
   std::vector<int64_t> all(picks.count());
   std::iota(all.begin(), all.end(), 0);
   const bool is_few = picks.count() <= kFewPicks;
-  const int64_t blocks = hidden / kRows;
+  const int64_t tasks = tasks_of(hidden), chunk = together(used * tasks, count);
   std::vector<float> each(is_few ? picks.count() * hidden : 0), sums(is_few ? 0 : count * hidden);
 #pragma omp parallel
   {
     Workplace<Format> place;
+    // of `blocks` from `row` of an expert, for its picks
+    const auto multiply = [&](int64_t expert, int64_t row, int64_t blocks, auto take) {
+      const int64_t from = picks.starts[expert], size = picks.starts[expert + 1] - from;
+      place.multiply(w2.of(expert), row, blocks, tokens, &all[from], size);
+      for (int64_t p = 0; p < size; ++p)
+        for (int64_t b = 0; b < blocks; ++b) take(from + p, row + b * kRows, &place.out[b][p * kRows]);
+    };
     if (is_few) {
-#pragma omp for schedule(dynamic, 4)
-      for (int64_t task = 0; task < used * blocks; ++task) {
-        const int64_t expert = picks.used[task / blocks], row = task % blocks * kRows;
-        const int64_t from = picks.starts[expert], size = picks.starts[expert + 1] - from;
-        const float* block = place.multiply(w2.of(expert), row, tokens, &all[from], size);
-        for (int64_t p = 0; p < size; ++p) std::copy_n(block + p * kRows, kRows, &each[(from + p) * hidden + row]);
+#pragma omp for schedule(dynamic, chunk)
+      for (int64_t task = 0; task < used * tasks; ++task) {
+        const int64_t row = task % tasks * kBlocks * kRows;
+        multiply(picks.used[task / tasks], row, std::min(kBlocks, (hidden - row) / kRows),
+                 [&](int64_t p, int64_t h, const float* found) { std::copy_n(found, kRows, &each[p * hidden + h]); });
       }
     } else {
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t row = 0; row < hidden; row += kRows)
-        for (const int64_t expert : picks.used) {
-          const int64_t from = picks.starts[expert], size = picks.starts[expert + 1] - from;
-          const float* block = place.multiply(w2.of(expert), row, tokens, &all[from], size);
-          for (int64_t p = from; p < from + size; ++p)
-            for (int r = 0; r < kRows; ++r)
-              sums[picks.token[p] * hidden + row + r] += picks.weight[p] * block[(p - from) * kRows + r];
-        }
+      for (int64_t row = 0; row < hidden; row += kBlocks * kRows)
+        for (const int64_t expert : picks.used)
+          multiply(expert, row, std::min(kBlocks, (hidden - row) / kRows),
+                   [&](int64_t p, int64_t h, const float* found) {
+                     add_scaled(&sums[picks.token[p] * hidden + h], picks.weight[p], found, kRows);
+                   });
     }
     std::vector<float> total(is_few ? hidden : 0);
 #pragma omp for schedule(static)
@@ -662,8 +813,7 @@ bool experts(const Stack& w13, const Stack& w2, int64_t number, const void* x, i
         std::fill(total.begin(), total.end(), 0.0f);
         for (int64_t p = t * per_token; p < (t + 1) * per_token; ++p) {
           const int64_t from = picks.place[p];
-          for (int64_t h = 0; from >= 0 && h < hidden; ++h)
-            total[h] += picks.weight[from] * each[from * hidden + h];
+          if (from >= 0) add_scaled(total.data(), picks.weight[from], &each[from * hidden], hidden);
         }
       }
       write(out, dtype, t * hidden, hidden, is_few ? total.data() : &sums[t * hidden]);
@@ -784,11 +934,12 @@ int64_t dtype_of(const Tensor& x) {
 
 // A stack of weights as `Weights` of avx2.py describes it, and the number of experts.
 std::pair<Stack, int64_t> stack_of(const Tensor& data, const Maybe& scales, const Maybe& zeros, int64_t rows) {
-  TORCH_CHECK(data.dim() == 3 && data.is_contiguous() && (!scales || scales->is_contiguous()) &&
-                  (!zeros || zeros->is_contiguous()),
+  const bool is_wide = data.dim() == 4, is_int4 = data.scalar_type() == at::kByte;
+  TORCH_CHECK((is_wide ? data.size(3) == 64 : data.dim() == 3) && data.is_contiguous() &&
+                  (!scales || scales->is_contiguous()) && (!zeros || zeros->is_contiguous()),
               "weights have to be contiguous");
-  const bool is_int4 = data.scalar_type() == at::kByte;
-  const int64_t experts = data.size(0), n = data.size(1), k = data.size(2) * (is_int4 ? 2 : 1);
+  const int64_t experts = data.size(0), n = data.size(1) * (is_wide ? kRows : 1),
+                k = data.size(2) * (is_wide ? 8 : is_int4 ? 2 : 1);
   TORCH_CHECK(n % kRows == 0 && k % 32 == 0, "no multiples of ", kRows, " and 32: ", n, ", ", k);
   const auto bytes = [](const Maybe& one) { return one && one->size(0) ? one->nbytes() / one->size(0) : 0; };
   Weights first{static_cast<const uint8_t*>(data.const_data_ptr()),
@@ -805,7 +956,13 @@ std::pair<Stack, int64_t> stack_of(const Tensor& data, const Maybe& scales, cons
 }
 
 template <class Call>
-void with_format(at::ScalarType dtype, Call call) {
+void with_format(const Tensor& data, Call call) {
+  const at::ScalarType dtype = data.scalar_type();
+  if (data.dim() == 4) {
+    TORCH_CHECK(__builtin_cpu_supports("avx512vnni") && dtype == at::kByte,
+                "weights that lie so are of 4 bits, for processors with AVX-512 VNNI");
+    return call(Int4Vnni());
+  }
   switch (dtype) {
     case at::kBFloat16: return call(Unscaled<LoadBf16>());
     case at::kHalf: return call(Unscaled<LoadFp16>());
@@ -824,7 +981,7 @@ Tensor avx2_linear(const Tensor& x, const Tensor& data, const Maybe& scales, con
   shape.back() = stack.first.n;
   const Tensor from = (bias ? x.to(at::kFloat) : x).contiguous();  // so that the sum is rounded once
   const Tensor result = from.new_empty(shape);
-  with_format(data.scalar_type(), [&](auto format) {
+  with_format(data, [&](auto format) {
     linear<decltype(format)>(stack, from.const_data_ptr(), dtype_of(from), from.numel() / stack.first.k,
                              result.mutable_data_ptr());
   });
@@ -863,7 +1020,7 @@ void avx2_experts(const Tensor& output, const Tensor& x, const Tensor& data13, c
     const auto at = [&](const Tensor& one) {
       return static_cast<const uint8_t*>(one.const_data_ptr()) + start * hidden * size;
     };
-    with_format(data13.scalar_type(), [&](auto format) {
+    with_format(data13, [&](auto format) {
       is_right &= experts<decltype(format)>(
           w13, w2, number, at(from), dtype_of(x), std::min(kTokens, count - start),
           ids.const_data_ptr<int32_t>() + start * per_token, weights.const_data_ptr<float>() + start * per_token,

@@ -33,6 +33,7 @@ GROUPS = (32, 64, 128)  # sizes of groups of int4 weights; the kernel knows no o
 _ROWS, _TILE = MULTIPLES[0], 4  # of outputs whose scales, and whose weights in int4, lie side by side
 _SOURCE = Path(__file__).with_name("avx2.cpp")
 _FLAGS = ("-O3", "-std=c++20", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-shared", "-fPIC")
+_FLAGS += ("-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2")  # for PyTorch's vectors
 _SECONDS = 600.0  # for the compiler
 
 
@@ -40,7 +41,8 @@ class Weights(NamedTuple):
     """A stack of weights, as the operations take them; contiguous.
 
     Attributes:
-        data: [E, N, K] bf16, fp16, fp8 or int8, or [E, N, K / 2] uint8 as `packed_int4` gives it.
+        data: [E, N, K] bf16, fp16, fp8 or int8, or uint8 as `packed_int4` gives it: [E, N, K / 2], or
+            [E, N / 16, K / 8, 64] for VNNI.
         scales: Of fp8 [E, N / rows, G] fp32, a group being 128 inputs; of int8 [E, N] fp32; of int4 [E, N / 16, G, 16]
             bf16 or fp16.
         zeros: Of int4, [E, N / 16, G, 16] uint8.
@@ -54,7 +56,7 @@ class Weights(NamedTuple):
 
 
 def packed_int4(
-    levels: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
+    levels: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, for_vnni: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weights of one matrix as the kernels take them.
 
@@ -62,9 +64,10 @@ def packed_int4(
         levels: [N, K] uint8, 0 to 15.
         scales: [N, G].
         zeros: [N, G] uint8, 0 to 16; a weight means (level - zero) * scale.
+        for_vnni: Whether the kernels for VNNI take them.
     Returns:
-        [N, K / 2] uint8, with 4 outputs side by side, [N / 16, G, 16] bf16 or fp16, and [N / 16, G, 16] uint8. Groups
-        larger than 128 are cut.
+        [N, K / 2] uint8, with 4 outputs side by side, or [N / 16, K / 8, 64] for VNNI; [N / 16, G, 16] bf16 or fp16;
+        and [N / 16, G, 16] uint8. Groups larger than 128 are cut.
     Raises:
         RuntimeError: If the kernels know no groups of this size; a proof tells it.
     """
@@ -75,8 +78,10 @@ def packed_int4(
     if group > GROUPS[-1]:
         scales, zeros = (one.repeat_interleave(group // GROUPS[-1], 1) for one in (scales, zeros))
         group = GROUPS[-1]
-    halves = levels.view(n // _TILE, _TILE, -1, 2, min(group, 64) // 2)
-    data = (halves[..., 0, :] | halves[..., 1, :] << 4).transpose(1, 2).reshape(n, k // 2)
+    together, inputs = (_ROWS, 8) if for_vnni else (_TILE, min(group, 64))
+    halves = levels.view(n // together, together, -1, 2, inputs // 2)
+    data = (halves[..., 0, :] | halves[..., 1, :] << 4).transpose(1, 2)
+    data = data.reshape(n // _ROWS, k // 8, 64) if for_vnni else data.reshape(n, k // 2)
 
     def in_blocks(of_groups: torch.Tensor) -> torch.Tensor:
         return of_groups.view(n // _ROWS, _ROWS, -1).transpose(1, 2).contiguous()
@@ -103,7 +108,7 @@ _registry.define(
     "Tensor k_weight, Tensor cos_sin, Tensor positions) -> ()"
 )
 for _name, _shaped in {
-    "avx2_linear": lambda x, data, *_: x.new_empty(*x.shape[:-1], data.shape[1]),
+    "avx2_linear": lambda x, data, *_: x.new_empty(*x.shape[:-1], data.shape[1] * (_ROWS if data.dim() == 4 else 1)),
     "avx2_plain_linear": lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
     "avx2_experts": lambda *_: None,
     "avx2_qk_norm_rope": lambda *_: None,

@@ -2,8 +2,8 @@
 
 vLLM's CPU build has classes of experts in int8, fp8 and int4, and of linear layers. They ask for AMX or AVX-512, and
 how experts are chosen, which happens before them. The classes here are made of vLLM's, with kernels of
-quantized_avx512.py or of quantized_avx2.py, whichever the processor has. Each is compared with exact arithmetic on
-what the quantized weights mean, for the scheme and the sizes of the model; what is wrong is not used.
+quantized_avx512.py or of quantized_avx2.py, whichever are better on the processor. Each is compared with exact
+arithmetic on what the quantized weights mean, for the scheme and the sizes of the model; what is wrong is not used.
 
 Dimension letters: H hidden size, I width of an expert on this rank, N outputs and K inputs of a linear layer, G groups.
 """
@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.utils import quant_utils
 from vllm.platforms import CpuArchEnum, current_platform
@@ -37,7 +38,7 @@ from vllm_bailing.plugin.kernels.proof import (
 from vllm_bailing.plugin.options import CPU_KERNELS, wants_cpu_kernels
 from vllm_bailing.plugin.patches import offer_quantized_layers_on_cpu, quantize_blocks_uncompiled_on_cpu
 from vllm_bailing.plugin.shims import quantized_cpu_layers
-from vllm_bailing.processor import quantized_kernels
+from vllm_bailing.processor import SCHEMES, instructions, quantized_kernels
 
 logger = init_logger("vllm.plugins.bailing.cpu")
 
@@ -57,24 +58,29 @@ def obstacle(vllm_config: Any = None) -> str:
         return f"{CPU_KERNELS}=false in --additional-config keeps vLLM's choice"
     if quantized_cpu_layers() is None:
         return "this vLLM has none"
-    return quantized_kernels().obstacle or _kernels().obstacle()
+    return quantized_kernels().obstacle or next(filter(None, (_kernels(scheme).obstacle() for scheme in SCHEMES)), "")
 
 
-def _prepared() -> ModuleType:
-    """The module that has this processor's kernels, which can run."""
-    _kernels().prepare()
-    return _kernels()
+def _prepared(scheme: str) -> ModuleType:
+    """The module that has this processor's kernels for a scheme, which can run."""
+    _kernels(scheme).prepare()
+    return _kernels(scheme)
 
 
-def _kernels() -> ModuleType:
-    """The module that has this processor's kernels."""
-    if quantized_kernels().are_ours:
-        from vllm_bailing.plugin.kernels import quantized_avx2
+def _kernels(scheme: str) -> ModuleType:
+    """The module that has this processor's kernels for a scheme."""
+    from vllm_bailing.plugin.kernels import quantized_avx2, quantized_avx512
 
-        return quantized_avx2
-    from vllm_bailing.plugin.kernels import quantized_avx512
-
-    return quantized_avx512
+    found = quantized_kernels()
+    if scheme not in found.ours:
+        return quantized_avx512
+    if found.vllms:  # which stand in for those that cannot be compiled
+        try:
+            quantized_avx2.prepare()
+        except RuntimeError as error:
+            logger.info_once("The %s kernel of this package cannot be had: %s", scheme, str(error))
+            return quantized_avx512
+    return quantized_avx2
 
 
 def layout_problem(quantization: dict[str, Any]) -> str:
@@ -103,17 +109,22 @@ def offer_quantized_layers(vllm_config: Any) -> None:
 @functools.cache
 def _classes(has_expert_map: bool) -> tuple[dict[str, Any], list[type]]:
     """What stands for classes and functions of vLLM's `cpu_moe`, by their names; and classes of linear layers."""
-    found, kernels = quantized_cpu_layers(), _kernels()
+    found = quantized_cpu_layers()
     assert found is not None  # or there is an obstacle
     vllm_experts, vllm_linears = found
     problems = {"int8": int8_problem, "fp8": fp8_problem, "int4": int4_problem}
-    in_cpu_moe = dict(kernels.preparations())
-    for scheme, parent in kernels.experts(vllm_experts).items():
-        proved = _proved_experts(parent, scheme, problems[scheme])
+    proved_linear = {"int8": _proved_int8_linear, "fp8": _proved_fp8_linear, "int4": _proved_int4_linear}
+    in_cpu_moe: dict[str, Any] = {}
+    linears: list[type] = []
+    for scheme in SCHEMES:
+        kernels = _kernels(scheme)
+        in_cpu_moe |= kernels.preparations(scheme)
+        proved = _proved_experts(kernels.experts(vllm_experts)[scheme], scheme, problems[scheme])
         # Of int4 experts vLLM refuses another class than the one that has the name.
         in_cpu_moe[vllm_experts[scheme].__name__] = heeding(proved) if has_expert_map else proved
-    proved_linear = {"int8": _proved_int8_linear, "fp8": _proved_fp8_linear, "int4": _proved_int4_linear}
-    return in_cpu_moe, [proved_linear[scheme](one) for scheme, one in kernels.linears(vllm_linears).items()]
+        if (linear := kernels.linears(vllm_linears).get(scheme)) is not None:
+            linears.append(proved_linear[scheme](linear))
+    return in_cpu_moe, linears
 
 
 def _proved_experts(parent: Any, scheme: str, problem_of: Callable[..., str]) -> Any:
@@ -150,10 +161,13 @@ def _proved_experts(parent: Any, scheme: str, problem_of: Callable[..., str]) ->
             if not experts._supports_quant_scheme(*keys[:2]):
                 reason = f"it takes {_TAKES[scheme]}"
             elif supported:
-                reason = _size_problem(moe_config.in_dtype, hidden_size, width) or problem_of(hidden_size, width)
+                dtype = moe_config.in_dtype
+                reason = _size_problem(scheme, dtype, hidden_size, width) or problem_of(hidden_size, width)
             if reason:
                 raise ValueError(f"vLLM's CPU build has no {scheme} kernel for these experts ({reason})")
-            logger.info_once("Experts run in an %s kernel of %s, which proved right.", scheme, _kernels().NAME)
+            logger.info_once(
+                "Experts run in an %s kernel of %s, which proved right.", scheme, _kernels(scheme).name(scheme)
+            )
             return True, None
 
         def apply(self, *, topk_weights: torch.Tensor, **rest: Any) -> Any:
@@ -164,8 +178,8 @@ def _proved_experts(parent: Any, scheme: str, problem_of: Callable[..., str]) ->
     return ProvedExperts
 
 
-def _size_problem(dtype: torch.dtype, *sizes: int) -> str:
-    if dtype != torch.bfloat16 and not _kernels().TAKES_ANY_DTYPE:
+def _size_problem(scheme: str, dtype: torch.dtype, *sizes: int) -> str:
+    if dtype != torch.bfloat16 and not _kernels(scheme).TAKES_ANY_DTYPE:
         return f"it takes bf16, not {dtype}; leave --dtype out"
     odd = [size for size in sizes if size % _MULTIPLE]
     return f"{odd[0]} is no multiple of {_MULTIPLE}" if odd else ""
@@ -204,7 +218,7 @@ def _proved_fp8_linear(parent: Any) -> Any:
             supported, reason = super().can_implement(config)
             if supported:
                 rows = config.weight_quant_key.scale.group_shape.row
-                reason = _size_problem(config.out_dtype, *config.weight_shape) or fp8_linear_problem(
+                reason = _size_problem("fp8", config.out_dtype, *config.weight_shape) or fp8_linear_problem(
                     *config.weight_shape, rows
                 )
             return not reason, reason or None
@@ -217,8 +231,8 @@ def _proved_int8_linear(parent: Any) -> Any:
         def process_weights_after_loading(self, layer: Any) -> None:
             n, k = getattr(layer, self.layer_param_names[0]).shape
             self.problem = (
-                _kernels().linear_obstacle("int8", self.config)
-                or _size_problem(torch.get_default_dtype(), n, k)
+                _linear_obstacle("int8", self.config)
+                or _size_problem("int8", torch.get_default_dtype(), n, k)
                 or int8_linear_problem(n, k)
             )
             _tell("int8", self.problem)
@@ -232,7 +246,7 @@ def _proved_int4_linear(parent: Any) -> Any:
         @classmethod
         def can_implement(cls, config: Any) -> tuple[bool, str | None]:
             supported, reason = super().can_implement(config)
-            reason = _int4_config_problem(config) if supported and not _kernels().HAS_PEERS else reason
+            reason = _int4_config_problem(config) if supported and not _has_peers() else reason
             if reason:
                 raise ValueError(f"vLLM's CPU build has no int4 kernel for linear layers here ({reason})")
             return True, None
@@ -248,10 +262,24 @@ def _proved_int4_linear(parent: Any) -> Any:
 def _int4_config_problem(config: Any) -> str:
     (k, n), group = config.partition_weight_shape, config.group_size
     return (
-        _kernels().linear_obstacle("int4", config)
-        or _size_problem(config.act_type, n, k)
+        _linear_obstacle("int4", config)
+        or _size_problem("int4", config.act_type, n, k)
         or int4_linear_problem(n, k, k if group == -1 else group)
     )
+
+
+def _has_peers() -> bool:
+    """Whether vLLM's CPU build has other kernels for linear layers of integers here."""
+    return "AVX-512" in instructions()
+
+
+def _linear_obstacle(scheme: str, config: Any) -> str:
+    """Why linear layers of integers keep vLLM's other kernel, whatever their sizes; empty if they do not."""
+    if _has_peers() and scheme == "int8" and not config.input_symmetric:
+        return "activations have zero points"
+    if _has_peers() and scheme == "int4" and not envs.VLLM_CPU_INT4_W4A8:
+        return "VLLM_CPU_INT4_W4A8=0 keeps activations in 16 bits"
+    return ""
 
 
 def _tell(scheme: str, problem: str) -> None:
@@ -261,8 +289,9 @@ def _tell(scheme: str, problem: str) -> None:
         SettingsError: If no other can.
     """
     if not problem:
-        logger.info_once("Linear layers run in an %s kernel of %s, which proved right.", scheme, _kernels().NAME)
-    elif _kernels().HAS_PEERS:
+        whose = _kernels(scheme).name(scheme)
+        logger.info_once("Linear layers run in an %s kernel of %s, which proved right.", scheme, whose)
+    elif _has_peers():
         logger.info_once("Linear layers keep vLLM's other %s kernel: %s", scheme, problem)
     else:
         raise SettingsError(f"vLLM's CPU build has no {scheme} kernel for linear layers here ({problem}); {DEQUANTIZE}")
@@ -275,7 +304,7 @@ def _tell(scheme: str, problem: str) -> None:
 def int8_problem(hidden_size: int, width: int) -> str:
     """Why the kernel cannot run experts of `width` in int8 with a scale per output; empty if it can."""
     levels, scales, (w13, w2) = zip(*map(in_int8, matrices(hidden_size, width)[1]), strict=True)
-    return experts_problem(_prepared().int8_experts(levels, scales), w13, w2, _kernels().TOLERANCE["int8"])
+    return experts_problem(_prepared("int8").int8_experts(levels, scales), w13, w2, _kernels("int8").TOLERANCE["int8"])
 
 
 @proof
@@ -284,7 +313,7 @@ def fp8_problem(hidden_size: int, width: int) -> str:
     if 2 * width % (2 * BLOCK) and width > BLOCK:
         return f"width {width} is no multiple of a block of {BLOCK}"
     levels, scales, (w13, w2) = zip(*(in_blocks(one, BLOCK) for one in matrices(hidden_size, width)[1]), strict=True)
-    return experts_problem(_prepared().fp8_experts(levels, scales), w13, w2, _kernels().TOLERANCE["fp8"])
+    return experts_problem(_prepared("fp8").fp8_experts(levels, scales), w13, w2, _kernels("fp8").TOLERANCE["fp8"])
 
 
 @proof
@@ -301,8 +330,8 @@ def int4_problem(hidden_size: int, width: int, group: int = 0) -> str:
     for algorithm, order in ORDERS.items():
         parts = [in_groups(generator, weight, group or common[0], algorithm, order) for weight in plain]
         words, scales, zeros, (w13, w2) = zip(*parts, strict=True)
-        run = _prepared().int4_experts(words, zeros, scales, algorithm)
-        problem = experts_problem(run, w13, w2, _kernels().TOLERANCE["int4"])
+        run = _prepared("int4").int4_experts(words, zeros, scales, algorithm)
+        problem = experts_problem(run, w13, w2, _kernels("int4").TOLERANCE["int4"])
         if problem:
             return f"{algorithm}: {problem}"
     return ""
@@ -312,14 +341,14 @@ def int4_problem(hidden_size: int, width: int, group: int = 0) -> str:
 def fp8_linear_problem(n: int, k: int, rows: int) -> str:
     """Why the kernel cannot multiply with fp8 weights [n, k] with a scale per block of `rows`; empty if it can."""
     level, scale, meaning = in_blocks(matrix(n, k), rows)
-    return linear_problem(_prepared().fp8_linear(level, scale, rows), meaning, _kernels().TOLERANCE["fp8"])
+    return linear_problem(_prepared("fp8").fp8_linear(level, scale, rows), meaning, _kernels("fp8").TOLERANCE["fp8"])
 
 
 @proof
 def int8_linear_problem(n: int, k: int) -> str:
     """Why the kernel cannot multiply with int8 weights [n, k] with a scale per output; empty if it can."""
     level, scale, meaning = in_int8(matrix(n, k))
-    return linear_problem(_prepared().int8_linear(level, scale), meaning, _kernels().TOLERANCE["int8"])
+    return linear_problem(_prepared("int8").int8_linear(level, scale), meaning, _kernels("int8").TOLERANCE["int8"])
 
 
 @proof
@@ -330,4 +359,6 @@ def int4_linear_problem(n: int, k: int, group: int) -> str:
     generator = torch.Generator().manual_seed(0)
     parts = in_groups(generator, matrix(n, k).unsqueeze(0), group, "GPTQ", ORDERS["GPTQ"])
     words, scales, zeros, meaning = (part[0] for part in parts)
-    return linear_problem(_prepared().int4_linear(words, zeros, scales), meaning, _kernels().TOLERANCE["int4"])
+    return linear_problem(
+        _prepared("int4").int4_linear(words, zeros, scales), meaning, _kernels("int4").TOLERANCE["int4"]
+    )

@@ -1,7 +1,7 @@
 """Quantized experts and linear layers in the kernels of avx2.py, as subclasses of vLLM's classes for its own kernels.
 
-What is stored in int8 and fp8 stays as it was loaded; int4 weights are packed anew. Scales of activations that a
-checkpoint brings are not needed: activations keep more digits than they would leave.
+What is stored in int8 and fp8 stays as it was loaded; int4 weights are packed anew, for AVX-512 VNNI where there is
+that. Scales of activations that a checkpoint brings are not needed: activations keep more digits than they would leave.
 
 Dimension letters: E experts, H hidden size, I width of an expert on this rank, N outputs and K inputs, G groups.
 """
@@ -22,19 +22,21 @@ from vllm_bailing.plugin.kernels.avx2 import Weights, packed_int4
 from vllm_bailing.plugin.kernels.proof import BLOCK, ORDERS, RunExperts, RunLinear
 from vllm_bailing.processor import instructions
 
-NAME = "this package for AVX2"
 TOLERANCE = {"int8": 0.01, "int4": 0.03, "fp8": 0.01}  # of the norm of the result, which is rounded to bf16
 TAKES_ANY_DTYPE = True
-HAS_PEERS = False  # where linear layers of integers are multiplied here, vLLM cannot
+
+
+def name(scheme: str) -> str:
+    """Whose the kernel for a scheme is, for the log."""
+    return "this package for " + ("AVX-512" if scheme == "int4" and _has_vnni() else "AVX2")
+
+
+def _has_vnni() -> bool:
+    return "AVX-512 VNNI" in instructions()
 
 
 def obstacle() -> str:
     """Why this machine cannot run them beside what `processor.quantized_kernels` tells: nothing."""
-    return ""
-
-
-def linear_obstacle(_scheme: str, _config: Any) -> str:
-    """Why linear layers of integers are not for these kernels, whatever their sizes: nothing."""
     return ""
 
 
@@ -67,7 +69,7 @@ def _packed(
         is_gptq = algorithm == "GPTQ"
         levels = _levels(word.t(), order) if is_gptq else _levels(word, order).t()
         points = _levels(zero, order).t() + (1 if is_gptq else 0)
-        parts.append(packed_int4(levels.contiguous(), scale.t(), points))
+        parts.append(packed_int4(levels.contiguous(), scale.t(), points, _has_vnni()))
     data, scale, point = zip(*parts, strict=True)
     return torch.stack(data), torch.stack(scale), torch.stack(point)
 
@@ -102,9 +104,10 @@ def _prepare_int4(
     return w13, w2, s13, s2, z13, z2
 
 
-def preparations() -> dict[str, Any]:
+def preparations(scheme: str) -> dict[str, Any]:
     """What stands for functions of vLLM's `cpu_moe` that pack weights."""
-    return {"prepare_fp8_moe_layer_for_cpu": _prepare_fp8, "prepare_int4_moe_layer_for_cpu": _prepare_int4}
+    packs = {"fp8": _prepare_fp8, "int4": _prepare_int4}
+    return {f"prepare_{scheme}_moe_layer_for_cpu": packs[scheme]} if scheme in packs else {}
 
 
 # ---- experts -------------------------------------------------------------------------------------------------------
@@ -230,7 +233,12 @@ def linears(parents: dict[str, Any]) -> dict[str, Any]:
             return avx2.linear(x, Weights(params.weight, scale, rows=self.weight_group_shape[0]), bias)
 
     class Int4(parents["int4"]):
+        problem = ""  # set before weights are processed: why they take vLLM's kernel, where it has one
+
         def process_weights_after_loading(self, layer: Any) -> None:
+            if self.problem:
+                super().process_weights_after_loading(layer)
+                return
             # Parameters lie as vLLM's class finds them: words [K / 8, N] or [N, K / 8], scales [G, N] or [N, G].
             words, scale, points = self._get_weight_params(layer)
             kind = self.config.weight_type
@@ -241,18 +249,21 @@ def linears(parents: dict[str, Any]) -> dict[str, Any]:
             if self.config.zero_points:
                 zeros = unpack_quantized_values_into_int32(points.data, kind, points.output_dim)  # type: ignore[union-attr]
                 zeros = zeros if points.output_dim == 0 else zeros.t()  # type: ignore[union-attr]
-            packed = packed_int4(levels.to(torch.uint8).contiguous(), scales, zeros)
+            packed = packed_int4(levels.to(torch.uint8).contiguous(), scales, zeros, _has_vnni())
             for name, value in zip((self.w_q_name, self.w_s_name, self.w_zp_name), packed, strict=True):
                 _keep(layer, name or "weight_zero_point", value.unsqueeze(0))
 
         def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+            if self.problem:
+                return super().apply_weights(layer, x, bias)
             words, scale, _ = self._get_weight_params(layer)
             zeros = getattr(layer, self.w_zp_name or "weight_zero_point")
             return avx2.linear(x, Weights(words, scale, zeros), bias)
 
-    if "AVX-512" in instructions():  # for integers vLLM has kernels then
-        return {"fp8": Fp8}
-    return {"int8": Int8, "fp8": Fp8, "int4": Int4}
+    if "AVX-512" not in instructions():
+        return {"int8": Int8, "fp8": Fp8, "int4": Int4}
+    # vLLM has kernels for integers then.
+    return {"fp8": Fp8, "int4": Int4} if _has_vnni() else {"fp8": Fp8}
 
 
 def fp8_linear(level: torch.Tensor, scale: torch.Tensor, rows: int) -> RunLinear:

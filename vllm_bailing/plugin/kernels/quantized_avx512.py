@@ -13,16 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from vllm import _custom_ops, envs
+from vllm import _custom_ops
 from vllm.model_executor.utils import replace_parameter
 
 from vllm_bailing.plugin.kernels.proof import BLOCK, RunExperts, RunLinear
 
-NAME = "vLLM for AVX-512"
 # Of the norm of the result. With activations in 8 bits the kernels are 0.022 off, with those in bf16 0.004.
 TOLERANCE = {"int8": 0.04, "int4": 0.04, "fp8": 0.01}
 TAKES_ANY_DTYPE = False
-HAS_PEERS = True  # vLLM's CPU build multiplies linear layers of integers in two ways
 ops: Any = _custom_ops  # of older vLLM some names are missing
 _OPERATIONS = (
     "convert_weight_packed",
@@ -30,6 +28,11 @@ _OPERATIONS = (
     "fused_experts_cpu",
     "fp8_scaled_mm_cpu",
 )
+
+
+def name(_scheme: str) -> str:
+    """Whose the kernel for a scheme is, for the log."""
+    return "vLLM for AVX-512"
 
 
 def obstacle() -> str:
@@ -85,16 +88,7 @@ def linears(parents: dict[str, Any]) -> dict[str, Any]:
     return {"int8": Int8, "fp8": parents["fp8"], "int4": Int4}
 
 
-def linear_obstacle(scheme: str, config: Any) -> str:
-    """Why linear layers of integers cannot take these kernels, whatever their sizes; empty if they can."""
-    if scheme == "int8" and not config.input_symmetric:
-        return "activations have zero points"
-    if scheme == "int4" and not envs.VLLM_CPU_INT4_W4A8:
-        return "VLLM_CPU_INT4_W4A8=0 keeps activations in 16 bits"
-    return ""
-
-
-def preparations() -> dict[str, Any]:
+def preparations(_scheme: str) -> dict[str, Any]:
     """Functions of vLLM's `cpu_moe` that pack weights: its own."""
     return {}
 
