@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.conversations import evenly
-from tests.support.cpu_kernels import AVX2, AVX512, NEEDS_AVX2, NEEDS_VLLMS, use
+from tests.support.cpu_kernels import AVX2, AVX512, NEEDS_AVX2, NEEDS_VLLMS, NEEDS_VNNI, VNNI, use
 from tests.support.engine import EngineError, run, run_in_turn
 from tests.support.quantized import DEQUANTIZE, SCHEMES, quantized_demo
 from tests.support.speculation import answers, mtp
@@ -32,7 +32,14 @@ def test_the_quantized_demo_answers_like_the_plain_one(scheme, tmp_path, demo_an
 
 
 @since("0.32", "quantized experts for CPUs to which a kernel can be given")
-@pytest.mark.parametrize("whose", [pytest.param(AVX512, marks=NEEDS_VLLMS), pytest.param(AVX2, marks=NEEDS_AVX2)])
+@pytest.mark.parametrize(
+    "whose",
+    [
+        pytest.param(AVX512, marks=NEEDS_VLLMS),
+        pytest.param(AVX2, marks=NEEDS_AVX2),
+        pytest.param(VNNI, marks=NEEDS_VNNI),
+    ],
+)
 @pytest.mark.parametrize(
     "scheme",
     [
