@@ -52,9 +52,9 @@ class Rounding:
     def possible(cls, config: BailingMoeV2Config, dtype: str, vllm: str | None = None) -> list[Rounding]:
         """What a deployment may round: that of `of`, and what kernels for CPUs do, which no server tells.
 
-        Without AVX-512 those for int8 and fp8 keep more digits of inputs than the scheme says, those for int4 fewer,
-        and all of them keep what is inside experts (`plugin/kernels/avx2.py`); with AVX-512 those for int4 have one
-        scale for each token.
+        Without AVX-512 those for int8 and fp8 keep more digits of inputs than the scheme says. Those for int4 keep
+        fewer, by 128 inputs in kernels of this package (`plugin/kernels/avx2.py`) and by tokens in vLLM's with AMX.
+        Kernels of this package keep what is inside experts.
         """
         usual = cls.of(config, dtype, vllm)
         if config.stored_quantization_config:

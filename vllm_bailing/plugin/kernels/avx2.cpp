@@ -677,7 +677,7 @@ int64_t tasks_of(int64_t rows) { return (rows / kRows + kBlocks - 1) / kBlocks; 
 
 // Tasks that a thread takes at a time: of few tokens its share, since memory is read faster where it goes on.
 int64_t together(int64_t tasks, int64_t tokens) {
-  return tokens > 32 ? 1 : (tasks + omp_get_max_threads() - 1) / omp_get_max_threads();
+  return tokens > 32 ? 1 : std::max<int64_t>(1, (tasks + omp_get_max_threads() - 1) / omp_get_max_threads());
 }
 
 template <class Format>
