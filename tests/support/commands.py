@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import huggingface_hub
 from click.testing import Result
+from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from tests.support import warm
@@ -22,7 +22,7 @@ def invoke(*arguments: Any, **env: str) -> Result:
 
     The hub is never asked: where it cannot be reached, each question takes its time.
     """
-    with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True):  # read from the environment once
+    with mock.patch.object(constants, "HF_HUB_OFFLINE", True):  # read from the environment once
         return CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "200", **env})
 
 

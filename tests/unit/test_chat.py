@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import random
+import socket
+import ssl
 import textwrap
+import threading
 from types import SimpleNamespace
 
 import httpx
 import pytest
-from openai import APIConnectionError, InternalServerError, OpenAIError
+from openai import APIConnectionError, APITimeoutError, InternalServerError, OpenAIError
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
+from typer.testing import CliRunner
 
 from tests.support.commands import invoke
 from tests.support.pages import serving_page
-from vllm_bailing.cli import chat_screen
+from vllm_bailing.cli import app, chat_screen, output
 from vllm_bailing.errors import ChatError
+from vllm_bailing.tools import chat as chat_tool
 from vllm_bailing.tools.chat import Answer, Call, Chat, as_json, with_scheme
 
 URL = "http://server"
@@ -38,6 +44,9 @@ def delta(content=None, reasoning=None, calls=(), finish=None, usage=None):
 
 STOP = delta(finish="stop")
 USAGE = SimpleNamespace(choices=[], usage=SimpleNamespace(completion_tokens=12))
+CALL = [delta(calls=[(0, "c1", "weather", '{"city": "Rome"}')]),
+        delta(calls=[(1, "c2", "weather", '{"city": "Oslo"}')]), delta(finish="tool_calls")]  # fmt: skip
+TOOL = {"type": "function", "function": {"name": "weather"}}
 
 
 def a_chat(*answers, **options):
@@ -47,7 +56,7 @@ def a_chat(*answers, **options):
     def create(**request):
         requests.append(request)
         answer = next(answers)
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             raise answer
 
         def stream():
@@ -70,7 +79,7 @@ def printed(chat, *lines, terminal=False):
         marks.append(mark)
         return next(lines, None)
 
-    chat_screen.converse(chat, console, read, URL)
+    printed.is_fine = chat_screen.converse(chat, console, read, URL)
     printed.marks = marks
     return console.file.getvalue()
 
@@ -95,13 +104,15 @@ def test_reasoning_comes_apart_whether_the_server_divides_or_not():
 def test_a_calls_result_is_the_next_line():
     call = [delta(calls=[(0, "c1", "time", "")]), delta(calls=[(0, None, None, '{"zone": ')]),
             delta(calls=[(0, None, None, '"CET"}')]), delta(finish="tool_calls")]  # fmt: skip
-    chat, requests = a_chat(call, [delta("Noon."), STOP], system="Be brief.", thinking="off", tools=[{}], temperature=0)
+    chat, requests = a_chat(
+        call, [delta("Noon."), STOP], system="Be brief.", thinking="off", tools=[TOOL], temperature=0
+    )
     assert printed(chat, "Time?", "12:00", "/exit", "never sent") == 'calls time {"zone": "CET"}\nNoon.\n'
-    assert printed.marks == ["> ", "result of time> ", "> "]
+    assert printed.marks == ["> ", 'result of time {"zone": "CET"}> ', "> "]
     assert roles(requests[1]) == ["system", "user", "assistant", "tool"]
     assert requests[1]["messages"][-1] == {"role": "tool", "content": "12:00", "tool_call_id": "c1"}
     assert requests[0]["extra_body"] == {"chat_template_kwargs": {"thinking_option": "off"}}
-    assert requests[0]["temperature"] == 0 and requests[0]["tools"] == [{}]
+    assert requests[0]["temperature"] == 0 and requests[0]["tools"] == [TOOL]
 
 
 @pytest.mark.parametrize("first", [0, 1, 7])
@@ -113,7 +124,8 @@ def test_each_of_several_calls_is_shown_and_answered(first):
     chat, requests = a_chat(calls, [delta("Warm and cold."), STOP])
     told = printed(chat, "Weather in Rome and Oslo?", "25", "3")
     assert told == 'calls weather {"city": "Rome"}\ncalls weather {"city": "Oslo"}\nWarm and cold.\n'
-    assert printed.marks == ["> ", "result of weather> ", "result of weather> ", "> "]
+    rome, oslo = 'result of weather {"city": "Rome"}> ', 'result of weather {"city": "Oslo"}> '
+    assert printed.marks == ["> ", rome, oslo, "> "]
     assert len(requests) == 2 and roles(requests[1]) == ["user", "assistant", "tool", "tool"]
     assert [(one["tool_call_id"], one["content"]) for one in requests[1]["messages"][-2:]] == [
         ("c1", "25"),
@@ -133,9 +145,90 @@ def test_commands_of_the_conversation(tmp_path):
     assert requests[2]["messages"][-1]["content"] == "/etc/hosts"
     kept = tmp_path / "kept.json"
     told = printed(chat, f"/save {kept}", "/system Be brief.", "three", f"/load {kept}", "/retry", "four")
-    assert told == "d\nhttp://server: nothing was asked yet\ne\n"  # a file gets the answers and what went wrong
+    assert told == "d\ne\nf\n" and printed.is_fine  # a file gets the answers
     assert roles(requests[3]) == ["system", "user"] and requests[3]["messages"][0]["content"] == "Be brief."
-    assert roles(requests[4]) == ["user", "assistant", "user", "assistant", "user"]
+    assert requests[4]["messages"] == requests[2]["messages"]
+    assert roles(requests[5]) == ["user", "assistant", "user", "assistant", "user"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/save", "/save needs a file; name one behind it"),
+        ("/LOAD", "/load needs a file; name one behind it"),
+        ("/thinking maybe", "/thinking is on or off, not maybe"),
+        ("/exit now", "/exit stands alone; leave out now"),
+        ("/new x y", "/new stands alone; leave out x y"),
+        ("/retry again", "/retry stands alone; leave out again"),
+        ("/help me", "/help stands alone; leave out me"),
+        ("/save kept.json", "there is nothing to save yet"),
+        ("/retry", "nothing was asked yet"),
+        ("/load nowhere", "nowhere is no conversation that /save wrote: it cannot be read (No such file or directory)"),
+        (
+            "/load ~no-such-user/x",
+            "~no-such-user/x is no conversation that /save wrote: it cannot be read (No such file or dir",
+        ),
+        ("/ new", "/ new is no command; /help lists them, and // new is a message"),
+        ("/what", "/what is no command; /help lists them, and //what is a message"),
+    ],
+)
+def test_a_command_that_cannot_be_done_says_what_it_wants(line, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chat, requests = a_chat()
+    told = printed(chat, line)
+    assert told.startswith(said) and told.count("\n") == 1, told
+    assert not printed.is_fine and not requests and not list(tmp_path.iterdir())
+
+
+def test_commands_are_known_in_any_case_and_with_any_space():
+    chat, _ = a_chat()
+    told = printed(chat, "/HELP", "/Thinking\tOFF", "/thinking", "/SYSTEM Be brief.", "/system", "/Exit", "/what")
+    assert told == f"{chat_screen.HELP}\nthinking is off\nBe brief.\n" and printed.is_fine
+    assert max(map(len, told.splitlines())) <= 80
+
+
+def test_the_system_message_is_shown_and_taken_away():
+    chat, requests = a_chat(*[[delta(letter), STOP] for letter in "abcd"], system="Be\x1b brief.")
+    assert printed(chat, "one", "/system", "two") == "a\nBe\u241b brief.\nb\n"
+    assert roles(requests[1]) == ["system", "user", "assistant", "user"]  # the conversation went on
+    assert printed(chat, "/system None", "/system", "three") == "there is no system message\nc\n"
+    printed(chat, "/system Be.", '/system ""', "four")
+    assert roles(requests[2]) == roles(requests[3]) == ["user"]
+
+
+def test_a_file_of_something_else_is_not_saved_over(tmp_path):
+    chat, _ = a_chat([delta("a"), STOP], [delta("b"), STOP])
+    notes, kept = tmp_path / "notes.txt", tmp_path / "kept.json"
+    notes.write_text("Mine.")
+    told = printed(chat, "one", f"/save {notes}", f"/save {kept}", "two", f"/save {kept}")
+    assert notes.read_text() == "Mine." and f"\n{notes} is no conversation that /save wrote: it is no JSON" in told
+    assert told.count("; save to another file\n") == 1
+    assert [message["content"] for message in json.loads(kept.read_text())["messages"]] == ["one", "a", "two", "b"]
+    chat.messages[-1]["content"] = "\ud800"  # no file takes it
+    with pytest.raises(ChatError, match="surrogates not allowed"):
+        chat.save(kept)
+    assert len(json.loads(kept.read_text())["messages"]) == 4
+
+
+def test_what_was_said_last_is_seen_again(tmp_path):
+    chat, _ = a_chat(CALL)
+    printed(chat, "Weather in\nRome and Oslo?" + " Please!" * 99, f"/save {tmp_path / 'kept'}")
+    chat, requests = a_chat([delta("Warm."), STOP], [delta("Hi."), STOP], [delta("Mild."), STOP])
+    told = printed(chat, f"/load {tmp_path / 'kept'}", "25", "3", f"/save {tmp_path / 'kept'}", terminal=True)
+    head, question, *calls = told.splitlines()[:4]
+    assert head.startswith("2 messages read from ") and len(question) < 320 and question.endswith("...")
+    assert question.startswith("> Weather in Rome and Oslo? Please!")
+    assert calls == ['calls weather {"city": "Rome"}', 'calls weather {"city": "Oslo"}']
+    told = printed(chat, f"/load {tmp_path / 'kept'}", terminal=True)
+    assert told.endswith("\n> 25\n> 3\nWarm.\n")
+    printed(chat, f"/load {tmp_path / 'kept'}", "/retry")  # the results, which were told last
+    assert requests[1]["messages"] == requests[0]["messages"]
+
+
+def test_a_result_is_none_of_another_conversation():
+    chat, requests = a_chat(CALL, CALL, [delta("Warm and cold."), STOP])
+    printed(chat, "Weather?", "25", "/new", "Weather?", "26", "3")
+    assert [message["content"] for message in requests[2]["messages"][2:]] == ["26", "3"]
 
 
 def test_the_last_question_may_be_asked_again():
@@ -153,16 +246,23 @@ def test_the_last_question_may_be_asked_again():
         ([delta("Half an")], "the connection ended before the answer did; ask again"),
         ([delta("Half an"), APIConnectionError(request=REQUEST)], "the connection ended before the answer did; ask"),
         ([delta("Half an"), httpx.ReadError("reset")], "the connection ended before the answer did; ask again"),
+        (
+            [
+                delta("Half an"),
+                OpenAIError("EngineCore encountered an issue. See stack trace (above) for the root cause."),
+            ],
+            "http://server: the server's engine has ended; the server's log says why; start the server again",
+        ),
         (InternalServerError("", response=httpx.Response(503, request=REQUEST), body=None), "is not ready (HTTP 503);"),
         (APIConnectionError(request=REQUEST), "no server at http://server; start one by"),
         (["<html>"], "no answer of a vLLM server"),
     ],
-    ids=["refused", "failed", "cut off", "lost", "reset", "loading", "gone", "a web page"],
+    ids=["refused", "failed", "cut off", "lost", "reset", "engine", "loading", "gone", "a web page"],
 )
 def test_a_request_that_fails_leaves_the_conversation_as_it_was(answer, words):
     chat, requests = a_chat([delta("a"), STOP], answer, [delta("c"), STOP])
     told = printed(chat, "one", "two", "/retry")
-    assert words in told and told.endswith("c\n")
+    assert words in told and told.endswith("c\n") and not printed.is_fine
     assert requests[2]["messages"] == requests[1]["messages"]
     assert [message["content"] for message in chat.messages] == ["one", "a", "two", "c"]
 
@@ -187,11 +287,93 @@ def test_what_the_text_does_not_say_is_told():
     chat, _ = a_chat(length, [delta("Done."), STOP, USAGE])
     assert printed(chat, "Count.") == "One, two\n(cut off at the limit of tokens)\n"
     assert chat.last.finish_reason == "length" and chat.last.tokens == 12
-    chat.last.seconds = 2.0
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"),
+    [
+        # times of the pieces since the question was sent, and how many tokens had come by then
+        ([(3.0, 0), (3.0, 5), (4.0, 15), (5.0, 25)], "(25 tokens, 10 tokens/s)"),  # neither prefill nor first piece
+        ([(3.0, 1), (7.0, 2)], "(2 tokens, 0.2 tokens/s)"),
+        ([(0.064, 0), (0.065, 20), (0.07, 37)], "(37 tokens in 0.07 s)"),  # too quick to tell
+        ([(3.0, 37), (4.0, 37)], "(37 tokens in 4.00 s)"),  # as a call comes, in one piece
+        ([(3.0, None), (4.0, 37)], "(37 tokens in 4.00 s)"),  # a server that counts at the end
+        ([(0.5, 1)], "(1 token in 0.50 s)"),
+        ([(0.5, None)], ""),
+    ],
+)
+def test_the_speed_is_told_where_it_can_be_known(counts, told, monkeypatch):
+    usages = [None if count is None else SimpleNamespace(completion_tokens=count) for _, count in counts]
+    chat, _ = a_chat([*(delta("x", usage=usage) for usage in usages[:-1]), delta(finish="stop", usage=usages[-1])])
+    clock = iter([100.0, *(100 + seconds for seconds, _ in counts)])
+    monkeypatch.setattr(chat_tool, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert list(chat.ask({"role": "user", "content": "Count."})) == [("content", "x")] * (len(counts) - 1)
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    chat_screen.remark(Answer("", "x", finish_reason="stop", tokens=21, seconds=2.0), console)
-    assert console.file.getvalue() == "(21 tokens, 10 tokens/s)\n"
-    chat_screen.remark(Answer("", "x", finish_reason="stop", tokens=1, seconds=0.0), console)
+    chat_screen.remark(chat.last, console)
+    assert console.file.getvalue().strip() == told
+
+
+def test_an_answer_that_was_stopped_is_not_measured():
+    chat, _ = a_chat([delta("a"), delta(finish="length"), USAGE], KeyboardInterrupt())
+    told = printed(chat, "one", "two", terminal=True)
+    assert told == "a\n(cut off at the limit of tokens)\n(stopped)\n"
+
+
+class Watched(io.StringIO):
+    """What is printed; `seen` is set as soon as it has the words that are waited for."""
+
+    def __init__(self, words):
+        super().__init__()
+        self.words, self.seen = words, threading.Event()
+
+    def write(self, text):
+        done = super().write(text)
+        if self.words in text:
+            self.seen.set()
+        return done
+
+
+@pytest.mark.parametrize("end", [[("content", "Hello.")], [], KeyboardInterrupt], ids=["an answer", "none", "Ctrl-C"])
+def test_a_wait_is_seen_on_a_terminal_until_it_ends(end, monkeypatch):
+    monkeypatch.setattr(chat_screen, "PATIENCE_SECONDS", 0)
+    screen = Watched("waiting for the server, 0 s; Ctrl-C stops")
+    console = Console(file=screen, width=80, force_terminal=True, force_interactive=True, color_system=None)
+
+    def pieces():
+        assert screen.seen.wait(60), screen.getvalue()
+        if end is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        yield from end
+
+    with pytest.raises(KeyboardInterrupt) if end is KeyboardInterrupt else contextlib.nullcontext():
+        chat_screen.show(pieces(), console)
+    erased = "\x1b[2K"
+    shown_last = screen.getvalue().rpartition(erased)[2]
+    assert screen.words not in shown_last and "\x1b[?25h" in screen.getvalue()  # nor is the cursor hidden
+    assert ("Hello." in shown_last) == (end == [("content", "Hello.")])
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "JSON"])
+def test_a_wait_for_the_first_word_of_a_server_is_seen_unless_for_json(options, monkeypatch):
+    monkeypatch.setattr(chat_screen, "PATIENCE_SECONDS", 0)
+    screen = Watched("waiting for the server")
+    console = Console(file=screen, width=80, force_terminal=True, force_interactive=True, color_system=None)
+
+    def silent(_):
+        assert options or screen.seen.wait(60)
+        raise ChatError("it lists no models; is it a vLLM server?")
+
+    monkeypatch.setattr(chat_tool, "first_model", silent)
+    monkeypatch.setattr(output, "console", lambda **_: console)
+    done = invoke("chat", "hello", *options)
+    assert done.exit_code == 1 and bool(screen.getvalue()) == (not options), done.exception
+
+
+def test_a_wait_is_not_seen_in_a_file(monkeypatch):
+    monkeypatch.setattr(chat_screen, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(chat_screen.threading, "Timer", lambda *_: pytest.fail("a timer"))
+    chat, _ = a_chat([delta("Hello."), STOP])
+    assert printed(chat, "Hello?") == "Hello.\n"
 
 
 def test_control_characters_of_a_server_do_not_reach_the_terminal():
@@ -211,8 +393,11 @@ def test_thinking_is_dim_on_a_terminal_only():
 
 
 @pytest.mark.parametrize(
-    "text", ["3", "[]", "{}", '{"system": null, "messages": 5}', '{"system": 1, "messages": [1]}', "x"]
-)
+    "text",
+    ["3", "[]", "{}", '{"system": null, "messages": 5}', '{"system": 1, "messages": [1]}', "x",
+     '{"system": null, "messages": [{"role": "assistant", "tool_calls": [1]}]}',
+     '{"system": null, "messages": [{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f"}}]}]}'],
+)  # fmt: skip
 def test_what_is_no_conversation_is_not_loaded(text, tmp_path):
     chat, _ = a_chat([delta("a"), STOP])
     list(chat.ask({"role": "user", "content": "one"}))
@@ -299,10 +484,75 @@ def test_no_server_says_how_to_start_one():
         "`vllm-bailing demo --keep`, and wait until its log says that the start is complete\n"
     )
     done = invoke("chat", "hello", "--url", "htp://localhost:9")
-    assert done.exit_code == 1 and "htp://localhost:9 begins with htp://; give a URL such as http://" in done.stderr
+    assert done.exit_code == 2 and "htp://localhost:9 begins with htp://; give a URL such as http://" in done.stderr
 
 
-@pytest.mark.parametrize("text", ["{}", "[1]", "no JSON"])
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        (socket.gaierror(-2, "Name or service not known"),
+         "the name in http://server cannot be resolved (Name or service not known); correct it, or look into the net"),
+        (ssl.SSLError(1, "wrong version number"),
+         "http://server: no TLS connection (wrong version number); look into its certificate, or write http:// if"),
+        (ConnectionRefusedError(111, "Connection refused"), "no server at http://server; start one by"),
+        (OSError(113, "No route to host"), "http://server gives no answer (No route to host); look into"),
+        (TimeoutError("timed out"), "http://server gives no answer (timed out); look into the server's log, or into"),
+        (httpx.RemoteProtocolError("Server disconnected"), "http://server gives no answer (Server disconnected); look"),
+    ],
+    ids=["name", "TLS", "refused", "route", "time", "protocol"],
+)  # fmt: skip
+def test_a_server_that_is_not_reached_says_why(cause, said):
+    between = httpx.ConnectError("failed")
+    between.__context__ = cause
+    error = (APITimeoutError if isinstance(cause, TimeoutError) else APIConnectionError)(request=REQUEST)
+    error.__cause__ = between
+    assert chat_screen.explained(error, URL).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("hi", "--url", "ftp://x"), "ftp://x begins with ftp://; give a URL such as http://localhost:8000"),
+        (("hi", "--url", ""), "--url '' names no server; give a URL such as http://localhost:8000"),
+        (("hi", "--url", "http:///v1"), "--url 'http:///v1' names no server; give a URL"),
+        (("hi", "--url", "server:99999"), "--url 'server:99999' names no server; give a URL"),
+        (("hi", "--url", "server:port"), "--url 'server:port' names no server; give a URL"),
+        (("hi", "--url", "a..b"), "--url 'a..b' names no server; give a URL"),
+        (("hi", "--temperature", "99"), "--temperature"),
+        (("hi", "--temperature", "-1"), "--temperature"),
+        (("hi", "--temperature", "nan"), "--temperature"),
+        (("hi", "--max-tokens", "0"), "--max-tokens"),
+        (("hi", "--thinking", "maybe"), "--thinking 'maybe' must be on or off"),
+        (("",), "the question is empty; write one, or leave it out for a conversation"),
+        (("  ", "--json"), "the question is empty; write one"),
+        ((), "nothing was asked: standard input is empty; give a question, or one a line"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_is_wrong_by_itself_is_refused_before_anything_is_asked(arguments, said, monkeypatch):
+    monkeypatch.setattr(chat_tool, "first_model", lambda _: pytest.fail("asks"))
+    done = invoke("chat", *arguments)
+    assert done.exit_code == 2 and said in done.stderr, (done.output, done.exception)
+    assert done.stderr.splitlines()[-1] == done.stderr.splitlines()[-1].strip() and not done.stdout
+
+
+@pytest.mark.parametrize("question", [("Summarize this.",), ()], ids=["text", "questions"])
+def test_what_is_no_text_is_not_asked(question, tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_tool, "first_model", lambda _: pytest.fail("asks"))
+    done = CliRunner().invoke(app, ["chat", *question], input=b"\x7fELF\xff\xfe\n")
+    assert done.exit_code == 2 and done.stderr.startswith("vllm-bailing chat: standard input is not UTF-8 (")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("lines", "code"), [("\none\n/new\n", 0), ("/wrong\none\n", 1), ("one\ntwo\n", 1)])
+def test_a_conversation_from_a_file_says_by_its_code_whether_all_was_done(lines, code, monkeypatch):
+    chat, _ = a_chat([delta("a"), STOP], OpenAIError("overloaded"))
+    monkeypatch.setattr(chat_tool, "connect", lambda _: chat.client)
+    done = CliRunner().invoke(app, ["chat", "--served-model-name", "demo"], input=lines)
+    assert done.exit_code == code and "a\n" in done.stdout, (done.output, done.exception)
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "[{}]", '[{"name": "get_time"}]', "no JSON"])
 def test_tools_are_a_list_of_functions(text, tmp_path):
     (tmp_path / "tools.json").write_text(text)
     done = invoke("chat", "hello", "--tools", tmp_path / "tools.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -13,17 +14,38 @@ from typing import Any
 import httpx
 from openai import APIConnectionError, OpenAI
 
-from vllm_bailing.errors import ChatError, shown
+from vllm_bailing.errors import ChatError, shown, told
 from vllm_bailing.json_files import read_json
 from vllm_bailing.reasoning import ReasoningStream
 
 NOT_READY = (502, 503, 504)  # what stands for a server that does not answer yet
 _CUT_OFF = "the connection ended before the answer did; ask again"
+_MEASURABLE_SECONDS = 0.5  # below it the pieces of an answer come together, and say nothing about the speed
 
 
 def with_scheme(url: str) -> str:
     """`url` as people write it, such as localhost:8000, as a whole one."""
     return url if "://" in url else f"http://{url}"
+
+
+def checked_url(url: str) -> str:
+    """As `with_scheme`, of what may be the address of a server.
+
+    Raises:
+        ChatError: If it cannot be.
+    """
+    whole = with_scheme(url)
+    scheme = whole.partition("://")[0]
+    if scheme.lower() not in ("http", "https"):
+        raise ChatError(f"{shown(whole)} begins with {shown(scheme)}://; give a URL such as http://localhost:8000")
+    try:
+        parts = httpx.URL(whole)
+        fits = bool(parts.host.encode("idna")) and (parts.port or 0) < 65536
+    except (httpx.InvalidURL, UnicodeError):
+        fits = False
+    if not fits:
+        raise ChatError(f"--url {told(url)} names no server; give a URL such as http://localhost:8000")
+    return whole
 
 
 def base_of(url: str) -> str:
@@ -44,7 +66,7 @@ def http_client(url: str, seconds: float) -> httpx.Client:
 
 def connect(url: str, **options: Any) -> OpenAI:
     """A client of the server at `url`, with or without its /v1; VLLM_API_KEY is sent if it is set."""
-    return OpenAI(base_url=f"{base_of(url)}/v1", api_key=os.environ.get("VLLM_API_KEY", "none"), **options)
+    return OpenAI(base_url=f"{base_of(url)}/v1", api_key=os.environ.get("VLLM_API_KEY") or "none", **options)
 
 
 def first_model(client: OpenAI) -> str:
@@ -78,7 +100,9 @@ class Answer:
     Attributes:
         finish_reason: As the server gave it; "length" for an answer that was cut off at its limit.
         tokens: As the server counted them; None if it did not.
-        seconds: Since the first of them.
+        seconds: Since the question was sent.
+        streamed_tokens: Those after the first piece, which may have several, and comes after the prefill.
+        streamed_seconds: Since that piece.
     """
 
     reasoning: str = ""
@@ -87,6 +111,14 @@ class Answer:
     finish_reason: str | None = None
     tokens: int | None = None
     seconds: float = 0.0
+    streamed_tokens: int = 0
+    streamed_seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of the decode; None for an answer that was too quick to tell."""
+        is_measurable = self.streamed_tokens and self.streamed_seconds >= _MEASURABLE_SECONDS
+        return self.streamed_tokens / self.streamed_seconds if is_measurable else None
 
 
 class Chat:
@@ -134,12 +166,13 @@ class Chat:
         fields: dict[str, Any] = {"messages": [*before, *self.messages, *messages], "extra_body": extra}
         if self.tools:
             fields["tools"] = self.tools
-        chunks = self.client.chat.completions.create(
-            model=self.model, stream=True, stream_options={"include_usage": True}, **fields, **self.sampling
-        )
+        # With the latter, vLLM tells with every piece how many tokens came until then.
+        fields["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
         self.last = answer = Answer()
+        sent = time.monotonic()
+        chunks = self.client.chat.completions.create(model=self.model, stream=True, **fields, **self.sampling)
         try:
-            yield from _read(chunks, answer)
+            yield from _read(chunks, answer, sent)
         except (GeneratorExit, KeyboardInterrupt):  # nobody reads on
             answer.calls = []
             if answer.content:
@@ -162,26 +195,39 @@ class Chat:
         asked = self._asked
         if not asked:
             raise ChatError("nothing was asked yet")
-        if self.messages[-1 - len(asked) : -1] == asked:
-            self.messages = self.messages[: -1 - len(asked)]
+        before, last, _ = _parted(self.messages)
+        if last == asked:
+            self.messages = before
         return self.ask(*asked)
+
+    @property
+    def last_exchange(self) -> list[dict[str, Any]]:
+        """What was asked last, and the answer."""
+        _, asked, answer = _parted(self.messages)
+        return [*asked, *answer]
 
     @property
     def open_calls(self) -> list[dict[str, Any]]:
         """The calls of the last answer, which wait for their results."""
-        return self.messages[-1].get("tool_calls", []) if self.messages else []
+        return (self.messages[-1].get("tool_calls") or []) if self.messages else []
 
     def save(self, file: Path) -> None:
-        """Write the conversation.
+        """Write the conversation, to a new file or over one that was written so.
 
         Raises:
-            ChatError: If it cannot be written.
+            ChatError: If there is none yet, the file is another one, or it cannot be written.
         """
+        if not self.messages:
+            raise ChatError("there is nothing to save yet")
         kept = {"system": self.system, "messages": self.messages}
         try:
-            file.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ChatError(f"{file}: {error.strerror}") from None
+            if file.exists():
+                _kept_in(file)
+            file.write_bytes(json.dumps(kept, indent=1, ensure_ascii=False).encode() + b"\n")
+        except ChatError as error:
+            raise ChatError(f"{error}; save to another file") from None
+        except (OSError, ValueError) as error:  # the latter for characters that no file may have
+            raise ChatError(f"{shown(str(file))}: {getattr(error, 'strerror', None) or shown(error)}") from None
 
     def load(self, file: Path) -> None:
         """Go on with a conversation that `save` wrote.
@@ -189,31 +235,62 @@ class Chat:
         Raises:
             ChatError: If it cannot be read; the conversation stays as it was.
         """
-        try:
-            kept = read_json(file)
-        except ValueError as error:
-            raise ChatError(f"{file} is no conversation that /save wrote: it {error}") from None
-        try:
-            system, messages = kept["system"], kept["messages"]
-            fits = all(isinstance(message["role"], str) for message in messages) and isinstance(messages, list)
-        except (LookupError, TypeError):
-            fits = False
-        if not fits or not isinstance(system, str | None):
-            raise ChatError(f"{file} is no conversation that /save wrote")
+        system, messages = _kept_in(file)
         self.start_again()
         self.system, self.messages = system, messages
+        self._asked = _parted(messages)[1]
 
 
-def _read(chunks: Any, answer: Answer) -> Iterator[tuple[str, str]]:
-    """Fill `answer` from a stream, and yield its parts as they come."""
+def _kept_in(file: Path) -> tuple[str | None, list[dict[str, Any]]]:
+    """The system message and the messages that `Chat.save` wrote.
+
+    Raises:
+        ChatError: If it did not write them.
+    """
+    name = shown(str(file))
+    try:
+        kept = read_json(file)
+    except ValueError as error:
+        raise ChatError(f"{name} is no conversation that /save wrote: it {error}") from None
+    try:
+        system, messages = kept["system"], kept["messages"]
+        fits = isinstance(messages, list) and all(map(_is_message, messages))
+    except (LookupError, TypeError):
+        fits = False
+    if not fits or not isinstance(system, str | None):
+        raise ChatError(f"{name} is no conversation that /save wrote")
+    return system, messages
+
+
+def _is_message(message: Any) -> bool:
+    """Raises LookupError or TypeError if `message` is something else altogether."""
+    texts = [message["role"]]
+    for call in message.get("tool_calls") or ():
+        texts += [call["id"], call["function"]["name"], call["function"]["arguments"]]
+    return all(isinstance(text, str) for text in texts)
+
+
+def _parted(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], ...]:
+    """What was said before the last question, the question (or the results of functions), and the answer to it."""
+    answered = len(messages) - (bool(messages) and messages[-1]["role"] == "assistant")
+    asked = itertools.takewhile(lambda message: message["role"] != "assistant", reversed(messages[:answered]))
+    start = answered - len(list(asked))
+    return messages[:start], messages[start:answered], messages[answered:]
+
+
+def _read(chunks: Any, answer: Answer, sent: float) -> Iterator[tuple[str, str]]:
+    """Fill `answer` from the stream that was asked for at the time `sent`, and yield its parts as they come."""
     divider = ReasoningStream(is_open=False)  # a server without a reasoning parser sends the tags as text
     calls: dict[int, Call] = {}  # servers number them, from whatever they like
-    start = None
+    first: tuple[int, float] | None = None
     for chunk in chunks:
-        if usage := getattr(chunk, "usage", None):
+        now = time.monotonic()
+        answer.seconds = now - sent
+        if (usage := getattr(chunk, "usage", None)) and usage.completion_tokens:
             answer.tokens = usage.completion_tokens
+            first = first or (usage.completion_tokens, now)
+            answer.streamed_tokens, answer.streamed_seconds = usage.completion_tokens - first[0], now - first[1]
         for choice in chunk.choices:
-            start = start or time.monotonic()
             delta: Any = choice.delta
             if text := getattr(delta, "reasoning", None) or getattr(delta, "reasoning_content", None):
                 answer.reasoning += text
@@ -229,7 +306,6 @@ def _read(chunks: Any, answer: Answer) -> Iterator[tuple[str, str]]:
                 calls[part.index].arguments += more
                 yield "call", more
             answer.finish_reason = getattr(choice, "finish_reason", None) or answer.finish_reason
-            answer.seconds = time.monotonic() - start
     yield from _divided(answer, *divider.close())
 
 
