@@ -128,11 +128,25 @@ def train(base, out, *more):
     return invoke("train-mtp", base / "target", "--out", out, *options, *more)
 
 
+@pytest.fixture(autouse=True)
+def others():
+    """Processes of other tests, which keep engines for each other: they are not the run's."""
+    _OTHERS[:] = multiprocessing.active_children()
+
+
+_OTHERS = []
+
+
+def processes():
+    """Those that a run has started."""
+    return [one for one in multiprocessing.active_children() if one not in _OTHERS]
+
+
 def assert_refused(done, fragment):
     assert done.exit_code == 2, done.output
     lines = [line for line in done.stderr.splitlines() if "train-mtp:" in line]
     assert len(lines) == 1 and fragment in lines[0] and "Traceback" not in done.output, done.stderr
-    assert not multiprocessing.active_children()
+    assert not processes()
 
 
 @pytest.mark.thorough
@@ -141,7 +155,7 @@ def test_a_process_that_is_killed_ends_the_run_which_then_goes_on(base, tmp_path
 
     def kill_one(self, step, steps, logs):
         if step == 6 and step not in shown:
-            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            os.kill(processes()[0].pid, signal.SIGKILL)
         shown.append(step)
 
     with monkeypatch.context() as patched:
@@ -166,12 +180,12 @@ def test_a_process_that_is_killed_ends_the_run_which_then_goes_on(base, tmp_path
 
 def test_an_interrupt_leaves_no_process(base, tmp_path, monkeypatch):
     def interrupted(_):
-        assert len(multiprocessing.active_children()) == 2
+        assert len(processes()) == 2
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ranks.time, "sleep", interrupted)
     assert train(base, tmp_path / "out", "--train-ranks", 2).exit_code != 0
-    assert not multiprocessing.active_children() and (tmp_path / "out.work").is_dir()
+    assert not processes() and (tmp_path / "out.work").is_dir()
 
 
 def test_what_a_failed_process_says_is_a_line(tmp_path):
