@@ -31,6 +31,7 @@ FORMATS = {
     "int4, groups of 256": (torch.uint8, 256, ROUNDED),
 }
 FOR_VNNI = {f"{name}, VNNI": found for name, found in FORMATS.items() if "int4" in name}
+EVERY = FORMATS | FOR_VNNI
 SIZES = [
     # experts, hidden size, width, picks; the last has more inputs than are unpacked at a time, and a rest
     (3, 128, 128, 2),
@@ -69,7 +70,7 @@ def _errors(name):
 
     avx2.load()
     torch.manual_seed(0)
-    dtype, shared, _ = {**FORMATS, **FOR_VNNI}[name]
+    dtype, shared, _ = EVERY[name]
     found, vnni = [], name in FOR_VNNI
     for experts, hidden, width, picks in SIZES:
         if hidden % max(shared, 1) or width % max(shared, 1):
@@ -94,7 +95,7 @@ def _errors(name):
 def test_products_are_those_of_fp64(name):
     found = run_in_turn(_errors, name)
     assert len(found) >= 2 * len(TOKENS)
-    assert not {case: error for case, error in found if not error <= {**FORMATS, **FOR_VNNI}[name][2]}
+    assert not {case: error for case, error in found if not error <= EVERY[name][2]}
 
 
 def _rounded_once(dtype):

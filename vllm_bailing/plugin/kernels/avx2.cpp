@@ -354,38 +354,40 @@ struct Int8 {
 
 // ---- weights in int4 -----------------------------------------------------------------------------------------------
 
-// x [k] as integers of 8 bits, with a scale and a sum of what they mean for each `group`; groups within kWide share one.
-void in_levels(const float* x, int64_t count, int64_t group, int8_t* numbers, float* scales, float* sums) {
-  const int64_t width = count % kWide == 0 && kWide % group == 0 ? kWide : group;
-  for (int64_t from = 0; from < count; from += width) {
-    const float most = largest(x + from, width), scale = most / 127;
-    const __m256 times = _mm256_set1_ps(most > 0 ? 127 / most : 0);
-    for (int64_t k = from; k < from + width; k += group) {
-      __m256i total = _mm256_setzero_si256();
-      for (int64_t i = k; i < k + group; i += 8) {
-        const __m256i level = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), times));
-        total = _mm256_add_epi32(total, level);
-        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(level), _mm256_extracti128_si256(level, 1));
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(numbers + i), _mm_packs_epi16(words, words));
-      }
-      scales[k / group] = scale;
-      sums[k / group] = Int8::sum32(total) * scale;
-    }
-  }
-}
-
-// 32 bytes hold 64 inputs of a row: the first 32 in their lower halves; groups of 32 the same with 16 bytes. Those of
-// kTile rows lie side by side, so that memory is read in its order.
-struct Int4 {
+// Activations for them: integers of 8 bits, with a scale and a sum of what they mean for each group of weights; groups
+// within kWide share one scale.
+struct Int4Activations {
   using Number = int8_t;
-  static constexpr bool kHasZeros = true, kIsWide = false;
-  static constexpr int64_t kFew = kAny;  // as fast as what would become plain numbers first
+  static constexpr bool kHasZeros = true;
 
   static int64_t groups(const Weights& w) { return w.groups; }
 
   static void represent(const float* x, const Weights& w, int8_t* numbers, float* scales, float* sums) {
-    in_levels(x, w.k, w.k / w.groups, numbers, scales, sums);
+    const int64_t group = w.k / w.groups;
+    const int64_t width = w.k % kWide == 0 && kWide % group == 0 ? kWide : group;
+    for (int64_t from = 0; from < w.k; from += width) {
+      const float most = largest(x + from, width), scale = most / 127;
+      const __m256 times = _mm256_set1_ps(most > 0 ? 127 / most : 0);
+      for (int64_t k = from; k < from + width; k += group) {
+        __m256i total = _mm256_setzero_si256();
+        for (int64_t i = k; i < k + group; i += 8) {
+          const __m256i level = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), times));
+          total = _mm256_add_epi32(total, level);
+          const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(level), _mm256_extracti128_si256(level, 1));
+          _mm_storel_epi64(reinterpret_cast<__m128i*>(numbers + i), _mm_packs_epi16(words, words));
+        }
+        scales[k / group] = scale;
+        sums[k / group] = Int8::sum32(total) * scale;
+      }
+    }
   }
+};
+
+// 32 bytes hold 64 inputs of a row: the first 32 in their lower halves; groups of 32 the same with 16 bytes. Those of
+// kTile rows lie side by side, so that memory is read in its order.
+struct Int4 : Int4Activations {
+  static constexpr bool kIsWide = false;
+  static constexpr int64_t kFew = kAny;  // as fast as what would become plain numbers first
 
   // scales as in memory [N / kRows, G, kRows] in bf16 or fp16, zero points likewise in bytes
   static void scales_of(const Weights& w, int64_t row, float (*scales)[kRows], float (*zeros)[kRows]) {
@@ -476,16 +478,10 @@ struct Int4 {
 
 // Of a block of kRows outputs, 64 bytes hold 8 inputs of each: the first 4 in their lower halves. Blocks follow each
 // other, and in each its inputs, so that memory is read in its order.
-struct Int4Vnni {
-  using Number = int8_t;
-  static constexpr bool kHasZeros = true, kIsWide = true;
+struct Int4Vnni : Int4Activations {
+  static constexpr bool kIsWide = true;
   static constexpr int kTogether = 8;  // tokens whose sums are in registers
   static constexpr int kInOrder = 4;   // for so many tokens memory is what takes time, and is read in its order
-
-  static int64_t groups(const Weights& w) { return w.groups; }
-  static void represent(const float* x, const Weights& w, int8_t* numbers, float* scales, float* sums) {
-    in_levels(x, w.k, w.k / w.groups, numbers, scales, sums);
-  }
 
   // to[r] [T, kRows] = x [T, K] times block r of those that begin with `row`
   template <int R, int T>

@@ -58,7 +58,10 @@ def obstacle(vllm_config: Any = None) -> str:
         return f"{CPU_KERNELS}=false in --additional-config keeps vLLM's choice"
     if quantized_cpu_layers() is None:
         return "this vLLM has none"
-    return quantized_kernels().obstacle or next(filter(None, (_kernels(scheme).obstacle() for scheme in SCHEMES)), "")
+    from vllm_bailing.plugin.kernels import quantized_avx512
+
+    found = quantized_kernels()
+    return found.obstacle or (quantized_avx512.obstacle() if found.vllms else "")
 
 
 def _prepared(scheme: str) -> ModuleType:

@@ -35,11 +35,6 @@ def _has_vnni() -> bool:
     return "AVX-512 VNNI" in instructions()
 
 
-def obstacle() -> str:
-    """Why this machine cannot run them beside what `processor.quantized_kernels` tells: nothing."""
-    return ""
-
-
 def prepare() -> None:
     """Before a proof: have the kernels compiled and loaded.
 
