@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_bailing.bench import statistics
-from vllm_bailing.bench.runner import Task
 from vllm_bailing.bench.statistics import KINDS, PLUGIN
+from vllm_bailing.tools.task import Task
 
 
 def planted(gains, rounds=5, noise=0.02, drift=0.0, **figures):

@@ -94,7 +94,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(tmp_path):
     for field in ("logprobs", "copies", "cut", "likeliest", "experts"):
         assert np.array_equal(getattr(again, field), getattr(whole, field)), field
     served = [Served([1, 2], [{2: -0.5, 3: -1.5}], 1)]
-    verify.keep_served(work, served, "fp8", (5, 3))
+    verify.keep_served(work, (served, "fp8", (5, 3)))
     assert verify.served_before(work) == (served, "fp8", (5, 3))
     verify.delete_work(work)
     assert verify.served_before(work) is None

@@ -7,10 +7,13 @@ Heavy packages are imported inside the command that needs them, so that `--help`
 
 from __future__ import annotations
 
+import signal
 import sys
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from vllm_bailing import __version__
 from vllm_bailing.cli import (
@@ -21,6 +24,7 @@ from vllm_bailing.cli import (
     doctor,
     draft_vocab,
     info,
+    output,
     paths,
     plan,
     quantize,
@@ -30,8 +34,22 @@ from vllm_bailing.cli import (
     verify,
 )
 
+
+class Commands(TyperGroup):
+    """All commands end in the same way where something else ends them; typer tells of neither."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:  # prints --help
+        with output.orderly_end(""):
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with output.orderly_end(ctx.invoked_subcommand or ""):
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
     name="vllm-bailing",
+    cls=Commands,
     help="BailingMoeV2 (Ling 2.0, Ring 2.0, Ling-1T) for vLLM.",
     no_args_is_help=True,
     rich_markup_mode=None,  # its boxes leave the texts a strip of 20 columns, and cut off the names of options
@@ -75,11 +93,17 @@ bench_app.command("mtp")(bench.bench_mtp)
 bench_app.command("compare")(bench.bench_compare)
 
 
+def _leave(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """Entry point of the console script.
 
     Exit code 1 is a verdict of `verify`, `plan` and `doctor`, so what goes wrong in this program itself is 2.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what a command started or began to write goes with it
+        signal.signal(number, _leave)
     try:
         app()
     except Exception:

@@ -45,7 +45,7 @@ def balance(
     from vllm_bailing.errors import BalanceError, CheckpointError
 
     sizes = None if ep is None else options.numbers(ep, least=2)
-    arguments = options.json_object("--engine", engine)
+    arguments = options.engine_arguments(engine)
     _check_sources({"--trace": trace, "--url": url, "--prompts": prompts, "--engine": arguments})
     stem = out.with_name(out.name.removesuffix(".npz").removesuffix(".json").removesuffix(".png"))
     try:

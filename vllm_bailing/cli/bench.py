@@ -55,7 +55,7 @@ def bench_mtp(
     from vllm_bailing.errors import BenchError
 
     counts = sorted({0, *options.numbers(draft_tokens, least=0)})
-    arguments = options.json_object("--engine", engine)
+    arguments = options.engine_arguments(engine)
     asked = _prompts(prompts)
     if url is not None:
         _show_server(url, model, asked, max_tokens, as_json)
@@ -175,7 +175,7 @@ def bench_compare(
     arms = dict(_named_object("--option", text) for text in option or [])
     arguments: dict[str, Any] = {"dtype": full_dtype(dtype), "enforce_eager": eager}
     arguments["tensor_parallel_size"] = tensor_parallel_size
-    arguments |= options.json_object("--engine", engine)
+    arguments |= options.engine_arguments(engine)
     sizes, lengths = options.numbers(batch_size), options.numbers(prefill)
     with tempfile.TemporaryDirectory() as folder:
         path = str(DEMO) if model == "demo" else model

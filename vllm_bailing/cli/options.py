@@ -95,6 +95,22 @@ def json_object(flag: str, text: str) -> dict[str, Any]:
     return value
 
 
+def engine_arguments(text: str, flag: str = "--engine") -> dict[str, Any]:
+    """The arguments of `vllm.LLM` that `flag` gives.
+
+    Raises:
+        typer.BadParameter: If it is not a JSON object, or vLLM has no such argument.
+    """
+    from vllm_bailing.tools.task import check_arguments
+
+    arguments = json_object(flag, text)
+    try:
+        check_arguments(flag, arguments)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return arguments
+
+
 def numbers(text: str, least: int = 1) -> list[int]:
     """The numbers of a list such as 1,2,4.
 

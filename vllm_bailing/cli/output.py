@@ -25,7 +25,11 @@ def console(stderr: bool = False) -> Console:
     """A terminal, or a file, to print on; numbers in a text are not colored."""
     from rich.console import Console
 
-    return Console(highlight=False, stderr=stderr)
+    class OwnConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # see `orderly_end`; rich would end the process
+
+    return OwnConsole(highlight=False, stderr=stderr)
 
 
 def table(*headings: str, padding: tuple[int, ...] = (0, 1), justify: Any = "left") -> Table:
@@ -53,6 +57,34 @@ def fail(command: str, reason: Any, code: int) -> typer.Exit:
     """Print the reason on standard error; to be raised."""
     typer.echo(f"vllm-bailing {command}: {reason}", err=True)
     return typer.Exit(code)
+
+
+INTERRUPTED = 130  # exit code of what Ctrl-C ended, as in a shell
+CLOSED_PIPE = 141  # and of what nobody reads any more
+
+
+def interrupted(command: str, then: str = "") -> typer.Exit:
+    """Say that Ctrl-C ended it, and how to go on `then`; to be raised."""
+    return fail(command, f"interrupted{then and '; '}{then}", INTERRUPTED)
+
+
+@contextmanager
+def orderly_end(command: str) -> Iterator[None]:
+    """Ends the body orderly if it is interrupted, or if what reads its output goes away, as `head` does.
+
+    Standard output is written when this returns: at the end of the process it would be too late.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise interrupted(command) from None
+    except BrokenPipeError:
+        # What is left in the buffer would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(CLOSED_PIPE) from None
 
 
 @contextmanager

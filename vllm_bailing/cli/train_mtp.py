@@ -95,7 +95,7 @@ def train_mtp(
         return
     if out is None:
         raise output.fail("train-mtp", "--out is missing; name the folder for the layer", 2)
-    arguments = options.json_object("--engine", engine)
+    arguments = options.engine_arguments(engine)
     try:
         from vllm_bailing.training import card, checks, run, trainer
 

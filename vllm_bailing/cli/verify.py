@@ -40,8 +40,8 @@ def verify(
 
     Sends prompts, takes the log-probabilities of prompts and answers, and compares them with the plain PyTorch
     reference, which reads the checkpoint layer by layer: a 100B model needs a few GiB of memory, and the time to read
-    its files four times. Without --url, vLLM runs in this process, with the arguments of --engine. Exit code 0: it
-    does; 1: it does not; 2: could not be compared.
+    its files four times. Without --url, vLLM runs here, with the arguments of --engine. Exit code 0: it does; 1: it
+    does not; 2: could not be compared.
     """
     from rich.progress import Progress
 
@@ -50,11 +50,10 @@ def verify(
     from vllm_bailing.units import full_dtype
 
     overrides = options.json_object("--hf-overrides", hf_overrides)
-    arguments = options.json_object("--engine", engine)
+    arguments = options.engine_arguments(engine)
     console = output.console(stderr=True)
     try:
         with (
-            output.output_aside(),
             Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
         ):
             tasks = {}
@@ -82,6 +81,8 @@ def verify(
             )
     except (VerifyError, CheckpointError, ValueError) as error:
         raise output.fail("verify", error, 2) from None
+    except KeyboardInterrupt:
+        raise output.interrupted("verify", "the same command goes on from here" + ", without --fresh" * fresh) from None
     if as_json:
         typer.echo(json.dumps(report))
     else:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_bailing.errors import ChatError, VerifyError, shown
+from vllm_bailing.errors import BenchError, ChatError, VerifyError, shown
 from vllm_bailing.tools.chat import connect, first_model, http_client
 from vllm_bailing.tools.metrics import ACCEPTED, DRAFTS, counters
 from vllm_bailing.tools.prompts import read_tokenizer, templated
+from vllm_bailing.tools.task import Task, run_task
 from vllm_bailing.units import dtype_name
 
 if TYPE_CHECKING:
@@ -45,6 +46,28 @@ class Served:
     token_ids: list[int]
     top: list[dict[int, float]]
     prompt: int
+
+
+Answers = tuple[list[Served], str, Drafts | None]  # of a deployment, with its dtype and its first drafts
+
+
+def as_json(answers: Answers) -> dict[str, Any]:
+    """`answers` as JSON can hold them."""
+    served, dtype, drafts = answers
+    return {"dtype": dtype, "drafts": drafts, "served": [asdict(sequence) for sequence in served]}
+
+
+def from_json(kept: dict[str, Any]) -> Answers:
+    """What `as_json` made, back from JSON."""
+    served = [
+        Served(
+            sequence["token_ids"],
+            [{int(token): value for token, value in row.items()} for row in sequence["top"]],
+            sequence["prompt"],
+        )
+        for sequence in kept["served"]
+    ]
+    return served, kept["dtype"], kept["drafts"] and (kept["drafts"][0], kept["drafts"][1])
 
 
 def prompts_of(
@@ -158,7 +181,32 @@ def vllm_version(url: str) -> str | None:
     return said if isinstance(said, str) else None
 
 
-def ask_offline(folder: str, options: dict[str, Any], prompts: list[Prompt]) -> tuple[list[Served], str, Drafts | None]:
+@dataclass
+class AskTask(Task):
+    """`ask_offline` in a process of its own."""
+
+    prompts: list[dict[str, Any]]
+
+    def work(self) -> dict[str, Any]:
+        return as_json(ask_offline(self.model, self.engine, [Prompt(**prompt) for prompt in self.prompts]))
+
+    def read(self, stored: Any) -> Answers:
+        return from_json(stored)
+
+
+def ask_engine_apart(folder: str, options: dict[str, Any], prompts: list[Prompt]) -> Answers:
+    """As `ask_offline`, in a process of its own, of which nothing is left when this returns.
+
+    Raises:
+        VerifyError: If the engine did not start or did not answer.
+    """
+    try:
+        return run_task(AskTask(folder, options, [asdict(prompt) for prompt in prompts]))
+    except BenchError as error:
+        raise VerifyError(f"vLLM did not answer: {error}") from None
+
+
+def ask_offline(folder: str, options: dict[str, Any], prompts: list[Prompt]) -> Answers:
     """What `vllm.LLM(folder, **options)` computes in this process, as `ask_server`, its dtype, and its first drafts."""
     llm = engine(folder, options)
     served = ask_engine(llm, prompts)
