@@ -48,11 +48,13 @@ def balance(
     arguments = options.engine_arguments(engine)
     _check_sources({"--trace": trace, "--url": url, "--prompts": prompts, "--engine": arguments})
     stem = out.with_name(out.name.removesuffix(".npz").removesuffix(".json").removesuffix(".png"))
+    files = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".json", ".png", *([] if trace else [".npz"]))]
+    output.require_others("balance", "--out", files, [trace, prompts])
+    output.require_place("balance", "--out", stem)  # before an engine runs, which may take long
     try:
         config = read_config(model)
         sizes = sizes or [size for size in _SIZES if config.num_experts % size == 0]
         simulate.check_sizes(config, sizes)
-        stem.parent.mkdir(parents=True, exist_ok=True)  # before an engine runs, which may take long
         with output.output_aside():
             recorded, written = _picks(
                 model, config, prompts, max_tokens, url, served_model_name, trace, arguments, stem

@@ -6,11 +6,14 @@ rich is imported where it is used: it takes longer than all of `--help`.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
+import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -55,8 +58,31 @@ def show_files(files: Iterable[Path]) -> None:
 
 def fail(command: str, reason: Any, code: int) -> typer.Exit:
     """Print the reason on standard error; to be raised."""
-    typer.echo(f"vllm-bailing {command}: {reason}", err=True)
+    typer.echo(folded(f"vllm-bailing {command}: {reason}", sys.stderr), err=True)
     return typer.Exit(code)
+
+
+def folded(text: str, stream: TextIO, indent: int = 0) -> str:
+    """`text` in lines that break at blanks at the width of a terminal, the further ones indented; as it is elsewhere.
+
+    A word that is longer, such as a path, stays whole.
+    """
+    if not stream.isatty():
+        return text
+    width, rest = shutil.get_terminal_size().columns, " " * indent
+    lines = [
+        textwrap.fill(line, width, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    ]
+    return "\n".join(lines)
+
+
+def require_others(command: str, option: str, written: Iterable[Path], read: Iterable[Path | str | None]) -> None:
+    """Refuse to write over a file that is read."""
+    there = [Path(file).resolve() for file in read if file]
+    for file in written:
+        if file.resolve() in there:
+            raise fail(command, f"{option} {file} is a file that is read; name another one", 2)
 
 
 INTERRUPTED = 130  # exit code of what Ctrl-C ended, as in a shell
@@ -66,6 +92,16 @@ CLOSED_PIPE = 141  # and of what nobody reads any more
 def interrupted(command: str, then: str = "") -> typer.Exit:
     """Say that Ctrl-C ended it, and how to go on `then`; to be raised."""
     return fail(command, f"interrupted{then and '; '}{then}", INTERRUPTED)
+
+
+def require_place(command: str, option: str, file: Path) -> None:
+    """Make the folder of a file that will be written, and refuse one that cannot be written into."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise fail(command, f"{option} {file}: {error.strerror}; name another file", 2) from None
 
 
 @contextmanager

@@ -132,6 +132,8 @@ def plan(
         deployment = make_plan(config, request)
     except ValueError as error:
         raise output.fail("plan", error, 2) from None
+    if config_file:
+        output.require_others("plan", "--config", [config_file], [model, Path(model) / "config.json"])
     _report(deployment, config_file, as_json)
     raise typer.Exit(1 if deployment.verdict == "no" else 0)
 

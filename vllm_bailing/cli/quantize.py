@@ -39,6 +39,10 @@ def quantize(
         size, is_draft = quantize(model, out, scheme, group_size, keep or [], head)
     except QuantizeError as error:
         raise output.fail("quantize", error, 2) from None
+    except OSError as error:
+        raise output.fail("quantize", f"{out}: {error.strerror or error}; name another folder", 2) from None
+    except KeyboardInterrupt:
+        raise output.interrupted("quantize", f"what it wrote to {out} is removed") from None
     speculation = json.dumps({"method": "mtp", "model": str(out), "num_speculative_tokens": 1})
     way = f"`--speculative-config '{speculation}'`" if is_draft else f"`vllm serve {out}`"
     typer.echo(f"{out}: {size / GIB:.3f} GiB; serve it with {way}", err=True)

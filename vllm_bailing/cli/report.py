@@ -37,6 +37,7 @@ def report(
 
     if not (files or model or url):
         raise typer.BadParameter("nothing to report on: name files with results, --model or --url")
+    output.require_others("report", "--out", [out], files or [])
     if model and (reason := nowhere(model)):
         raise output.fail("report", f"--model {reason}", 2)
     try:

@@ -81,6 +81,10 @@ def run_task(task: Task) -> Any:
         ended = json.loads(result.read_text()) if result.is_file() else {}
         if "result" not in ended:
             text = log.read_text(errors="replace")
+            wrong = re.match(r"ValidationError: (\w+): (.*)", ended.get("error", ""))
+            if wrong and wrong[1] in task.engine:
+                value = told(task.engine[wrong[1]])
+                raise BenchError(f"argument {wrong[1]}={value} of vllm.LLM: {wrong[2]}; correct it in --engine")
             raise BenchError(f"{_reason(ended.get('error', ''), text)}; the whole log is in {_kept(text)}")
         return task.read(ended["result"])
 
@@ -112,7 +116,7 @@ def check_arguments(option: str, arguments: Iterable[str]) -> None:
         if name == "model":
             raise ValueError(f"{option}: 'model' is what MODEL says; leave it out")
         if name not in known:
-            likely = difflib.get_close_matches(name, known, 1)
+            likely = difflib.get_close_matches(name, known, 1, 0.75)
             todo = f"is {likely[0]!r} meant?" if likely else "correct it, or leave it out"
             raise ValueError(f"{option}: {told(name)} is no argument of vllm.LLM; {todo}")
 

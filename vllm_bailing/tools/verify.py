@@ -344,9 +344,9 @@ def _judged_by(
     computed = reference.forward()
     came = np.array([value for one in served for row in one.top for value in row.values()])
     differences = Differences.between(came, computed, asked)
-    finite = bool(np.isfinite(came).all())
+    no_numbers = int((~np.isfinite(came)).sum())
     shifts = []
-    if parts and finite:
+    if parts and not no_numbers:
         shifts = verify_statistics.shifts(reference.effects(verify_statistics.weights(differences)))
     checked = None
     if drafts:
@@ -356,6 +356,9 @@ def _judged_by(
     measures = verify_statistics.measures(differences, shifts, dtype)
     most = verify_verdict.limits(dtype, measures, shifts)
     reason, looks_like = verify_verdict.judge(measures, shifts, dtype, checked)
+    if no_numbers:
+        reason = f"{no_numbers} of its {len(came)} log-probabilities are NaN or infinite"
+        looks_like = "damaged weights, or numbers that are too large for its data type"
     used = len({token for one in served for token in one.token_ids})
     return {
         "dtype": dtype,
