@@ -119,6 +119,7 @@ def from_server(
     from openai import OpenAIError
 
     from vllm_bailing.tools.chat import connect, first_model
+    from vllm_bailing.tools.no_answer import no_answer
 
     shape_of(config)
     client = connect(url, max_retries=1)
@@ -136,8 +137,10 @@ def from_server(
 
     try:
         return _trace(model, config, asked(), progress)
-    except (OpenAIError, ChatError) as error:
-        raise BalanceError(f"{url} did not answer a prompt: {shown(error)}") from None
+    except ChatError as error:
+        raise BalanceError(f"{url}: {error}") from None
+    except OpenAIError as error:
+        raise BalanceError(no_answer(url, error)) from None
     except (AttributeError, LookupError, TypeError) as error:  # a web page, or JSON of another kind
         raise BalanceError(f"{url} did not answer as a vLLM server does: {shown(error)}") from None
 

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from vllm_bailing import __version__
 from vllm_bailing.cli import (
@@ -47,6 +47,18 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
 
 
+class Command(TyperCommand):
+    """Takes no empty argument: it comes of a variable that is not set, and would name the folder at hand."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for number, argument in enumerate(args):
+            if not argument or (argument.startswith("--") and argument.endswith("=")):
+                after = f" after {args[number - 1]}" if number and not argument else ""
+                name = argument or f"an argument{after}"
+                raise typer.BadParameter(f"{name} is empty; is a variable not set?")
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="vllm-bailing",
     cls=Commands,
@@ -75,22 +87,22 @@ def _common_options(
 
 
 app.command(cls=demo.DemoCommand)(demo.demo)
-app.command()(paths.demo_path)
-app.command()(paths.chat_template)
-app.command()(info.info)
-app.command()(doctor.doctor)
-app.command()(plan.plan)
-app.command()(draft_vocab.draft_vocab)
-app.command()(quantize.quantize)
-app.command()(train_mtp.train_mtp)
-app.command()(verify.verify)
-app.command()(report.report)
+app.command(cls=Command)(paths.demo_path)
+app.command(cls=Command)(paths.chat_template)
+app.command(cls=Command)(info.info)
+app.command(cls=Command)(doctor.doctor)
+app.command(cls=Command)(plan.plan)
+app.command(cls=Command)(draft_vocab.draft_vocab)
+app.command(cls=Command)(quantize.quantize)
+app.command(cls=Command)(train_mtp.train_mtp)
+app.command(cls=Command)(verify.verify)
+app.command(cls=Command)(report.report)
 app.command()(chat.chat)
-app.command()(tune.tune)
-app.command()(balance.balance)
+app.command(cls=Command)(tune.tune)
+app.command(cls=Command)(balance.balance)
 app.add_typer(bench_app, name="bench")
-bench_app.command("mtp")(bench.bench_mtp)
-bench_app.command("compare")(bench.bench_compare)
+bench_app.command("mtp", cls=Command)(bench.bench_mtp)
+bench_app.command("compare", cls=Command)(bench.bench_compare)
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:

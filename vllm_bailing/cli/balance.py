@@ -46,7 +46,10 @@ def balance(
 
     sizes = None if ep is None else options.numbers(ep, least=2)
     arguments = options.engine_arguments(engine)
-    _check_sources({"--trace": trace, "--url": url, "--prompts": prompts, "--engine": arguments})
+    given = {"--trace": trace, "--url": url, "--prompts": prompts, "--engine": arguments}
+    given["--served-model-name"] = served_model_name
+    by = {"--trace": ("--url", "--prompts", "--engine"), "--url": ("--engine",)}
+    options.refuse_ignored(given, {"--url": ("--served-model-name",)}, by)
     stem = out.with_name(out.name.removesuffix(".npz").removesuffix(".json").removesuffix(".png"))
     files = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".json", ".png", *([] if trace else [".npz"]))]
     output.require_others("balance", "--out", files, [trace, prompts])
@@ -70,14 +73,6 @@ def balance(
     show_load(measured)
     show_ranks(measured)
     output.show_files(written)
-
-
-def _check_sources(given: dict[str, Any]) -> None:
-    """Raises typer.BadParameter if one flag would be ignored for another."""
-    for first, others in (("--trace", ("--url", "--prompts", "--engine")), ("--url", ("--engine",))):
-        ignored = next((name for name in others if given[first] and given[name]), None)
-        if ignored:
-            raise typer.BadParameter(f"{ignored} has no effect with {first}; leave one of the two out")
 
 
 def _picks(

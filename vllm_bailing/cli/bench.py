@@ -57,6 +57,9 @@ def bench_mtp(
     counts = sorted({0, *options.numbers(draft_tokens, least=0)})
     arguments = options.engine_arguments(engine)
     asked = _prompts(prompts)
+    given = {"--url": url, "--engine": arguments, "--acceptance": acceptance is not None, "--draft": draft}
+    given |= {"--draft-model": draft_model, "--draft-vocab": draft_vocab}
+    options.refuse_ignored(given, {}, {"--url": tuple(given)[1:]})
     if url is not None:
         _show_server(url, model, asked, max_tokens, as_json)
         return

@@ -95,6 +95,24 @@ def json_object(flag: str, text: str) -> dict[str, Any]:
     return value
 
 
+def refuse_ignored(given: dict[str, Any], without: dict[str, tuple[str, ...]], by: dict[str, tuple[str, ...]]) -> None:
+    """Refuse options that would be ignored.
+
+    Args:
+        given: Values by option, false for what is not given.
+        without: By option, others that have no effect if it is not given.
+        by: By option, others that have no effect if it is.
+    Raises:
+        typer.BadParameter: If there is one.
+    """
+    for first, others in by.items():
+        if ignored := next((name for name in others if given[first] and given[name]), None):
+            raise typer.BadParameter(f"{ignored} has no effect with {first}; leave one of the two out")
+    for first, others in without.items():
+        if ignored := next((name for name in others if not given[first] and given[name]), None):
+            raise typer.BadParameter(f"{ignored} has no effect without {first}; leave it out, or add {first}")
+
+
 def engine_arguments(text: str, flag: str = "--engine") -> dict[str, Any]:
     """The arguments of `vllm.LLM` that `flag` gives.
 

@@ -108,6 +108,12 @@ def plan(
         if gpu.casefold() == "cpu":
             from vllm_bailing.cli import plan_cpu
 
+            given = {"--gpu cpu": True, "--gpus": gpus, "--nodes": nodes, "--dtype": dtype, "--config": config_file}
+            given |= {"--draft-tokens": draft_tokens, "--draft-model": draft_model, "--max-loras": max_loras}
+            given |= {"--tensor-parallel-size": tensor_parallel_size, "--data-parallel-size": data_parallel_size}
+            given |= {"--pipeline-parallel-size": pipeline_parallel_size, "--redundant-experts": redundant_experts}
+            given |= {"--enable-expert-parallel": enable_expert_parallel}
+            options.refuse_ignored(given, {}, {"--gpu cpu": tuple(given)[1:]})
             fits = plan_cpu.report(model, config, context, memory_gib, bandwidth, as_json)
             raise typer.Exit(0 if fits else 1)
         request = Request(

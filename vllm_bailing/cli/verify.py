@@ -51,6 +51,12 @@ def verify(
 
     overrides = options.json_object("--hf-overrides", hf_overrides)
     arguments = options.engine_arguments(engine)
+    given = {"--url": url, "--engine": arguments, "--served-model-name": served_model_name}
+    given["--chat-template"] = chat_template
+    without = {"--url": ("--served-model-name", "--chat-template")}
+    options.refuse_ignored(given, without, {"--url": ("--engine",)})
+    if "hf_overrides" in arguments:
+        raise typer.BadParameter("--engine: 'hf_overrides' is for the reference too; give it by --hf-overrides")
     console = output.console(stderr=True)
     try:
         with (

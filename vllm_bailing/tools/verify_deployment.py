@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_bailing.errors import BenchError, ChatError, VerifyError, shown
+from vllm_bailing.errors import BenchError, ChatError, VerifyError, first_of
 from vllm_bailing.tools.chat import connect, first_model, http_client
 from vllm_bailing.tools.metrics import ACCEPTED, DRAFTS, counters
+from vllm_bailing.tools.no_answer import no_answer
 from vllm_bailing.tools.prompts import read_tokenizer, templated
 from vllm_bailing.tools.task import Task, run_task
 from vllm_bailing.units import dtype_name
 
 if TYPE_CHECKING:
+    from openai import OpenAI
     from vllm import LLM
 
 TOP = 20  # log-probabilities per position, what vLLM's server allows by default
@@ -107,7 +109,7 @@ def ask_server(url: str, model: str | None, prompts: list[Prompt]) -> Iterator[S
     Raises:
         VerifyError: If there is no server, or it gives no log-probabilities.
     """
-    from openai import OpenAIError
+    from openai import BadRequestError, NotFoundError, OpenAIError
 
     client = connect(url, max_retries=1)
     try:
@@ -134,10 +136,29 @@ def ask_server(url: str, model: str | None, prompts: list[Prompt]) -> Iterator[S
             yield Served(prompt.token_ids + answer_ids, top, len(prompt.token_ids))
     except ChatError as error:
         raise VerifyError(f"{url}: {error}") from None
+    except NotFoundError as error:
+        if model is None or model in (names := model_names(client)) or not names:
+            raise VerifyError(no_answer(url, error)) from None
+        raise VerifyError(f"--served-model-name {model}: {url} has {first_of(names)}; name one of them") from None
+    except BadRequestError as error:
+        longest = max(prompt.max_tokens for prompt in prompts)
+        todo = f"ask for less than --max-tokens {longest}, or for shorter --prompts"
+        raise VerifyError(f"{no_answer(url, error)}; {todo}") from None
+    except OpenAIError as error:
+        raise VerifyError(no_answer(url, error)) from None
     # The library believes what it is sent: a web page, or JSON of another kind, ends somewhere in it or here.
-    except (OpenAIError, AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = shown(error if isinstance(error, OpenAIError) else f"{type(error).__name__}: {error}")
-        raise VerifyError(f"{url} did not answer as a vLLM server does: {reason}") from None
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise VerifyError(no_answer(url, error)) from None
+
+
+def model_names(client: OpenAI) -> list[str]:
+    """The models of a server; empty if it does not list them."""
+    from openai import OpenAIError
+
+    try:
+        return [model.id for model in client.models.list().data]
+    except (OpenAIError, AttributeError, TypeError):
+        return []
 
 
 def ask_again(url: str, model: str | None, prompts: list[Prompt], before: list[Served]) -> Iterator[Served]:
