@@ -100,9 +100,11 @@ def _leave(number: int, _frame: FrameType | None) -> None:
 def _chat(chosen: Options, log: Path) -> None:
     """All that happens between a running server and its end."""
     from vllm_bailing.tools import demo
+    from vllm_bailing.tools.shell import laid_out
 
-    line = shlex.join(demo.server_command(chosen))
-    _say(f"Serving {chosen.model or 'the demo model'} with vLLM {demo.vllm_version()}:\n  {line}\n")
+    words = [shlex.quote(word) for word in demo.server_command(chosen)]
+    line = laid_out([[word] for word in words], shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+    _say(f"Serving {chosen.model or 'the demo model'} with vLLM {demo.vllm_version()}:\n  {line or ' '.join(words)}\n")
     with demo.serving(chosen, log, stopping=lambda: _say("Stopping the server.")) as process:
         seconds = demo.wait_until_healthy(process, chosen, log, _Progress())
         _clear_line()

@@ -100,7 +100,6 @@ def show_check(console: Console, check: Check) -> None:
     from rich.text import Text
 
     mark, style = {True: ("ok", "green"), False: ("no", "bold red"), None: ("--", "dim")}[check.ok]
-    line = Text.assemble((f"{mark}  ", style), (f"{check.name:<19}", "bold"), check.detail)
-    console.print(line, soft_wrap=not console.is_terminal)
+    output.show_beside(console, Text.assemble((f"{mark}  ", style), (f"{check.name:<21} ", "bold")), check.detail)
     if check.fix and check.ok is not True:
-        console.print(Text.assemble("    ", ("to do: ", style), check.fix), soft_wrap=not console.is_terminal)
+        output.show_beside(console, Text.assemble("    ", ("to do: ", style)), check.fix)

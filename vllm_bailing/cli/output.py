@@ -6,6 +6,7 @@ rich is imported where it is used: it takes longer than all of `--help`.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -25,14 +26,40 @@ if TYPE_CHECKING:
 
 
 def console(stderr: bool = False) -> Console:
-    """A terminal, or a file, to print on; numbers in a text are not colored."""
+    """A terminal, or a file, to print on; numbers in a text are not colored.
+
+    Texts break at the blanks of a terminal's lines, and nowhere in a file; `soft_wrap=True` is for commands, which
+    break nowhere, so that they can be copied.
+    """
     from rich.console import Console
+    from rich.text import Text
 
     class OwnConsole(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            if all(isinstance(one, (str, Text)) for one in objects):
+                options = {"soft_wrap": not self.is_terminal, "overflow": "ignore", "crop": False, **options}
+            super().print(*objects, **options)
+
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # see `orderly_end`; rich would end the process
 
     return OwnConsole(highlight=False, stderr=stderr)
+
+
+def show_beside(console: Console, lead: Any, text: str) -> None:
+    """`text` after `lead`, a `Text`, under which the further lines of a terminal are indented.
+
+    What stands in backticks or single quotes is not broken: it is to be copied.
+    """
+    from rich.text import Text
+
+    if not console.is_terminal:
+        console.print(Text.assemble(lead, text))
+        return
+    kept = re.sub(r"`[^`]*`|'[^']*'", lambda quoted: quoted[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+    lines = textwrap.wrap(kept, max(20, console.width - lead.cell_len), break_long_words=False, break_on_hyphens=False)
+    indented = f"\n{' ' * lead.cell_len}".join(lines or [""])
+    console.print(Text.assemble(lead, indented.replace("\N{NO-BREAK SPACE}", " ")), soft_wrap=True)
 
 
 def table(*headings: str, padding: tuple[int, ...] = (0, 1), justify: Any = "left") -> Table:

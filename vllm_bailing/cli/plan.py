@@ -172,13 +172,13 @@ def _report(plan: Plan, config_file: Path | None, as_json: bool) -> None:
 
 def show_plan(plan: Plan) -> None:
     """A plan with its commands."""
+    from rich.text import Text
+
     console = output.console()
-    console.print(
-        f"[bold]{plan.model}[/bold] in {plan.dtype} on {plan.gpus} x {plan.gpu.name} ({plan.layout})", soft_wrap=True
-    )
+    console.print(f"[bold]{plan.model}[/bold] in {plan.dtype} on {plan.gpus} x {plan.gpu.name} ({plan.layout})")
     for name, text in (("why", plan.why), ("runner-up", plan.runner_up)):
         if text:
-            console.print(f"{name}: {text}", soft_wrap=True)
+            output.show_beside(console, Text(f"{name}: "), text)
     table = output.table("GiB per GPU")
     table.add_column("", justify="right")
     for part, name in ((plan.weights, "weights"), (plan.other, "other, estimated")):
@@ -193,9 +193,9 @@ def show_plan(plan: Plan) -> None:
         f"KV cache: {plan.kv_bytes_per_token / 1024:g} KiB per token and GPU, room for {plan.kv_tokens:,} tokens"
     )
     console.print(
-        f"[{color}]{plan.verdict}[/{color}]: {plan.concurrency:,} requests of {plan.context:,} tokens", end=""
+        f"[{color}]{plan.verdict}[/{color}]: {plan.concurrency:,} requests of {plan.context:,} tokens"
+        + (f" ({plan.reason})" if plan.reason else "")
     )
-    console.print(f" ({plan.reason})" if plan.reason else "", soft_wrap=True)
     if plan.verdict != "no":
         console.print(
             f"at most {plan.largest_context:,} tokens each at {plan.concurrency:,} requests, "
@@ -204,13 +204,12 @@ def show_plan(plan: Plan) -> None:
         for bound in (plan.single, plan.batch):
             console.print(
                 f"bound at batch {bound.batch:,}: {bound.tokens_per_s:,.0f} tokens/s "
-                f"({bound.step_bytes / 1e9:.1f} GB per step and GPU, by {bound.limit})",
-                soft_wrap=True,
+                f"({bound.step_bytes / 1e9:.1f} GB per step and GPU, by {bound.limit})"
             )
         _show_traffic(console, plan)
     console.print(NEVER_RUN)
     for note in plan.notes:
-        console.print(f"note: {note}", soft_wrap=True)
+        output.show_beside(console, Text("note: "), note)
     if plan.verdict != "no":
         _show_commands(console, plan)
 
@@ -225,6 +224,12 @@ def _show_traffic(console: Console, plan: Plan) -> None:
     )
 
 
+def _columns(console: Console) -> int:
+    from vllm_bailing.planning.serve import COLUMNS
+
+    return min(console.width, COLUMNS) if console.is_terminal else COLUMNS
+
+
 def _show_commands(console: Console, plan: Plan) -> None:
     """Replicas differ by a few words, nodes that share one by more."""
     first, *others = plan.commands
@@ -232,11 +237,11 @@ def _show_commands(console: Console, plan: Plan) -> None:
         for number, own in enumerate(plan.commands):
             address = f", of address HOST{own.node}" if "headless" not in own.flags else ""
             console.print(f"\n{own.place(plan.commands)}{address}:")
-            console.print(plan.serve_line(number), soft_wrap=True, markup=False)
+            console.print(plan.serve_line(number, _columns(console)), soft_wrap=True, markup=False)
         return
     beside = [own for own in others if own.node == first.node]
     where = f"each of {plan.nodes} nodes" if plan.nodes > 1 else "the node"
     console.print(f"\non {where}:" if others else "")
-    console.print(plan.serve_line(), soft_wrap=True, markup=False)
+    console.print(plan.serve_line(0, _columns(console)), soft_wrap=True, markup=False)
     for own in beside:
         console.print(f"the same with {own.additions()}", soft_wrap=True, markup=False)

@@ -69,8 +69,7 @@ def _show(model: str, context: int, machine: CpuMachine, plans: list[CpuPlan]) -
     console = output.console()
     console.print(
         f"[bold]{model}[/bold] on this processor ({found()}), {machine.memory_bytes / GIB:.1f} GiB free, "
-        f"{machine.bandwidth / 1e9:.1f} GB/s read from memory",
-        soft_wrap=True,
+        f"{machine.bandwidth / 1e9:.1f} GB/s read from memory"
     )
     table = output.table("weights in")
     for title in ("GiB", "tokens of KV cache", "tokens/s at most", f"{context} tokens"):
@@ -86,12 +85,11 @@ def _show(model: str, context: int, machine: CpuMachine, plans: list[CpuPlan]) -
             f"[{color}]{verdict}[/{color}]",
         )
     console.print(table)
-    console.print("tokens/s: one request, if reading memory were all that a step takes; no promise", soft_wrap=True)
+    console.print("tokens/s: one request, if reading memory were all that a step takes; no promise")
     if any(plan.verdict(context) == "no kernel" for plan in plans):
         console.print(
             "no kernel: vLLM's CPU build has none for experts in these bits on this processor; `dequantize` serves "
-            "such a checkpoint with the memory and the speed of bf16",
-            soft_wrap=True,
+            "such a checkpoint with the memory and the speed of bf16"
         )
 
 

@@ -178,7 +178,7 @@ class Terminal:
         self.console = output.console(stderr=True)
 
     def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+        self.console.print(text)
 
     @contextmanager
     def stage(self, what: str, total: int) -> Iterator[Callable[[int], object]]:

@@ -106,7 +106,7 @@ def _run(plan: TuningPlan, model: str, tp_size: int) -> tuple[list[Row], list[Pa
             nonlocal reached
             progress.update(task, advance=steps, description=f"{tokens} tokens")
             if tokens != reached and not console.is_terminal:
-                console.print(f"{tokens} tokens, after {progress.tasks[0].percentage:.0f} %", soft_wrap=True)
+                console.print(f"{tokens} tokens, after {progress.tasks[0].percentage:.0f} %")
             reached = tokens
 
         return run(plan, model, tp_size, advance)
@@ -157,9 +157,8 @@ def show_table(rows: list[Row], written: list[Path], serve: str) -> None:
     kept, failed = sum(row.is_kept for row in rows), sum(row.failed for row in rows)
     console.print(
         f"{kept} of {len(rows)} entries are faster than what vLLM does without the table; "
-        f"{sum(row.tried for row in rows)} candidates timed, of which {failed} could not run",
-        soft_wrap=True,
+        f"{sum(row.tried for row in rows)} candidates timed, of which {failed} could not run"
     )
-    console.print(f"written to {' and '.join(map(str, written))}", soft_wrap=True)
+    console.print(f"written to {' and '.join(map(str, written))}")
     console.print(f"\n{serve}", soft_wrap=True, markup=False)
     console.print("vLLM's log names the table.")

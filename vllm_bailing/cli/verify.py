@@ -98,6 +98,8 @@ def verify(
 
 def show_report(report: dict[str, Any]) -> None:
     """What `tools.verify.run` returns."""
+    from rich.text import Text
+
     from vllm_bailing.tools.verify_verdict import MEASURES
 
     console = output.console()
@@ -108,7 +110,7 @@ def show_report(report: dict[str, Any]) -> None:
         table.add_row(MEASURES[name], f"{value:.2f}", f"{limit:.2f}", style="" if value <= limit else "red")
     console.print(table)
     text = "Differences are in units of what rounding does here, significance in standard errors."
-    console.print(text, soft_wrap=True)
+    console.print(text)
     coverage = report["coverage"]
     touched = f"{100 * coverage['vocabulary']:.3g} % of the vocabulary"
     if coverage["experts"]:
@@ -116,16 +118,13 @@ def show_report(report: dict[str, Any]) -> None:
         touched += f" and {100 * worst:.3g} % of the experts of each layer"
     console.print(f"The prompts touched {touched}.")
     if report["computes"]:
-        console.print(f"[green]{report['deployment']} computes {report['checkpoint']}[/green]", soft_wrap=True)
+        console.print(f"[green]{report['deployment']} computes {report['checkpoint']}[/green]")
     else:
-        console.print(
-            f"[red]{report['deployment']} does not compute {report['checkpoint']}[/red]: {report['reason']}",
-            soft_wrap=True,
-        )
+        console.print(f"[red]{report['deployment']} does not compute {report['checkpoint']}[/red]: {report['reason']}")
     if report["looks_like"]:
-        console.print(f"It looks like {report['looks_like']}", soft_wrap=True)
+        console.print(f"It looks like {report['looks_like']}")
     if report["not_checked"]:
-        console.print(f"[yellow]Not checked:[/yellow] {report['not_checked']}", soft_wrap=True)
+        output.show_beside(console, Text("Not checked: ", "yellow"), report["not_checked"])
 
 
 def _deviations(report: dict[str, Any]) -> Any:

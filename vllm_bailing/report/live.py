@@ -53,7 +53,7 @@ def ask(url: str, model: str | None = None, seconds: float = SECONDS) -> Live:
     checks = list(server(url, model, seconds, said))
     for check in checks:
         if check.ok is False and check.name in ("server", "model"):
-            raise ReportError(f"--url {shown(check.detail)}; {check.fix}")
+            raise ReportError(f"{shown(check.detail)}; {check.fix}")
     name = model or next(iter(said.models))
     window = said.models[name].get("max_model_len")
     return Live(base_of(url), checks, name, window, **_of_metrics(said.counted))
