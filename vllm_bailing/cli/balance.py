@@ -100,6 +100,11 @@ def _picks(
     asked = (
         read_prompts(prompts) if prompts else [Prompt([{"role": "user", "content": text}]) for text in DEFAULT_PROMPTS]
     )
+    file = out.with_name(f"{out.name}.npz")
+    if url is None:
+        with output.working("recording: vLLM starts, answers, and reads the answers again"):
+            recording.record_apart(model, asked, max_tokens, engine, file)
+        return read_trace(file, config), [file]
     console = output.console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("prompts", total=len(asked))
@@ -107,11 +112,7 @@ def _picks(
         def advance(done: int) -> None:
             progress.update(task, completed=done)
 
-        if url is None:
-            recorded = recording.offline(model, config, asked, max_tokens, engine, advance)
-        else:
-            recorded = recording.from_server(url, served_model_name, model, config, asked, max_tokens, advance)
-    file = out.with_name(f"{out.name}.npz")
+        recorded = recording.from_server(url, served_model_name, model, config, asked, max_tokens, advance)
     recorded.save(file)
     return recorded, [file]
 

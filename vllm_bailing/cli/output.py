@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
+from vllm_bailing.errors import reason_of
 from vllm_bailing.units import GIB
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def show_files(files: Iterable[Path]) -> None:
 
 def fail(command: str, reason: Any, code: int) -> typer.Exit:
     """Print the reason on standard error; to be raised."""
+    if type(reason).__name__ == "ValidationError":  # pydantic's, on several lines
+        reason = reason_of(reason)
     typer.echo(folded(f"vllm-bailing {command}: {reason}", sys.stderr), err=True)
     return typer.Exit(code)
 

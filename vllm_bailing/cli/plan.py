@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
     from vllm_bailing.planning.plan import Plan
 
+_NAMED_OTHERWISE = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size", "dp": "data_parallel_size"}
+_NAMED_OTHERWISE["memory_utilization"] = "gpu_memory_utilization"
+_FIELDS = ("gpus", "nodes", "goal", "context", "concurrency", "dtype", "kv_dtype", "draft_tokens", "redundant_experts")
+_FIELDS += ("max_loras", "max_lora_rank", "lora_target_modules", *_NAMED_OTHERWISE)
+_OPTIONS = {name: f"--{_NAMED_OTHERWISE.get(name, name).replace('_', '-')}" for name in _FIELDS}
 NEVER_RUN = "on paper: sizes were compared with CPU ranks, nothing was run on GPUs yet"
 
 
@@ -137,11 +143,16 @@ def plan(
         )
         deployment = make_plan(config, request)
     except ValueError as error:
-        raise output.fail("plan", error, 2) from None
+        raise output.fail("plan", _in_options(str(error)), 2) from None
     if config_file:
         output.require_others("plan", "--config", [config_file], [model, Path(model) / "config.json"])
     _report(deployment, config_file, as_json)
     raise typer.Exit(1 if deployment.verdict == "no" else 0)
+
+
+def _in_options(text: str) -> str:
+    """A message of the planner with the options that were written in place of the fields of a request."""
+    return re.sub(rf"\b({'|'.join(_OPTIONS)})=", lambda field: f"{_OPTIONS[field[1]]} ", text)
 
 
 def _adapters(count: int | None, rank: int | None, targets: str | None) -> dict[str, Any]:

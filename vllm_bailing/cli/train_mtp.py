@@ -123,6 +123,8 @@ def train_mtp(
             run.finish(request)
     except TrainError as error:
         raise output.fail("train-mtp", error, 2) from None
+    except KeyboardInterrupt:
+        raise output.interrupted("train-mtp", "the same command with --resume goes on from here") from None
     except OSError as error:  # a disk that fills up on the way
         raise output.fail("train-mtp", f"{error}; make room and go on with --resume", 2) from None
     _show(result)

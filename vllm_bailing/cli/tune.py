@@ -42,6 +42,7 @@ def tune(
     """
     from vllm_bailing.config import read_config
     from vllm_bailing.errors import TuneError
+    from vllm_bailing.tools.shell import servable
     from vllm_bailing.tuning import gpu_timer, search, space
     from vllm_bailing.tuning.plan import make_tuning_plan
     from vllm_bailing.units import short_dtype
@@ -73,7 +74,7 @@ def tune(
         raise output.fail("tune", reason, 130) from None
     except TuneError as error:
         raise output.fail("tune", error, 1) from None
-    serve = f"VLLM_TUNED_CONFIG_FOLDER={shlex.quote(str(out))} vllm serve {shlex.quote(model)}"
+    serve = f"VLLM_TUNED_CONFIG_FOLDER={shlex.quote(str(out))} vllm serve {shlex.quote(servable(model))}"
     if tensor_parallel_size > 1:
         serve += f" --tensor-parallel-size {tensor_parallel_size}"
     if enable_expert_parallel:

@@ -100,14 +100,14 @@ def show_report(report: dict[str, Any]) -> None:
     """What `tools.verify.run` returns."""
     from rich.text import Text
 
-    from vllm_bailing.tools.verify_verdict import MEASURES
+    from vllm_bailing.tools.verify_verdict import MEASURES, two_digits
 
     console = output.console()
     console.print(_deviations(report))
     console.print("Δ: served minus reference log-probability, in nats.")
     table = output.table(f"what decides, for {report['dtype']}", "came", "at most", justify="right")
     for name, (value, limit) in report["measures"].items():
-        table.add_row(MEASURES[name], f"{value:.2f}", f"{limit:.2f}", style="" if value <= limit else "red")
+        table.add_row(MEASURES[name], two_digits(value), two_digits(limit), style="" if value <= limit else "red")
     console.print(table)
     text = "Differences are in units of what rounding does here, significance in standard errors."
     console.print(text)

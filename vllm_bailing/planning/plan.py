@@ -107,7 +107,7 @@ class Plan:
         """One of the commands, quoted for a shell, in lines of so many columns unless one value is longer."""
         own = self.commands[command]
         environment = {**own.environment, **self.environment}
-        return serve.serve_line(self.model, {**self.flags, **own.flags}, environment, columns)
+        return serve.serve_line(self.flags["model"], {**self.flags, **own.flags}, environment, columns)
 
     def yaml(self) -> str:
         """Text of a file for `vllm serve --config FILE`."""

@@ -12,7 +12,7 @@ from vllm_bailing.adapters import LINEAR
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.planning.gpus import Gpu
 from vllm_bailing.planning.memory import Layout, plain_dtype, stored_dtype, vllm_partition
-from vllm_bailing.tools.shell import laid_out
+from vllm_bailing.tools.shell import laid_out, servable
 from vllm_bailing.units import GIB, PLAIN_DTYPES
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def flags(config: BailingMoeV2Config, request: Request, layout: Layout, yarn_fac
         request: A request in which nothing is left open.
         yarn_factor: Factor that stretches the window over the context; None without one.
     """
-    chosen: dict[str, Any] = {"model": request.model, "tensor-parallel-size": layout.tp}
+    chosen: dict[str, Any] = {"model": servable(request.model or "MODEL"), "tensor-parallel-size": layout.tp}
     if layout.pp != 1:
         chosen["pipeline-parallel-size"] = layout.pp
     if layout.dp != 1:

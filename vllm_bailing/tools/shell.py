@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+
+def servable(model: str) -> str:
+    """What `vllm serve` takes for `model`: of a config.json its folder if weights lie in it, else "MODEL"."""
+    file = Path(model)
+    if not file.is_file():
+        return model
+    is_model = file.name == "config.json" and any(file.parent.glob("*.safetensors"))
+    return str(file.parent) if is_model else "MODEL"
+
 
 def laid_out(parts: list[list[str]], columns: int) -> str:
     """A command whose quoted words come in `parts`, such as a flag with its value, on lines of so many columns.

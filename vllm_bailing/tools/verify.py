@@ -38,7 +38,7 @@ from vllm_bailing.tools.verify_deployment import (
     vllm_version,
 )
 from vllm_bailing.tools.verify_server import tokenizer_difference
-from vllm_bailing.units import PLAIN_DTYPES, dtype_name
+from vllm_bailing.units import PLAIN_DTYPES, dtype_name, short_dtype
 
 if TYPE_CHECKING:
     from vllm_bailing.tools.verify_reference import Computed, Rounding
@@ -241,7 +241,7 @@ def run(
     folder, overrides, engine = local_folder(model), overrides or {}, engine or {}
     config = read_config(folder, overrides)
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype} is not known; use one of {', '.join(DTYPES)}")
+        raise ValueError(f"--dtype {dtype} is not known; use one of {', '.join(map(short_dtype, DTYPES))}")
     texts = list(DEFAULT_PROMPTS) if prompts is None else prompts
     asked = prompts_of(folder, texts, max_tokens, words, config.vocab_size)
     tokens = tokenizer_difference(url, served_model_name, folder, chat_template) if url else ""
