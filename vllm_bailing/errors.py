@@ -55,7 +55,7 @@ def told(value: Any) -> str:
 def reason_of(error: Exception) -> str:
     """What an error says, on one line; of several that pydantic puts into one, the first, with its field."""
     found: Any = getattr(error, "errors", None)
-    rows = found() if callable(found) and type(error).__name__ == "ValidationError" else ()
+    rows: Any = found() if callable(found) and type(error).__name__ == "ValidationError" else ()
     if not rows:
         return shown(error, 600)
     field = str(next(iter(rows[0]["loc"]), ""))

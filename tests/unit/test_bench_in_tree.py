@@ -199,6 +199,8 @@ def test_comparison_is_plotted_and_its_table_fits_into_80_columns(tmp_path, monk
     plots.plot_comparison(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # in a pipe no line is broken
+    monkeypatch.setenv("TERM", "dumb")
     show_comparison(report)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80

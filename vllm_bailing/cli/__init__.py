@@ -39,11 +39,11 @@ class Commands(TyperGroup):
     """All commands end in the same way where something else ends them; typer tells of neither."""
 
     def make_context(self, *args: Any, **extra: Any) -> Any:  # prints --help
-        with output.orderly_end(""):
+        with output.orderly_end(str):
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        with output.orderly_end(ctx.invoked_subcommand or ""):
+        with output.orderly_end(lambda: ctx.invoked_subcommand or ""):
             return super().invoke(ctx)
 
 

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def console(stderr: bool = False) -> Console:
     """A terminal, or a file, to print on; numbers in a text are not colored.
 
-    Texts break at the blanks of a terminal's lines, and nowhere in a file; `soft_wrap=True` is for commands, which
-    break nowhere, so that they can be copied.
+    Texts break at blanks to fit into the lines of a terminal, and nowhere in a file or where a word does not fit;
+    `soft_wrap=True` is for commands, which break nowhere, so that they can be copied.
     """
     from rich.console import Console
     from rich.text import Text
@@ -38,7 +38,8 @@ def console(stderr: bool = False) -> Console:
     class OwnConsole(Console):
         def print(self, *objects: Any, **options: Any) -> None:
             if all(isinstance(one, (str, Text)) for one in objects):
-                options = {"soft_wrap": not self.is_terminal, "overflow": "ignore", "crop": False, **options}
+                longest = max((len(word) for one in objects for word in str(one).split()), default=0)
+                options = {"soft_wrap": not self.is_terminal or longest > self.width, **options}
             super().print(*objects, **options)
 
         def on_broken_pipe(self) -> None:
@@ -57,7 +58,7 @@ def show_beside(console: Console, lead: Any, text: str) -> None:
     if not console.is_terminal:
         console.print(Text.assemble(lead, text))
         return
-    kept = re.sub(r"`[^`]*`|'[^']*'", lambda quoted: quoted[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+    kept = re.sub(r"`[^`]*`|(?<!\w)'[^']*'(?!\w)", lambda quoted: quoted[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
     lines = textwrap.wrap(kept, max(20, console.width - lead.cell_len), break_long_words=False, break_on_hyphens=False)
     indented = f"\n{' ' * lead.cell_len}".join(lines or [""])
     console.print(Text.assemble(lead, indented.replace("\N{NO-BREAK SPACE}", " ")), soft_wrap=True)
@@ -88,7 +89,7 @@ def fail(command: str, reason: Any, code: int) -> typer.Exit:
     """Print the reason on standard error; to be raised."""
     if type(reason).__name__ == "ValidationError":  # pydantic's, on several lines
         reason = reason_of(reason)
-    typer.echo(folded(f"vllm-bailing {command}: {reason}", sys.stderr), err=True)
+    typer.echo(folded(f"{' '.join(filter(None, ('vllm-bailing', command)))}: {reason}", sys.stderr), err=True)
     return typer.Exit(code)
 
 
@@ -135,7 +136,7 @@ def require_place(command: str, option: str, file: Path) -> None:
 
 
 @contextmanager
-def orderly_end(command: str) -> Iterator[None]:
+def orderly_end(command: Callable[[], str]) -> Iterator[None]:
     """Ends the body orderly if it is interrupted, or if what reads its output goes away, as `head` does.
 
     Standard output is written when this returns: at the end of the process it would be too late.
@@ -146,7 +147,7 @@ def orderly_end(command: str) -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        raise interrupted(command) from None
+        raise interrupted(command()) from None
     except BrokenPipeError:
         # What is left in the buffer would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

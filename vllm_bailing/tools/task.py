@@ -130,8 +130,8 @@ def _engine_arguments() -> set[str]:
         file = folder / place
         if not found or not file.is_file():
             return set()
-        bodies = [node.body for node in ast.parse(file.read_text("utf-8")).body if getattr(node, "name", "") == owner]
-        for statement in bodies[0] if bodies else ():
+        classes = [node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
+        for statement in (one for node in classes if node.name == owner for one in node.body):
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 names.add(statement.target.id)
             if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
