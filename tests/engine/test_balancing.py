@@ -11,7 +11,7 @@ import pytest
 import torch
 from pytest import approx
 
-from tests.support.commands import invoke
+from tests.support.commands import TERMINAL, invoke
 from tests.support.paths import ROOT
 from tests.support.versions import since
 from vllm_bailing import DEMO
@@ -217,7 +217,7 @@ def recorded(tmp_path):
 
 
 def test_a_trace_is_used_again(recorded, tmp_path):
-    done = invoke("balance", DEMO, "--trace", recorded, "--ep", "2,4", "--out", tmp_path / "again", COLUMNS="80")
+    done = invoke("balance", DEMO, "--trace", recorded, "--ep", "2,4", "--out", tmp_path / "again", **TERMINAL)
     assert done.exit_code == 0, done.output
     words = " ".join(done.stdout.split())
     assert (

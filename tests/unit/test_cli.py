@@ -16,7 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tests.support.commands import invoke
+from tests.support.commands import TERMINAL, invoke
 from tests.support.configs import CONFIGS
 from tests.support.paths import ROOT
 from tests.support.server import free_port
@@ -566,8 +566,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_an_engine_starts(words
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """One of 80 columns, without colors."""
-    for name, value in {"TTY_COMPATIBLE": "1", "TERM": "dumb", "COLUMNS": "80"}.items():
+    for name, value in TERMINAL.items():
         monkeypatch.setenv(name, value)
 
 
@@ -598,7 +597,7 @@ def test_nothing_is_broken_in_a_pipe(capsys):
 
 def test_a_command_is_laid_out_for_the_terminal():
     config = ROOT / "tests" / "data" / "configs" / "Ling-flash-2.0.json"
-    done = invoke("plan", config, "--gpu", "H100", "--gpus", 4, COLUMNS="80", TTY_COMPATIBLE="1", TERM="dumb")
+    done = invoke("plan", config, "--gpu", "H100", "--gpus", 4, **TERMINAL)
     command = done.stdout[done.stdout.index("vllm serve MODEL ") :]
     assert max(map(len, command.splitlines())) <= 80 and command.count(" \\\n  --") == 2
 
