@@ -498,6 +498,11 @@ def test_what_is_no_argument_of_an_engine_is_refused_before_one_starts(words, en
     assert done.exit_code == 2 and said in " ".join(done.stderr.split()), done.output
 
 
+def test_arguments_of_an_arm_are_checked_as_those_of_the_engine(tmp_path):
+    done = invoke("bench", "compare", "demo", "--option", 'a={"max_modle_len": 1}', "--out", tmp_path / "out")
+    assert done.exit_code == 2 and "--option: 'max_modle_len' is no argument of vllm.LLM" in done.stderr
+
+
 def test_arguments_of_an_engine_are_known_without_importing_it():
     task.check_arguments("--engine", ["max_model_len", "enforce_eager", "kv_cache_memory_bytes", "hf_overrides"])
     assert len(task._engine_arguments()) > 100

@@ -177,6 +177,8 @@ def bench_compare(
     from vllm_bailing.units import full_dtype
 
     arms = dict(_named_object("--option", text) for text in option or [])
+    for keys in arms.values():
+        options.checked_arguments(keys, "--option")
     arguments: dict[str, Any] = {"dtype": full_dtype(dtype), "enforce_eager": eager}
     arguments["tensor_parallel_size"] = tensor_parallel_size
     arguments |= options.engine_arguments(engine)

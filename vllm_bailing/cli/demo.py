@@ -103,8 +103,16 @@ def _chat(chosen: Options, log: Path) -> None:
     from vllm_bailing.tools.shell import laid_out
 
     words = [shlex.quote(word) for word in demo.server_command(chosen)]
-    line = laid_out([[word] for word in words], shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
-    _say(f"Serving {chosen.model or 'the demo model'} with vLLM {demo.vllm_version()}:\n  {line or ' '.join(words)}\n")
+    line = " ".join(words)
+    if sys.stdout.isatty():
+        parts: list[list[str]] = []
+        for word in words:
+            if parts and parts[-1][-1].startswith("-") and not word.startswith("-"):
+                parts[-1].append(word)  # a flag and its value stay together
+            else:
+                parts.append([word])
+        line = laid_out(parts, shutil.get_terminal_size().columns)
+    _say(f"Serving {chosen.model or 'the demo model'} with vLLM {demo.vllm_version()}:\n  {line}\n")
     with demo.serving(chosen, log, stopping=lambda: _say("Stopping the server.")) as process:
         seconds = demo.wait_until_healthy(process, chosen, log, _Progress())
         _clear_line()

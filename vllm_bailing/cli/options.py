@@ -119,9 +119,17 @@ def engine_arguments(text: str, flag: str = "--engine") -> dict[str, Any]:
     Raises:
         typer.BadParameter: If it is not a JSON object, or vLLM has no such argument.
     """
+    return checked_arguments(json_object(flag, text), flag)
+
+
+def checked_arguments(arguments: dict[str, Any], flag: str) -> dict[str, Any]:
+    """The same `arguments` of `vllm.LLM`.
+
+    Raises:
+        typer.BadParameter: If vLLM has no such argument.
+    """
     from vllm_bailing.tools.task import check_arguments
 
-    arguments = json_object(flag, text)
     try:
         check_arguments(flag, arguments)
     except ValueError as error:
