@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -546,6 +547,35 @@ def test_a_reader_that_goes_away_is_no_failure(words):
     done = subprocess.run([sys.executable, "-c", code, *words], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("before", ["SIG_DFL", "SIG_IGN"])
+def test_a_signal_ends_a_command_in_its_own_way_unless_it_is_ignored(name, before):
+    """As nohup leaves the one of a terminal that goes away."""
+    code = f"""
+import os, signal
+from vllm_bailing import cli
+signal.signal(signal.{name}, signal.{before})
+def app():
+    try:
+        os.kill(os.getpid(), signal.{name})
+        print("goes on")
+    finally:
+        print("cleaned up")
+cli.app = app
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    goes_on = before == "SIG_IGN"
+    assert done.stdout == "goes on\n" * goes_on + "cleaned up\n", done.stderr
+    assert done.returncode == (0 if goes_on else 128 + signal.Signals[name])
+
+
+@pytest.mark.parametrize("argument", ["--prompts=", "--url="])
+def test_an_option_without_a_value_is_refused_and_one_with_any_is_not(argument):
+    assert "is empty; is a variable not set?" in invoke("verify", DEMO, argument).stderr
+    assert "is empty" not in invoke("verify", DEMO, f"{argument}no-such-file=").stderr
 
 
 @pytest.mark.parametrize("option", ["--prompts", "--draft-vocab"])

@@ -241,7 +241,7 @@ def test_deviations_are_computed_as_they_are_defined():
             "neither a folder nor a model that was downloaded; fetch it by `hf download no-such/model`",
         ),
         ([DEMO, "--url", "http://127.0.0.1:9"], "no server at http://127.0.0.1:9; start one by"),
-        ([DEMO, "--url", "http://no.invalid:9"], "no host is called as http://no.invalid:9 has it; correct --url"),
+        ([DEMO, "--url", "http://no.invalid:9"], "the name in http://no.invalid:9 cannot be resolved ("),
         ([DEMO, "--url", "ftp://here"], "ftp://here is no URL of a server; give one such as http://localhost:8000"),
     ],
 )

@@ -164,12 +164,10 @@ def from_server(
 
     try:
         return _trace(model, config, asked(), progress)
-    except ChatError as error:
-        raise BalanceError(f"{url}: {error}") from None
-    except OpenAIError as error:
+    except (OpenAIError, ChatError) as error:
         raise BalanceError(no_answer(url, error)) from None
     except (AttributeError, LookupError, TypeError) as error:  # a web page, or JSON of another kind
-        raise BalanceError(f"{url} did not answer as a vLLM server does: {shown(error)}") from None
+        raise BalanceError(no_answer(url, error)) from None
 
 
 def _decoded(text: Any, url: str, config: BailingMoeV2Config) -> np.ndarray:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -52,7 +51,8 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for number, argument in enumerate(args):
-            if not argument or (argument.startswith("--") and argument.endswith("=")):
+            option = argument.partition("=")[0]
+            if not argument or (option.startswith("--") and argument == f"{option}="):
                 after = f" after {args[number - 1]}" if number and not argument else ""
                 name = argument or f"an argument{after}"
                 raise typer.BadParameter(f"{name} is empty; is a variable not set?")
@@ -105,17 +105,12 @@ bench_app.command("mtp", cls=Command)(bench.bench_mtp)
 bench_app.command("compare", cls=Command)(bench.bench_compare)
 
 
-def _leave(number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
 def main() -> None:
     """Entry point of the console script.
 
     Exit code 1 is a verdict of `verify`, `plan` and `doctor`, so what goes wrong in this program itself is 2.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what a command started or began to write goes with it
-        signal.signal(number, _leave)
+    output.leave_on(signal.SIGTERM, signal.SIGHUP)
     try:
         app()
     except Exception:

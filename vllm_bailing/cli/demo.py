@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -66,11 +65,11 @@ def demo(
     With --keep the server stays as the guides expect it: called demo, with tool calls and reasoning. Exit code 1: it
     could not be served or did not answer.
     """
+    from vllm_bailing.cli import output
     from vllm_bailing.errors import DemoError
     from vllm_bailing.tools import demo
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+    output.leave_on(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     try:
         chosen = demo.Options(model, _port_number(port), keep, adapter, flags or [])
         demo.check(chosen)
@@ -91,10 +90,6 @@ def _port_number(text: str) -> int:
     if not (text.isdecimal() and 0 < int(text) < 65536):
         raise DemoError(f"--port {text!r} is not a port; give a number from 1 to 65535")
     return int(text)
-
-
-def _leave(number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def _chat(chosen: Options, log: Path) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
@@ -133,6 +135,20 @@ def require_place(command: str, option: str, file: Path) -> None:
             pass
     except OSError as error:
         raise fail(command, f"{option} {file}: {error.strerror}; name another file", 2) from None
+
+
+def leave_on(*numbers: signal.Signals) -> None:
+    """Let these signals end the process by SystemExit, so that what it started or began to write goes with it.
+
+    One that is ignored stays so: nohup left it.
+    """
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _leave)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 @contextmanager

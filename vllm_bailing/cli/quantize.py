@@ -40,7 +40,10 @@ def quantize(
     except QuantizeError as error:
         raise output.fail("quantize", error, 2) from None
     except OSError as error:
-        raise output.fail("quantize", f"{out}: {error.strerror or error}; name another folder", 2) from None
+        file = error.filename or out
+        is_read = Path(file).is_relative_to(model)
+        remedy = "make it readable, or fetch it again" if is_read else "name another folder"
+        raise output.fail("quantize", f"{file}: {error.strerror or error}; {remedy}", 2) from None
     except KeyboardInterrupt:
         raise output.interrupted("quantize", f"what it wrote to {out} is removed") from None
     speculation = json.dumps({"method": "mtp", "model": str(out), "num_speculative_tokens": 1})

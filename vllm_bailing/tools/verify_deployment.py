@@ -134,8 +134,6 @@ def ask_server(url: str, model: str | None, prompts: list[Prompt]) -> Iterator[S
                 likeliest = {int(label.removeprefix("token_id:")): value for label, value in row.items()}
                 top.append({**likeliest, token: logprob})
             yield Served(prompt.token_ids + answer_ids, top, len(prompt.token_ids))
-    except ChatError as error:
-        raise VerifyError(f"{url}: {error}") from None
     except NotFoundError as error:
         if model is None or model in (names := model_names(client)) or not names:
             raise VerifyError(no_answer(url, error)) from None
@@ -144,7 +142,7 @@ def ask_server(url: str, model: str | None, prompts: list[Prompt]) -> Iterator[S
         longest = max(prompt.max_tokens for prompt in prompts)
         todo = f"ask for less than --max-tokens {longest}, or for shorter --prompts"
         raise VerifyError(f"{no_answer(url, error)}; {todo}") from None
-    except OpenAIError as error:
+    except (OpenAIError, ChatError) as error:
         raise VerifyError(no_answer(url, error)) from None
     # The library believes what it is sent: a web page, or JSON of another kind, ends somewhere in it or here.
     except (AttributeError, LookupError, TypeError, ValueError) as error:
