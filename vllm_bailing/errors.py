@@ -52,6 +52,17 @@ def told(value: Any) -> str:
         return "(a value of too many levels)"
 
 
+def reason_of(error: Exception) -> str:
+    """What an error says, on one line; of several that pydantic puts into one, the first, with its field."""
+    found: Any = getattr(error, "errors", None)
+    rows: Any = found() if callable(found) and type(error).__name__ == "ValidationError" else ()
+    if not rows:
+        return shown(error, 600)
+    field = str(next(iter(rows[0]["loc"]), ""))
+    text = shown(rows[0]["msg"].removeprefix("Value error, "), 600)
+    return f"{field}: {text}" if field else text
+
+
 def first_of(names: Iterable[str]) -> str:
     """The first few of `names`: "a, b, c, d, ..."."""
     names = list(names)

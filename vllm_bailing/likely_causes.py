@@ -147,7 +147,10 @@ def _shapes(audit: Audit, missing: list[str]) -> str:
     vocabulary = {EMBEDDING, HEAD}
     if audit.misshapen and audit.misshapen.keys() <= vocabulary:
         rows = next(iter(audit.misshapen.values()))[:1]
-        return f"vocab_size={audit.config.vocab_size}, where the checkpoint has {rows[0] if rows else 0} rows"
+        return (
+            f"vocab_size={audit.config.vocab_size}, where the checkpoint has {rows[0] if rows else 0} rows; take the "
+            "config.json that was exported with the weights"
+        )
     turned = [name for name, shape in audit.misshapen.items() if shape == audit.expected[name][::-1]]
     if turned and len(turned) == len(audit.misshapen):
         return "weights that were saved transposed; export the checkpoint again"

@@ -34,8 +34,9 @@ from rich.table import Table
 
 from vllm_bailing.bench import shapes
 from vllm_bailing.bench.in_tree import CompareTask
-from vllm_bailing.bench.runner import run_task, turns
+from vllm_bailing.bench.runner import turns
 from vllm_bailing.config import read_config
+from vllm_bailing.tools.task import run_task
 
 PACKAGE = "llama-cpp-python==0.3.36"
 TOOLS = ROOT / "build" / "llama.cpp"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pytest import approx
 
-from tests.support.commands import invoke
+from tests.support.commands import TERMINAL, invoke
 from tests.support.paths import ROOT
 from tests.support.versions import since
 from vllm_bailing import DEMO
@@ -217,7 +217,7 @@ def recorded(tmp_path):
 
 
 def test_a_trace_is_used_again(recorded, tmp_path):
-    done = invoke("balance", DEMO, "--trace", recorded, "--ep", "2,4", "--out", tmp_path / "again", COLUMNS="80")
+    done = invoke("balance", DEMO, "--trace", recorded, "--ep", "2,4", "--out", tmp_path / "again", **TERMINAL)
     assert done.exit_code == 0, done.output
     words = " ".join(done.stdout.split())
     assert (
@@ -241,7 +241,7 @@ def test_a_trace_is_used_again(recorded, tmp_path):
         (["--trace", "none.npz"], "--trace none.npz cannot be read (No such file or directory); name another"),
         (["--trace", "empty"], "--trace empty is no trace of this command"),
         (["--prompts", "blank"], "blank is empty; write one user message a line"),
-        (["--url", "localhost:9"], "localhost:9 did not answer a prompt"),
+        (["--url", "localhost:9"], "no server at localhost:9; start one by"),
         (["--trace", "demo.npz", "--out", "empty/x"], "empty"),
         ([FLASH, "--trace", "demo.npz"], "--trace demo.npz is of another model, demo: num_experts is 16 there and 256"),
         (["dense", "--trace", "demo.npz"], "first_k_dense_replace=4 leaves none of 4 layers with experts"),

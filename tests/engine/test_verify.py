@@ -13,7 +13,7 @@ from tests.support.commands import run_command
 from tests.support.engine import run
 from vllm_bailing import DEMO
 from vllm_bailing.config import read_config
-from vllm_bailing.tools import verify
+from vllm_bailing.tools import verify, verify_deployment
 
 YARN = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}
 
@@ -44,7 +44,9 @@ def round_router_logits():
 def _ask(folder, options, prompts, patch):
     if patch:
         patch()
-    return verify.ask_offline(str(folder), {"enforce_eager": True, "max_model_len": 512, **options}, prompts)[0]
+    return verify_deployment.ask_offline(
+        str(folder), {"enforce_eager": True, "max_model_len": 512, **options}, prompts
+    )[0]
 
 
 def with_a_norm_too_large(tensors):

@@ -148,5 +148,5 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path):
 
 def test_a_process_of_its_own_says_no_more_either(tmp_path):
     done = run_command("verify", DEMO, "--dtype", "int3", cache=tmp_path)
-    message = "--dtype int3 is not known; use one of bfloat16, float16, float32, fp8"
+    message = "--dtype int3 is not known; use one of bf16, fp16, fp32, fp8"
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

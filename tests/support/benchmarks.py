@@ -1,13 +1,18 @@
 """Results of benchmarks that are made up, with a known gain and noise."""
 
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pydantic
 
 from vllm_bailing.bench import statistics
-from vllm_bailing.bench.runner import Task
 from vllm_bailing.bench.statistics import KINDS, PLUGIN
+from vllm_bailing.tools.task import Task
 
 
 def planted(gains, rounds=5, noise=0.02, drift=0.0, **figures):
@@ -34,10 +39,18 @@ class EchoTask(Task):
     """Measures nothing: says where it ran, or fails as an engine does."""
 
     failure: str = ""
+    checked: bool = False
+    waits: str = ""
 
     def work(self):
         if self.failure:
             raise RuntimeError(self.failure)
+        if self.checked:
+            pydantic.create_model("Checked", max_model_len=int)(**self.engine)
+        if self.waits:  # as an engine and its worker, which are not told when to end
+            child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+            Path(self.waits).write_text(f"{os.getpid()} {child.pid}")
+            signal.pause()
         return {"model": self.model, "process": os.getpid(), "variable": os.environ["A_VARIABLE"]}
 
     def read(self, stored):

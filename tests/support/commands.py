@@ -16,6 +16,8 @@ from tests.support import warm
 from tests.support.engine import ENGINE_ENV
 from vllm_bailing.cli import app
 
+TERMINAL = {"TTY_COMPATIBLE": "1", "TERM": "dumb", "COLUMNS": "80"}  # one of 80 columns, without colors
+
 
 def invoke(*arguments: Any, **env: str) -> Result:
     """The command in this process: its exit code, output and the exception that ended it.

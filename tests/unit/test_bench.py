@@ -145,7 +145,7 @@ def test_a_running_server_is_asked_by_kind(metrics_server, tmp_path):
 
 def test_a_server_that_is_not_there_and_prompts_that_are_none_are_refused(tmp_path):
     done = CliRunner().invoke(app, ["bench", "mtp", "m", "--url", "http://127.0.0.1:9"])
-    assert done.exit_code and "http://127.0.0.1:9/metrics does not answer" in done.output
+    assert done.exit_code and "no server at http://127.0.0.1:9; start one" in done.output
     done = CliRunner().invoke(app, ["bench", "mtp", "m", "--prompts", str(tmp_path / "x")], env={"COLUMNS": "200"})
     assert done.exit_code == 2 and "cannot be read" in done.output
 

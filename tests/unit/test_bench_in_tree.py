@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from tests.support.benchmarks import planted
+from tests.support.commands import TERMINAL
 from tests.support.paths import DATA
 from vllm_bailing import DEMO
 from vllm_bailing.bench import in_tree, plots, runner, shapes, statistics
@@ -198,7 +199,8 @@ def test_comparison_is_plotted_and_its_table_fits_into_80_columns(tmp_path, monk
     report["arms"] = {**dict.fromkeys(gains, OURS), IN_TREE: FACTS}
     plots.plot_comparison(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setenv("COLUMNS", "80")
+    for name, value in TERMINAL.items():  # in a pipe no line is broken
+        monkeypatch.setenv(name, value)
     show_comparison(report)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80

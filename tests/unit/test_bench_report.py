@@ -3,16 +3,20 @@
 import builtins
 import json
 import os
+import subprocess
 from dataclasses import asdict
+from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.benchmarks import EchoTask, planted
-from vllm_bailing.bench import plots, report, runner, statistics
+from vllm_bailing.bench import plots, report, statistics
 from vllm_bailing.bench.in_tree import CompareTask
 from vllm_bailing.bench.mtp import Measurement, MtpTask
 from vllm_bailing.bench.statistics import AGAIN, IN_TREE, PLUGIN
 from vllm_bailing.errors import BenchError
+from vllm_bailing.tools.task import run_task
 
 TASK = MtpTask("folder/demo", {"dtype": "float32"}, [1], ["Hi"], 16)
 COMPARED = CompareTask("/tmp/made", {"enforce_eager": True}, [1], [64])
@@ -20,16 +24,44 @@ COMPARED = CompareTask("/tmp/made", {"enforce_eager": True}, [1], [64])
 
 def test_a_task_runs_in_a_process_of_its_own_and_its_result_comes_back(monkeypatch):
     monkeypatch.setenv("A_VARIABLE", "of all")
-    told = runner.run_task(EchoTask("model", {}))
+    told = run_task(EchoTask("model", {}))
     assert told.pop("process") != os.getpid()
     assert told == {"model": "model", "variable": "of all", "was_read": True}
-    assert runner.run_task(EchoTask("model", {}, env={"A_VARIABLE": "its own"}))["variable"] == "its own"
+    assert run_task(EchoTask("model", {}, env={"A_VARIABLE": "its own"}))["variable"] == "its own"
 
 
 def test_a_task_that_fails_says_why():
     with pytest.raises(BenchError) as error:
-        runner.run_task(EchoTask("model", {}, failure="no such model"))
-    assert str(error.value) == "RuntimeError: no such model"
+        run_task(EchoTask("model", {}, failure="no such model"))
+    reason, log = str(error.value).split("; the whole log is in ")
+    assert reason == "RuntimeError: no such model" and "Traceback" in Path(log).read_text()
+    Path(log).unlink()
+
+
+def test_an_argument_that_the_engine_does_not_take_is_named():
+    with pytest.raises(BenchError) as error:
+        run_task(EchoTask("model", {"max_model_len": "abc"}, checked=True))
+    assert str(error.value) == (
+        "argument max_model_len='abc' of vllm.LLM: Input should be a valid integer, unable to parse string as an "
+        "integer; correct it in --engine"
+    )
+
+
+def test_nothing_is_left_of_a_task_that_is_interrupted(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pids")
+
+    def interrupted(process, given):
+        process.stdin.write(given)
+        process.stdin.close()
+        pids.extend(map(int, (tmp_path / "pids").read_text().split()))  # waits until they are there
+        raise KeyboardInterrupt
+
+    pids = []
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_task(EchoTask("model", {}, waits=str(tmp_path / "pids")))
+    left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    assert len(pids) == 2 and all(process.status() == psutil.STATUS_ZOMBIE for process in left)
 
 
 def test_measurements_survive_json():

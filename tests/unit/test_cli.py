@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,16 +17,16 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tests.support.commands import invoke
+from tests.support.commands import TERMINAL, invoke
 from tests.support.configs import CONFIGS
 from tests.support.paths import ROOT
 from tests.support.server import free_port
 from vllm_bailing import DEMO, cli
 from vllm_bailing.bench import in_tree
-from vllm_bailing.cli import app
+from vllm_bailing.cli import app, output
 from vllm_bailing.errors import BenchError
 from vllm_bailing.planning.gpus import GPUS
-from vllm_bailing.tools import demo, doctor, verify
+from vllm_bailing.tools import demo, doctor, task, verify
 from vllm_bailing.tuning import space
 
 
@@ -167,7 +168,7 @@ def test_help_and_version_import_nothing_heavy():
     calls = [["--version"], *([*words, "--help"] for words in COMMANDS)]
     code = f"""
 import sys
-from vllm_bailing.cli import app
+from vllm_bailing.cli import app, output
 for arguments in {calls!r}:
     try:
         app(arguments)
@@ -384,12 +385,17 @@ def test_a_plan_over_nodes_has_a_command_for_each():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--nodes", 0), "nodes=0 must be a whole number of at least 1"),
-        (("--goal", "x"), "goal='x' is not known; use one of throughput, latency"),
-        (("--gpus", 8, "--tp", 4, "--dp", 4), "tp=4 x dp=4 makes no groups of equal size of gpus=8"),
+        (("--nodes", 0), "--nodes 0 must be a whole number of at least 1"),
+        (("--goal", "x"), "--goal 'x' is not known; use one of throughput, latency"),
+        (
+            ("--gpus", 8, "--tp", 4, "--dp", 4),
+            "--tensor-parallel-size 4 x --data-parallel-size 4 makes no groups of equal size of --gpus 8",
+        ),
         (("--ep",), "expert parallelism needs more than one GPU"),
+        (("--gpu-memory-utilization", 2), "--gpu-memory-utilization 2.0 must be above 0 and at most 1"),
+        (("--draft-tokens", 1, "--dtype", "x"), "--dtype 'x' is not known"),
         (("--gpus", 8, "--tp", 8, "--redundant-experts", 8), "add --enable-expert-parallel or --dp"),
-        (("--gpus", 12), "gpus=12 are more than the 8 of a usual node"),
+        (("--gpus", 12), "--gpus 12 are more than the 8 of a usual node"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_one_line(arguments, said):
@@ -400,7 +406,7 @@ def test_a_plan_that_makes_no_sense_is_one_line(arguments, said):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--batch-size", "0"), ("--batch-size", "1,x"), ("--draft-tokens", "-1"), ("--batch-size", "")],
+    [("--batch-size", "0"), ("--batch-size", "1,x"), ("--draft-tokens", "-1")],
     ids=str,
 )
 def test_wrong_numbers_are_refused_before_an_engine_starts(arguments, monkeypatch):
@@ -449,3 +455,191 @@ def test_nothing_is_asked_but_the_server_named(arguments, tmp_path, monkeypatch)
     port = int(url.rpartition(":")[2])
     assert asked <= {"127.0.0.1", ("127.0.0.1", port)}
     assert bool(asked) == ("URL" in arguments), done.output
+
+
+# ---- what a command does not take, and how it ends -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("verify", DEMO, "--url", "localhost:9", "--engine", '{"seed": 1}'), "--engine has no effect with --url"),
+        (("verify", DEMO, "--served-model-name", "x"), "--served-model-name has no effect without --url"),
+        (("verify", DEMO, "--chat-template", __file__), "--chat-template has no effect without --url"),
+        (("verify", DEMO, "--engine", '{"hf_overrides": {}}'), "give it by --hf-overrides"),
+        (("doctor", "--deep"), "--deep has no effect without MODEL"),
+        (("doctor", "--hf-overrides", '{"dequantize": true}'), "--hf-overrides has no effect without MODEL"),
+        (("doctor", "--timeout", 3), "--timeout has no effect without --url"),
+        (("report", "--model", DEMO, "--served-model-name", "x"), "--served-model-name has no effect without --url"),
+        (("bench", "mtp", "m", "--url", "localhost:9", "--draft-model", "x"), "--draft-model has no effect with --url"),
+        (("balance", DEMO, "--served-model-name", "x"), "--served-model-name has no effect without --url"),
+        (("plan", DEMO, "--gpu", "cpu", "--dtype", "int8"), "--dtype has no effect with --gpu cpu"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(arguments, said):
+    done = invoke(*arguments)
+    assert done.exit_code == 2 and said in " ".join(done.stderr.split()), done.output
+
+
+@pytest.mark.parametrize(
+    "words", [("verify", DEMO), ("bench", "mtp", DEMO), ("bench", "compare", "demo"), ("balance", DEMO)], ids=str
+)
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ('{"nope_nope": 1}', "--engine: 'nope_nope' is no argument of vllm.LLM; correct it, or leave it out"),
+        ('{"max_modle_len": 1}', "'max_modle_len' is no argument of vllm.LLM; is 'max_model_len' meant?"),
+        ('{"model": "x"}', "--engine: 'model' is what MODEL says; leave it out"),
+    ],
+)
+def test_what_is_no_argument_of_an_engine_is_refused_before_one_starts(words, engine, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(task.subprocess, "Popen", lambda *_, **__: pytest.fail("starts a process"))
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*words, "--engine", engine)
+    assert done.exit_code == 2 and said in " ".join(done.stderr.split()), done.output
+
+
+def test_arguments_of_an_arm_are_checked_as_those_of_the_engine(tmp_path):
+    done = invoke("bench", "compare", "demo", "--option", 'a={"max_modle_len": 1}', "--out", tmp_path / "out")
+    assert done.exit_code == 2 and "--option: 'max_modle_len' is no argument of vllm.LLM" in done.stderr
+
+
+def test_arguments_of_an_engine_are_known_without_importing_it():
+    task.check_arguments("--engine", ["max_model_len", "enforce_eager", "kv_cache_memory_bytes", "hf_overrides"])
+    assert len(task._engine_arguments()) > 100
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("doctor", ""), ("plan", "", "--gpu", "H100"), ("report", "--model", ""), ("verify", ""), ("quantize", DEMO, "")],
+    ids=str,
+)
+def test_an_empty_argument_is_a_variable_that_is_not_set(arguments):
+    done = invoke(*arguments)
+    assert done.exit_code == 2 and "is empty; is a variable not set?" in done.stderr, done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "target", "said"),
+    [
+        (("verify", DEMO), "vllm_bailing.tools.verify.run", "verify: interrupted; the same command goes on from here"),
+        (("verify", DEMO, "--fresh"), "vllm_bailing.tools.verify.run", "goes on from here, without --fresh"),
+        (("plan", DEMO, "--gpu", "H100"), "vllm_bailing.planning.plan.make_plan", "vllm-bailing plan: interrupted"),
+        (("bench", "compare", "demo"), "vllm_bailing.bench.in_tree.run", "vllm-bailing bench: interrupted"),
+        (("report", "--model", DEMO), "vllm_bailing.report.page.make", "vllm-bailing report: interrupted"),
+    ],
+)
+def test_what_is_interrupted_says_so(arguments, target, said, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(target, interrupted)
+    done = invoke(*arguments)
+    assert done.exit_code == 130 and done.stderr.endswith(f"{said}\n"), done.output
+
+
+@pytest.mark.parametrize("words", [["plan", "--list-gpus"], ["plan", "--help"], ["plan", str(DEMO), "--gpu", "H100"]])
+def test_a_reader_that_goes_away_is_no_failure(words):
+    code = "import sys; from vllm_bailing import cli; sys.argv[0] = 'vllm-bailing'; cli.main()"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code, *words], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("before", ["SIG_DFL", "SIG_IGN"])
+def test_a_signal_ends_a_command_in_its_own_way_unless_it_is_ignored(name, before):
+    """As nohup leaves the one of a terminal that goes away."""
+    code = f"""
+import os, signal
+from vllm_bailing import cli
+signal.signal(signal.{name}, signal.{before})
+def app():
+    try:
+        os.kill(os.getpid(), signal.{name})
+        print("goes on")
+    finally:
+        print("cleaned up")
+cli.app = app
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    goes_on = before == "SIG_IGN"
+    assert done.stdout == "goes on\n" * goes_on + "cleaned up\n", done.stderr
+    assert done.returncode == (0 if goes_on else 128 + signal.Signals[name])
+
+
+@pytest.mark.parametrize("argument", ["--prompts=", "--url="])
+def test_an_option_without_a_value_is_refused_and_one_with_any_is_not(argument):
+    assert "is empty; is a variable not set?" in invoke("verify", DEMO, argument).stderr
+    assert "is empty" not in invoke("verify", DEMO, f"{argument}no-such-file=").stderr
+
+
+@pytest.mark.parametrize("option", ["--prompts", "--draft-vocab"])
+def test_a_result_is_not_written_over_what_is_read(option, tmp_path, monkeypatch):
+    (tmp_path / "given.json").write_text("[1]")
+    monkeypatch.chdir(tmp_path)
+    done = invoke("bench", "mtp", DEMO, option, "given.json", "--out", tmp_path / "given")
+    assert done.exit_code == 2 and "is a file that is read; name another one" in done.stderr, done.output
+    (tmp_path / "config.json").write_text((DEMO / "config.json").read_text())
+    done = invoke("plan", "config.json", "--gpu", "H100", "--config", "config.json")
+    assert done.exit_code == 2 and "--config config.json is a file that is read" in done.stderr, done.output
+
+
+@pytest.mark.parametrize("words", [("bench", "mtp", DEMO), ("bench", "compare", "demo"), ("balance", DEMO)], ids=str)
+def test_a_place_that_cannot_be_written_is_refused_before_an_engine_starts(words, monkeypatch):
+    monkeypatch.setattr(task.subprocess, "Popen", lambda *_, **__: pytest.fail("starts a process"))
+    done = invoke(*words, "--out", "/proc/x/y")
+    assert done.exit_code == 2 and "--out /proc/x/y: No such file or directory; name another file" in done.stderr
+
+
+# ---- lines -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    for name, value in TERMINAL.items():
+        monkeypatch.setenv(name, value)
+
+
+CHECK = doctor.Check(
+    "generation_config.json", False, "long words " * 12 + "inclusionAI/Ling-flash-2.0", "call `" + "word " * 20 + "`"
+)
+
+
+def test_a_text_breaks_at_blanks_and_goes_on_under_its_beginning(terminal, capsys):
+    cli.doctor.show_check(output.console(), CHECK)
+    lines = capsys.readouterr().out.splitlines()
+    first, *rest = (line for line in lines if "word " not in line.replace("long words", ""))
+    assert first.startswith("no  generation_config.json long words long") and max(map(len, (first, *rest))) <= 80
+    assert all(line[:4].isspace() for line in lines[1:])
+    assert "inclusionAI/Ling-flash-2.0" in "".join(rest)
+    assert f"`{'word ' * 20}`" in "\n".join(lines)  # it is to be copied
+
+
+def test_nothing_is_broken_in_a_pipe(capsys):
+    cli.doctor.show_check(output.console(), CHECK)
+    assert capsys.readouterr().out.splitlines() == [
+        f"no  {CHECK.name} {CHECK.detail}",
+        f"    to do: {CHECK.fix}",
+    ]
+    output.console().print("word " * 40 + "end")
+    assert capsys.readouterr().out == "word " * 40 + "end\n"
+
+
+def test_a_command_is_laid_out_for_the_terminal():
+    config = ROOT / "tests" / "data" / "configs" / "Ling-flash-2.0.json"
+    done = invoke("plan", config, "--gpu", "H100", "--gpus", 4, **TERMINAL)
+    command = done.stdout[done.stdout.index("vllm serve MODEL ") :]
+    assert max(map(len, command.splitlines())) <= 80 and command.count(" \\\n  --") == 2
+
+
+def test_a_plan_serves_the_folder_of_a_config_file(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(DEMO / name)
+    assert f"vllm serve {tmp_path} " in invoke("plan", tmp_path / "config.json", "--gpu", "H100").stdout
+    (tmp_path / "model.safetensors").unlink()
+    assert "vllm serve MODEL " in invoke("plan", tmp_path / "config.json", "--gpu", "H100").stdout

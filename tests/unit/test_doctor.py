@@ -113,6 +113,19 @@ def test_a_checkpoint_is_judged_by_its_headers(change, name, ok, detail, fix, tm
     assert check.ok is ok and detail in check.detail and fix in check.fix, check
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"hidden_sizes": 3}, "hidden_sizes=3 is not a key"),
+        ({"hidden_size": "x"}, "hidden_size='x' must be an integer"),
+    ],
+)
+def test_what_is_wrong_with_overrides_is_not_wrong_with_the_file(overrides, said):
+    (check,) = (one for one in doctor.checkpoint(str(DEMO), overrides) if one.ok is False)
+    assert check.name == "--hf-overrides" and said in check.detail and "config.json" not in check.detail
+    assert check.fix == "correct --hf-overrides, or leave it out"
+
+
 def with_config(folder, text):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(text)

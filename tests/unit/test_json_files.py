@@ -42,7 +42,7 @@ READ = {
     ("train-mtp", "data"): (DEMO, "--out", "layer", "--data"),
     ("train-mtp", "answers"): (DEMO, "--out", "layer", "--answers"),
     ("verify", "prompts"): (DEMO, "--prompts"),
-    ("verify", "chat_template"): (DEMO, "--chat-template"),
+    ("verify", "chat_template"): (DEMO, "--url", "http://127.0.0.1:9", "--chat-template"),
     ("report", "files"): (),
     ("chat", "tools"): ("--url", "http://127.0.0.1:9", "Hello", "--tools"),
     ("balance", "prompts"): (DEMO, "--gpus", "2", "--prompts"),

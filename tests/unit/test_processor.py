@@ -161,6 +161,7 @@ def test_the_command_says_what_fits_and_how_to_serve_it():
     done = invoke(*asked)
     assert done.exit_code == 0 and "vllm serve" in done.output and "--max-model-len 4096" in done.output
     report = json.loads(invoke(*asked, "--json").output)
+    assert f" {report['plans'][0]['kv_tokens']:,} " in done.output
     assert [plan["dtype"] for plan in report["plans"]] == ["bf16", "fp8", "int8", "int4"]
     assert report["machine"]["bandwidth"] == 40e9
     assert invoke(*asked[:-4], "--memory-gib", "4", "--bandwidth", "0.04").exit_code == 1

@@ -12,6 +12,7 @@ from tests.support.layouts import LAYOUTS
 from tests.support.quantized import is_linear, quantize_by_command
 from vllm_bailing.config import read_config
 from vllm_bailing.dequantize import Dequantizer
+from vllm_bailing.tools.quantize import Quantizer
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,8 @@ def test_a_checkpoint_without_a_layer_is_refused(tmp_path):
         (("--scheme", "int3"), "int3"),
         (("--head", "fp8-block"), "vLLM reads no head with a scale per block; choose fp8, w8a8, w4a16"),
         (("--head", "w8a8", "--keep", "re:.*head"), "--head w8a8 and --keep, which names the head too; leave one"),
+        (("--keep", "re:["), "--keep re:[ is no regular expression: unterminated character set"),
+        (("--keep", "re:.*gate$", "--keep", "nothing.such"), "--keep nothing.such is none of the model's"),
         (("--head", "w4a16"), "--group-size 128 does not divide the 64 inputs of lm_head.weight"),
     ],
 )
@@ -95,6 +98,41 @@ def test_the_script_refuses_what_it_cannot_do(arguments, fragment, tmp_path):
     done = invoke("quantize", model, tmp_path / "out", *arguments)
     assert done.exit_code == 2 and isinstance(done.exception, SystemExit)
     assert fragment in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_damaged_weights_are_refused(tmp_path):
+    model = make_checkpoint(tmp_path / "model")
+    tensors = read_tensors(model)
+    tensors["model.norm.weight"][3] = torch.inf
+    write_tensors(model, tensors)
+    (tmp_path / "out").mkdir()
+    done = invoke("quantize", model, tmp_path / "out")
+    assert done.exit_code == 2 and "model.norm.weight holds NaN or infinity; `vllm-bailing doctor" in done.stderr
+    assert not list((tmp_path / "out").iterdir())  # it is there as it was
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "file/x"])
+def test_a_folder_that_cannot_be_made_is_one_line(out, tmp_path):
+    model = make_checkpoint(tmp_path / "model")
+    (tmp_path / "file").write_text("")
+    done = invoke("quantize", model, tmp_path / out)
+    assert done.exit_code == 2 and "; name another folder" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+def test_an_interrupted_run_leaves_nothing_behind(was_there, tmp_path, monkeypatch):
+    model, out = make_checkpoint(tmp_path / "model"), tmp_path / "out"
+    if was_there:
+        out.mkdir()
+
+    def interrupted(*_):
+        assert (out / "config.json").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Quantizer, "process", interrupted)
+    done = invoke("quantize", model, out)
+    assert done.exit_code == 130 and done.stderr.endswith(f"interrupted; what it wrote to {out} is removed\n")
+    assert out.exists() == was_there and (not was_there or not list(out.iterdir()))
 
 
 @pytest.mark.parametrize(

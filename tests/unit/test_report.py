@@ -208,6 +208,23 @@ def test_a_plan_is_held_against_a_server(tmp_path):
     assert untold.count(">not told<") == 4
 
 
+@pytest.mark.parametrize(
+    ("served", "differs"),
+    [
+        ({"model": "Ling-flash-2.0"}, ""),
+        ({"root": "/models/Ling-flash-2.0"}, ""),
+        ({"window": None}, "it serves demo, and the plan is for inclusionAI/Ling-flash-2.0"),
+        ({"root": "/models/demo"}, "it serves demo, and the plan is for inclusionAI/Ling-flash-2.0"),
+        ({"model": "Ling-flash-2.0", "window": 1024}, "its window is 1,024 tokens, and the plan's requests have 2,048"),
+    ],
+)
+def test_a_server_that_is_another_deployment_than_the_plans_is_told(served, differs, tmp_path):
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(planned(model="inclusionAI/Ling-flash-2.0", context=2048)))
+    said = " ".join(Page(page.make([read_result(file)], replace(SERVER, **served))).texts["p"])
+    assert ("the server is not what was planned" in said) == bool(differs) and differs in said
+
+
 def test_findings_of_doctor_say_what_to_do(written):
     shown = written([*DOCTOR, {"name": "index", "ok": False, "detail": "stale", "fix": "fetch it"}])
     assert shown.tables[0][2:] == [["no", "files", "gone"], ["no", "index", "stale; to do: fetch it"]]
@@ -372,7 +389,8 @@ def test_what_cannot_be_read_written_or_reached_is_one_line(tmp_path):
         ((tmp_path / "missing",), "No such file or directory; name a file with a result"),
         ((tmp_path,), "Is a directory; name a file with a result"),
         ((DRAFTED, "--out", tmp_path / "no" / "page.html"), "name another file"),
-        ((DRAFTED, "--url", "localhost:9"), "--url http://localhost:9: "),
+        ((DRAFTED, "--url", "localhost:9"), "no server at http://localhost:9; start one"),
+        ((DRAFTED, "--out", DRAFTED), "is a file that is read; name another one"),
         (("--model", "./nowhere"), "--model ./nowhere is no folder and no file on this machine"),
     ):
         done = invoke("report", *arguments)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from openai import OpenAI
 
 from tests.support.cases import CASES, load_case
 from tests.support.checkpoints import (
@@ -19,9 +21,9 @@ from tests.support.pages import serving_page
 from tests.support.quantized import plain_copy, quantize
 from vllm_bailing import DEMO
 from vllm_bailing.config import read_config
-from vllm_bailing.errors import CheckpointError
+from vllm_bailing.errors import CheckpointError, VerifyError
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
-from vllm_bailing.tools import verify
+from vllm_bailing.tools import verify, verify_deployment, verify_verdict
 from vllm_bailing.tools.verify import Served
 from vllm_bailing.tools.verify_deployment import vllm_version
 from vllm_bailing.tools.verify_reference import Asked, Reference, Rounding, TensorReader
@@ -94,7 +96,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(tmp_path):
     for field in ("logprobs", "copies", "cut", "likeliest", "experts"):
         assert np.array_equal(getattr(again, field), getattr(whole, field)), field
     served = [Served([1, 2], [{2: -0.5, 3: -1.5}], 1)]
-    verify.keep_served(work, served, "fp8", (5, 3))
+    verify.keep_served(work, (served, "fp8", (5, 3)))
     assert verify.served_before(work) == (served, "fp8", (5, 3))
     verify.delete_work(work)
     assert verify.served_before(work) is None
@@ -117,6 +119,36 @@ def test_what_is_no_server_of_vllm_is_one_line(page, tmp_path):
         url = f"http://{address}"
         done = invoke("verify", DEMO, "--url", url, XDG_CACHE_HOME=str(tmp_path))
     assert done.exit_code == 2 and done.stderr.count("\n") == 1 and url in done.stderr, (done.output, done.exception)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "model", "said"),
+    [
+        (404, "no such model", "foo", "--served-model-name foo: http://here has demo; name one of them"),
+        (
+            400,
+            "at most 2048 tokens",
+            None,
+            "http://here refuses a request: at most 2048 tokens; ask for less than --max-",
+        ),
+        (401, "Unauthorized", None, "http://here asks for a key (HTTP 401); set VLLM_API_KEY to it"),
+        (503, "", None, "http://here is not ready (HTTP 503); wait until it has loaded its model"),
+    ],
+)
+def test_what_a_server_refuses_is_told_by_the_option(status, message, model, said, monkeypatch):
+    def answer(request):
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "demo", "object": "model"}]})
+        return httpx.Response(status, json={"error": {"message": message}})
+
+    def connect(url, **_):
+        client = httpx.Client(transport=httpx.MockTransport(answer))
+        return OpenAI(base_url=f"{url}/v1", api_key="none", http_client=client, max_retries=0)
+
+    monkeypatch.setattr(verify_deployment, "connect", connect)
+    with pytest.raises(VerifyError) as refusal:
+        next(verify_deployment.ask_server("http://here", model, [verify_deployment.Prompt([1], 32)]))
+    assert str(refusal.value).startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +196,30 @@ def test_a_server_may_say_what_release_it_is(page):
         assert vllm_version(f"http://{address}") == ("0.27.1" if "0.27.1" in page else None)
 
 
+def test_damaged_weights_are_no_verdict_on_a_deployment(tmp_path):
+    def damage(tensors):
+        tensors["model.layers.1.attention.dense.weight"][3, 3] = math.nan
+
+    folder = changed_demo(tmp_path / "damaged", damage)
+    with pytest.raises(VerifyError) as refusal:
+        streamed(folder, [[1, 2, 3]], tmp_path / "work")
+    assert str(refusal.value) == (
+        f"the reference gives NaN or infinity in layer 1: weights of {folder} are damaged; see `vllm-bailing doctor "
+        f"{folder} --deep`"
+    )
+
+
+def test_a_deployment_that_gives_no_numbers_does_not_compute(tmp_path):
+    served = [Served([1, 2, 3], [{2: math.nan, 3: -1.0}, {3: -0.5, 1: -2.0}], 1)] * 2
+    report = verify.judged(DEMO, read_config(DEMO), served, "float32", tmp_path)
+    assert report["reason"] == "2 of its 8 log-probabilities are NaN or infinite"
+
+
+@pytest.mark.parametrize(("value", "seen"), [(8.715, "8.72"), (2.0849, "2.08"), (0.0, "0.00"), (math.inf, "inf")])
+def test_a_limit_is_rounded_as_people_round_it(value, seen):
+    assert verify_verdict.two_digits(value) == seen
+
+
 # ---- the verdict -------------------------------------------------------------------------------------------
 
 
@@ -184,7 +240,9 @@ def test_deviations_are_computed_as_they_are_defined():
             ["no-such/model"],
             "neither a folder nor a model that was downloaded; fetch it by `hf download no-such/model`",
         ),
-        ([DEMO, "--url", "http://127.0.0.1:9"], "did not answer as a vLLM server does"),
+        ([DEMO, "--url", "http://127.0.0.1:9"], "no server at http://127.0.0.1:9; start one by"),
+        ([DEMO, "--url", "http://no.invalid:9"], "the name in http://no.invalid:9 cannot be resolved ("),
+        ([DEMO, "--url", "ftp://here"], "ftp://here is no URL of a server; give one such as http://localhost:8000"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(arguments, message, tmp_path):

@@ -8,15 +8,17 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vllm_bailing.balance.trace import Trace, shape_of
-from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.errors import BalanceError, ChatError, shown
+from vllm_bailing.config import BailingMoeV2Config, read_config
+from vllm_bailing.errors import BalanceError, BenchError, ChatError, shown
 from vllm_bailing.tools.prompts import Prompt
+from vllm_bailing.tools.task import Task, run_task
 
 Progress = Callable[[int], None]
 _FLAG = "--enable-return-routed-experts"
@@ -51,6 +53,31 @@ def offline(
         raise BalanceError(shown(error)) from None
     require_watched(config, llm.collective_rpc("bailing_watch_routers"))
     return _trace(model, config, _read_again(llm, config, sequences), progress)
+
+
+@dataclass
+class RecordTask(Task):
+    """`offline` in a process of its own, which leaves the trace in a file."""
+
+    prompts: list[dict[str, Any]]
+    max_tokens: int
+    file: str
+
+    def work(self) -> None:
+        prompts = [Prompt(**prompt) for prompt in self.prompts]
+        offline(self.model, read_config(self.model), prompts, self.max_tokens, self.engine).save(Path(self.file))
+
+
+def record_apart(model: str, prompts: list[Prompt], max_tokens: int, engine: dict[str, Any], file: Path) -> None:
+    """Write what `offline` gives to `file`; nothing of the engine is left when this returns.
+
+    Raises:
+        BalanceError: If the engine did not start, or as `offline`.
+    """
+    try:
+        run_task(RecordTask(model, engine, [asdict(prompt) for prompt in prompts], max_tokens, str(file.absolute())))
+    except BenchError as error:
+        raise BalanceError(str(error).removeprefix("BalanceError: ")) from None
 
 
 def require_watched(config: BailingMoeV2Config, ranks: list[list[int]]) -> None:
@@ -119,6 +146,7 @@ def from_server(
     from openai import OpenAIError
 
     from vllm_bailing.tools.chat import connect, first_model
+    from vllm_bailing.tools.no_answer import no_answer
 
     shape_of(config)
     client = connect(url, max_retries=1)
@@ -137,9 +165,9 @@ def from_server(
     try:
         return _trace(model, config, asked(), progress)
     except (OpenAIError, ChatError) as error:
-        raise BalanceError(f"{url} did not answer a prompt: {shown(error)}") from None
+        raise BalanceError(no_answer(url, error)) from None
     except (AttributeError, LookupError, TypeError) as error:  # a web page, or JSON of another kind
-        raise BalanceError(f"{url} did not answer as a vLLM server does: {shown(error)}") from None
+        raise BalanceError(no_answer(url, error)) from None
 
 
 def _decoded(text: Any, url: str, config: BailingMoeV2Config) -> np.ndarray:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_bailing.bench.runner import PACKAGE_PREFIX, Task, alternate, cpu_info
+from vllm_bailing.bench.runner import PACKAGE_PREFIX, alternate, cpu_info
 from vllm_bailing.bench.shapes import load_config, without_mtp
 from vllm_bailing.bench.statistics import AGAIN, IN_TREE, PLUGIN, SEED, summarize
 from vllm_bailing.config import BailingMoeV2Config
@@ -31,6 +31,7 @@ from vllm_bailing.planning.gpus import gpu_called
 from vllm_bailing.planning.memory import Layout
 from vllm_bailing.planning.roofline import step_bytes
 from vllm_bailing.plugin.supported_versions import USE_INTREE
+from vllm_bailing.tools.task import Task
 from vllm_bailing.units import short_dtype
 
 _OTHER_PREFIXES = {IN_TREE: "vllm.", AGAIN: "vllm."}  # of the arms whose model class is not this package's

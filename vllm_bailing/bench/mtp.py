@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vllm_bailing.bench.runner import Task
 from vllm_bailing.bench.statistics import wilson
 from vllm_bailing.plugin.options import DRAFT_VOCABULARY
 from vllm_bailing.tools.prompts import Prompt
+from vllm_bailing.tools.task import Task
 
 DEFAULT_PROMPTS = (
     "What is YaRN?",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_bailing.bench.mtp import acceptance_of, difference
-from vllm_bailing.errors import BenchError, shown
+from vllm_bailing.errors import BenchError
 from vllm_bailing.tools.chat import base_of, connect, http_client
 from vllm_bailing.tools.metrics import DRAFTS, counters
+from vllm_bailing.tools.no_answer import no_answer
 from vllm_bailing.tools.prompts import Prompt
 
 _SECONDS = 30
@@ -26,7 +27,7 @@ def read(url: str) -> tuple[int, list[int]]:
         with http_client(url, _SECONDS) as client:
             text = client.get("/metrics").raise_for_status().text
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise BenchError(f"{address} does not answer ({shown(error)}); name a running vLLM server by --url") from None
+        raise BenchError(no_answer(url, error)) from None
     if f"{DRAFTS}_total" not in text:
         raise BenchError(f"{address} counts no drafts; start the server with --speculative-config")
     return counters(text)
@@ -66,7 +67,7 @@ def ask(url: str, model: str, prompts: list[Prompt], max_tokens: int) -> dict[st
                     **options,
                 )
             except openai.OpenAIError as error:
-                raise BenchError(f"{url} did not answer a prompt: {shown(error)}") from None
+                raise BenchError(no_answer(url, error)) from None
         if kind:
             result[kind] = acceptance_of(*difference(read(url), before))
     return {"all": acceptance_of(*difference(read(url), start))} | result

@@ -79,6 +79,12 @@ def comparison_report(
     }
 
 
+def files_of(out: Path) -> tuple[Path, Path]:
+    """OUT.json and OUT.png, of a name with or without one of these suffixes."""
+    stem = out.name.removesuffix(".json").removesuffix(".png")
+    return out.with_name(f"{stem}.json"), out.with_name(f"{stem}.png")
+
+
 def write_report(report: Report, out: Path, plot: Callable[[Report, Path], None]) -> list[Path]:
     """Write `report` to OUT.json and its plot to OUT.png, and make the folder for them.
 
@@ -88,8 +94,8 @@ def write_report(report: Report, out: Path, plot: Callable[[Report, Path], None]
     Returns:
         The files that were written: the JSON alone if there is no plot, for want of matplotlib.
     """
-    stem = out.name.removesuffix(".json").removesuffix(".png")
-    written, picture = [out.with_name(f"{stem}.json")], out.with_name(f"{stem}.png")
+    data, picture = files_of(out)
+    written = [data]
     out.parent.mkdir(parents=True, exist_ok=True)
     written[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     try:

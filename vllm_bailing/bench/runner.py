@@ -1,81 +1,19 @@
 """Timed comparisons of vLLM engines that differ in one thing, each in a fresh process, alternating.
 
-A `Task` is what one process measures. An arm is one side of a comparison: a name, and a task that runs once a round.
+An arm is one side of a comparison: a name, and a `Task` that runs once a round.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import re
-import subprocess
-import sys
-import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_bailing.errors import BenchError
+from vllm_bailing.tools.task import Task, run_task
 
 PACKAGE_PREFIX = "vllm_bailing."  # what the full names of this package's classes start with
-
-
-@dataclass
-class Task(ABC):
-    """What one process measures; every field has to fit into JSON.
-
-    Attributes:
-        model: As for `vllm serve`.
-        engine: Further arguments of `vllm.LLM`.
-        env: Environment variables of the process, besides those of this one.
-        out: File for the result; `run_task` fills it in.
-    """
-
-    model: str
-    engine: dict[str, Any]
-    env: dict[str, str] = field(default_factory=dict, kw_only=True)
-    out: str = field(default="", kw_only=True)
-
-    @abstractmethod
-    def work(self) -> Any:
-        """Measure in this process, which needs vLLM and is the task's own; the result has to fit into JSON."""
-
-    def read(self, stored: Any) -> Any:
-        """The result of `work`, back from JSON."""
-        return stored
-
-
-def run_task(task: Task) -> Any:
-    """Measure in a fresh process.
-
-    Raises:
-        BenchError: If that failed.
-    """
-    # GiB for the KV cache of vLLM's CPU build, which otherwise wants nearly all memory; GPUs do not look at it.
-    defaults = {"VLLM_CPU_KVCACHE_SPACE": "4"}
-    with tempfile.TemporaryDirectory() as folder:
-        task = replace(task, out=str(Path(folder) / "result.json"))
-        name = f"{type(task).__module__}:{type(task).__qualname__}"
-        log = Path(folder) / "log"
-        with log.open("w") as stream:
-            done = subprocess.run(
-                [sys.executable, "-m", "vllm_bailing.bench"],
-                input=json.dumps({"task": name, "fields": asdict(task)}),
-                text=True,
-                stdout=stream,
-                stderr=stream,
-                env={**defaults, **os.environ, **task.env},
-                check=False,
-            )
-        if done.returncode or not Path(task.out).is_file():
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            errors = [match[0] for line in lines if (match := re.search(r"\w+Error: .*", line))]
-            # The engine's own error comes first; what follows only says that the engine is gone.
-            raise BenchError("\n".join(errors[:1] or lines[-5:]))
-        return task.read(json.loads(Path(task.out).read_text()))
 
 
 def turns(arms: Iterable[str], rounds: int) -> list[str]:

@@ -7,10 +7,12 @@ Heavy packages are imported inside the command that needs them, so that `--help`
 
 from __future__ import annotations
 
+import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from vllm_bailing import __version__
 from vllm_bailing.cli import (
@@ -21,6 +23,7 @@ from vllm_bailing.cli import (
     doctor,
     draft_vocab,
     info,
+    output,
     paths,
     plan,
     quantize,
@@ -30,8 +33,35 @@ from vllm_bailing.cli import (
     verify,
 )
 
+
+class Commands(TyperGroup):
+    """All commands end in the same way where something else ends them; typer tells of neither."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:  # prints --help
+        with output.orderly_end(str):
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with output.orderly_end(lambda: ctx.invoked_subcommand or ""):
+            return super().invoke(ctx)
+
+
+class Command(TyperCommand):
+    """Takes no empty argument: it comes of a variable that is not set, and would name the folder at hand."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for number, argument in enumerate(args):
+            option = argument.partition("=")[0]
+            if not argument or (option.startswith("--") and argument == f"{option}="):
+                after = f" after {args[number - 1]}" if number and not argument else ""
+                name = argument or f"an argument{after}"
+                raise typer.BadParameter(f"{name} is empty; is a variable not set?")
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="vllm-bailing",
+    cls=Commands,
     help="BailingMoeV2 (Ling 2.0, Ring 2.0, Ling-1T) for vLLM.",
     no_args_is_help=True,
     rich_markup_mode=None,  # its boxes leave the texts a strip of 20 columns, and cut off the names of options
@@ -57,22 +87,22 @@ def _common_options(
 
 
 app.command(cls=demo.DemoCommand)(demo.demo)
-app.command()(paths.demo_path)
-app.command()(paths.chat_template)
-app.command()(info.info)
-app.command()(doctor.doctor)
-app.command()(plan.plan)
-app.command()(draft_vocab.draft_vocab)
-app.command()(quantize.quantize)
-app.command()(train_mtp.train_mtp)
-app.command()(verify.verify)
-app.command()(report.report)
+app.command(cls=Command)(paths.demo_path)
+app.command(cls=Command)(paths.chat_template)
+app.command(cls=Command)(info.info)
+app.command(cls=Command)(doctor.doctor)
+app.command(cls=Command)(plan.plan)
+app.command(cls=Command)(draft_vocab.draft_vocab)
+app.command(cls=Command)(quantize.quantize)
+app.command(cls=Command)(train_mtp.train_mtp)
+app.command(cls=Command)(verify.verify)
+app.command(cls=Command)(report.report)
 app.command()(chat.chat)
-app.command()(tune.tune)
-app.command()(balance.balance)
+app.command(cls=Command)(tune.tune)
+app.command(cls=Command)(balance.balance)
 app.add_typer(bench_app, name="bench")
-bench_app.command("mtp")(bench.bench_mtp)
-bench_app.command("compare")(bench.bench_compare)
+bench_app.command("mtp", cls=Command)(bench.bench_mtp)
+bench_app.command("compare", cls=Command)(bench.bench_compare)
 
 
 def main() -> None:
@@ -80,6 +110,7 @@ def main() -> None:
 
     Exit code 1 is a verdict of `verify`, `plan` and `doctor`, so what goes wrong in this program itself is 2.
     """
+    output.leave_on(signal.SIGTERM, signal.SIGHUP)
     try:
         app()
     except Exception:

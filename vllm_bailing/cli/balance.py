@@ -45,14 +45,19 @@ def balance(
     from vllm_bailing.errors import BalanceError, CheckpointError
 
     sizes = None if ep is None else options.numbers(ep, least=2)
-    arguments = options.json_object("--engine", engine)
-    _check_sources({"--trace": trace, "--url": url, "--prompts": prompts, "--engine": arguments})
+    arguments = options.engine_arguments(engine)
+    given = {"--trace": trace, "--url": url, "--prompts": prompts, "--engine": arguments}
+    given["--served-model-name"] = served_model_name
+    by = {"--trace": ("--url", "--prompts", "--engine"), "--url": ("--engine",)}
+    options.refuse_ignored(given, {"--url": ("--served-model-name",)}, by)
     stem = out.with_name(out.name.removesuffix(".npz").removesuffix(".json").removesuffix(".png"))
+    files = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".json", ".png", *([] if trace else [".npz"]))]
+    output.require_others("balance", "--out", files, [trace, prompts])
+    output.require_place("balance", "--out", stem)  # before an engine runs, which may take long
     try:
         config = read_config(model)
         sizes = sizes or [size for size in _SIZES if config.num_experts % size == 0]
         simulate.check_sizes(config, sizes)
-        stem.parent.mkdir(parents=True, exist_ok=True)  # before an engine runs, which may take long
         with output.output_aside():
             recorded, written = _picks(
                 model, config, prompts, max_tokens, url, served_model_name, trace, arguments, stem
@@ -68,14 +73,6 @@ def balance(
     show_load(measured)
     show_ranks(measured)
     output.show_files(written)
-
-
-def _check_sources(given: dict[str, Any]) -> None:
-    """Raises typer.BadParameter if one flag would be ignored for another."""
-    for first, others in (("--trace", ("--url", "--prompts", "--engine")), ("--url", ("--engine",))):
-        ignored = next((name for name in others if given[first] and given[name]), None)
-        if ignored:
-            raise typer.BadParameter(f"{ignored} has no effect with {first}; leave one of the two out")
 
 
 def _picks(
@@ -103,6 +100,11 @@ def _picks(
     asked = (
         read_prompts(prompts) if prompts else [Prompt([{"role": "user", "content": text}]) for text in DEFAULT_PROMPTS]
     )
+    file = out.with_name(f"{out.name}.npz")
+    if url is None:
+        with output.working("recording: vLLM starts, answers, and reads the answers again"):
+            recording.record_apart(model, asked, max_tokens, engine, file)
+        return read_trace(file, config), [file]
     console = output.console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("prompts", total=len(asked))
@@ -110,11 +112,7 @@ def _picks(
         def advance(done: int) -> None:
             progress.update(task, completed=done)
 
-        if url is None:
-            recorded = recording.offline(model, config, asked, max_tokens, engine, advance)
-        else:
-            recorded = recording.from_server(url, served_model_name, model, config, asked, max_tokens, advance)
-    file = out.with_name(f"{out.name}.npz")
+        recorded = recording.from_server(url, served_model_name, model, config, asked, max_tokens, advance)
     recorded.save(file)
     return recorded, [file]
 
@@ -131,7 +129,6 @@ def show_load(report: dict[str, Any]) -> None:
         f"{report['model']}: {report['tokens']} tokens of {report['requests']} requests, "
         f"{report['experts_per_token']} of {report['experts']} experts for each",
         markup=False,
-        soft_wrap=True,
     )
     console.print(table)
     more = len(report["load"]) - len(rows)

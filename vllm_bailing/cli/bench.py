@@ -55,11 +55,15 @@ def bench_mtp(
     from vllm_bailing.errors import BenchError
 
     counts = sorted({0, *options.numbers(draft_tokens, least=0)})
-    arguments = options.json_object("--engine", engine)
+    arguments = options.engine_arguments(engine)
     asked = _prompts(prompts)
+    given = {"--url": url, "--engine": arguments, "--acceptance": acceptance is not None, "--draft": draft}
+    given |= {"--draft-model": draft_model, "--draft-vocab": draft_vocab}
+    options.refuse_ignored(given, {}, {"--url": tuple(given)[1:]})
     if url is not None:
         _show_server(url, model, asked, max_tokens, as_json)
         return
+    _check_out(out, prompts, draft_vocab)
     lines = [asdict(prompt) for prompt in asked] or list(mtp.DEFAULT_PROMPTS)
     task = mtp.MtpTask(model, arguments, options.numbers(batch_size), lines, max_tokens)
     drafts = _drafts(draft or [], draft_model, draft_vocab)
@@ -173,10 +177,13 @@ def bench_compare(
     from vllm_bailing.units import full_dtype
 
     arms = dict(_named_object("--option", text) for text in option or [])
+    for keys in arms.values():
+        options.checked_arguments(keys, "--option")
     arguments: dict[str, Any] = {"dtype": full_dtype(dtype), "enforce_eager": eager}
     arguments["tensor_parallel_size"] = tensor_parallel_size
-    arguments |= options.json_object("--engine", engine)
+    arguments |= options.engine_arguments(engine)
     sizes, lengths = options.numbers(batch_size), options.numbers(prefill)
+    _check_out(out)
     with tempfile.TemporaryDirectory() as folder:
         path = str(DEMO) if model == "demo" else model
         if model in shapes.SHAPES:
@@ -191,6 +198,14 @@ def bench_compare(
     measured = report.comparison_report(model, task, arms, rounds, result, command=command, versions=_versions())
     written = report.write_report(measured, out, plots.plot_comparison)
     _show(measured, written, as_json, show_comparison)
+
+
+def _check_out(out: Path, *read: Path | None) -> None:
+    """Before engines run, which takes long."""
+    from vllm_bailing.bench.report import files_of
+
+    output.require_others("bench", "--out", files_of(out), read)
+    output.require_place("bench", "--out", out)
 
 
 def _versions() -> dict[str, Any]:

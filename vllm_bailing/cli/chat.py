@@ -44,6 +44,7 @@ def chat(
     from vllm_bailing.cli import chat_screen
     from vllm_bailing.errors import ChatError
     from vllm_bailing.tools import chat
+    from vllm_bailing.tools.no_answer import no_answer
 
     if thinking not in (None, "on", "off"):
         raise typer.BadParameter(f"--thinking {thinking!r} must be on or off")
@@ -78,7 +79,7 @@ def chat(
             chat_screen.show(pieces, console)
             chat_screen.remark(conversation.last, output.console(stderr=True))
     except (OpenAIError, ChatError) as error:
-        raise output.fail("chat", chat_screen.explained(error, url), 1) from None
+        raise output.fail("chat", no_answer(url, error), 1) from None
 
 
 def _functions(file: Path | None) -> list[dict[str, Any]] | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import socket
-import ssl
 import sys
 import threading
 import time
@@ -14,13 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from openai import APIConnectionError, APIStatusError, OpenAIError
+from openai import OpenAIError
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from vllm_bailing.errors import ChatError, shown
-from vllm_bailing.tools.chat import NOT_READY, Answer, Chat
+from vllm_bailing.tools.chat import Answer, Chat
+from vllm_bailing.tools.no_answer import no_answer
 
 HELP = """\
 /help              this text
@@ -154,34 +153,6 @@ def _count(number: int, name: str) -> str:
     return f"{number} {name}{'s' if number != 1 else ''}"
 
 
-def explained(error: Exception, url: str) -> str:
-    """What went wrong, and what to do."""
-    if isinstance(error, APIConnectionError):
-        return _unreachable(error, url)
-    if isinstance(error, APIStatusError) and error.status_code in NOT_READY:
-        return f"{url} is not ready (HTTP {error.status_code}); wait until it has loaded its model, and ask again"
-    if "stack trace" in str(error):  # vLLM's words for a dead engine point at a trace that only the server's log has
-        return f"{url}: the server's engine has ended; the server's log says why; start the server again"
-    return f"{url}: {shown(error, 1000)}"
-
-
-def _unreachable(error: APIConnectionError, url: str) -> str:
-    cause: BaseException = error
-    while (deeper := cause.__cause__ or cause.__context__) is not None:
-        cause = deeper
-    reason = getattr(cause, "strerror", None) or shown(str(cause))
-    if isinstance(cause, socket.gaierror):
-        return f"the name in {url} cannot be resolved ({reason}); correct it, or look into the network"
-    if isinstance(cause, ssl.SSLError):
-        return f"{url}: no TLS connection ({reason}); look into its certificate, or write http:// if it has none"
-    if cause is error or isinstance(cause, ConnectionRefusedError):
-        return (
-            f"no server at {url}; start one by `vllm serve MODEL` or `vllm-bailing demo --keep`, and wait until its "
-            "log says that the start is complete"
-        )
-    return f"{url} gives no answer ({reason}); look into the server's log, or into the network"
-
-
 def converse(chat: Chat, console: Console, read: Callable[[str], str | None], url: str) -> bool:
     """Answer what is typed until it ends or is /exit; results of called functions are asked for one by one.
 
@@ -225,7 +196,7 @@ def converse(chat: Chat, console: Console, read: Callable[[str], str | None], ur
         try:
             _answer(chat, pieces, console)
         except (OpenAIError, ChatError) as error:
-            _complain(explained(error, url), console)
+            _complain(str(no_answer(url, error)), console)
             is_fine = False
 
 

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -66,11 +65,11 @@ def demo(
     With --keep the server stays as the guides expect it: called demo, with tool calls and reasoning. Exit code 1: it
     could not be served or did not answer.
     """
+    from vllm_bailing.cli import output
     from vllm_bailing.errors import DemoError
     from vllm_bailing.tools import demo
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+    output.leave_on(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     try:
         chosen = demo.Options(model, _port_number(port), keep, adapter, flags or [])
         demo.check(chosen)
@@ -93,15 +92,21 @@ def _port_number(text: str) -> int:
     return int(text)
 
 
-def _leave(number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
 def _chat(chosen: Options, log: Path) -> None:
     """All that happens between a running server and its end."""
     from vllm_bailing.tools import demo
+    from vllm_bailing.tools.shell import laid_out
 
-    line = shlex.join(demo.server_command(chosen))
+    words = [shlex.quote(word) for word in demo.server_command(chosen)]
+    line = " ".join(words)
+    if sys.stdout.isatty():
+        parts: list[list[str]] = []
+        for word in words:
+            if parts and parts[-1][-1].startswith("-") and not word.startswith("-"):
+                parts[-1].append(word)  # a flag and its value stay together
+            else:
+                parts.append([word])
+        line = laid_out(parts, shutil.get_terminal_size().columns)
     _say(f"Serving {chosen.model or 'the demo model'} with vLLM {demo.vllm_version()}:\n  {line}\n")
     with demo.serving(chosen, log, stopping=lambda: _say("Stopping the server.")) as process:
         seconds = demo.wait_until_healthy(process, chosen, log, _Progress())

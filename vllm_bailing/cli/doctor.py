@@ -25,7 +25,9 @@ def doctor(
     deep: Annotated[bool, typer.Option("--deep", help="Also read all weights: hashes, NaN, infinity, zeros.")] = False,
     url: Annotated[str | None, options.URL] = None,
     served_model_name: options.ServedModelName = None,
-    timeout: Annotated[float, typer.Option("--timeout", help="With --url: seconds for each answer.", min=0.1)] = 30.0,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", help="With --url: seconds for each answer; 30 if left out.", min=0.1)
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Check this installation or a server, and a checkpoint.
@@ -35,14 +37,17 @@ def doctor(
     """
     from vllm_bailing.tools import doctor, doctor_server
 
-    if deep and not model:
-        raise typer.BadParameter("--deep needs a checkpoint")
     overrides = options.json_object("--hf-overrides", hf_overrides)
+    given = {"MODEL": model, "--deep": deep, "--hf-overrides": overrides, "--url": url}
+    given |= {"--served-model-name": served_model_name, "--timeout": timeout is not None}
+    without = {"MODEL": ("--deep", "--hf-overrides"), "--url": ("--served-model-name", "--timeout")}
+    options.refuse_ignored(given, without, {})
     console, checks = output.console(), []
+    seconds = timeout or doctor_server.SECONDS
     worker = doctor.Worker() if url is None else None
     steps = {
         "this installation": doctor.environment() if url is None else (),
-        f"the server at {url}": doctor_server.server(url, served_model_name, timeout) if url is not None else (),
+        f"the server at {url}": doctor_server.server(url, served_model_name, seconds) if url is not None else (),
         "the checkpoint": doctor.checkpoint(model, overrides) if model else (),
         _WEIGHTS: _weights(model) if model and deep else (),
         "what a process of vLLM imports": worker.checks() if worker else (),
@@ -95,7 +100,6 @@ def show_check(console: Console, check: Check) -> None:
     from rich.text import Text
 
     mark, style = {True: ("ok", "green"), False: ("no", "bold red"), None: ("--", "dim")}[check.ok]
-    line = Text.assemble((f"{mark}  ", style), (f"{check.name:<19}", "bold"), check.detail)
-    console.print(line, soft_wrap=not console.is_terminal)
+    output.show_beside(console, Text.assemble((f"{mark}  ", style), (f"{check.name:<21} ", "bold")), check.detail)
     if check.fix and check.ok is not True:
-        console.print(Text.assemble("    ", ("to do: ", style), check.fix), soft_wrap=not console.is_terminal)
+        output.show_beside(console, Text.assemble("    ", ("to do: ", style)), check.fix)

@@ -26,6 +26,7 @@ def draft_vocab(
     """
     from vllm_bailing.tools.draft_vocab import choose_tokens, write_tokens
 
+    output.require_others("draft-vocab", "--out", [out], text)
     if not out.parent.is_dir():  # before the text is read, which may take long
         raise output.fail("draft-vocab", f"--out {out}: there is no folder {out.parent}; make it first", 2)
     try:

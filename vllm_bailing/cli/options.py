@@ -95,6 +95,48 @@ def json_object(flag: str, text: str) -> dict[str, Any]:
     return value
 
 
+def refuse_ignored(given: dict[str, Any], without: dict[str, tuple[str, ...]], by: dict[str, tuple[str, ...]]) -> None:
+    """Refuse options that would be ignored.
+
+    Args:
+        given: Values by option, false for what is not given.
+        without: By option, others that have no effect if it is not given.
+        by: By option, others that have no effect if it is.
+    Raises:
+        typer.BadParameter: If there is one.
+    """
+    for first, others in by.items():
+        if ignored := next((name for name in others if given[first] and given[name]), None):
+            raise typer.BadParameter(f"{ignored} has no effect with {first}; leave one of the two out")
+    for first, others in without.items():
+        if ignored := next((name for name in others if not given[first] and given[name]), None):
+            raise typer.BadParameter(f"{ignored} has no effect without {first}; leave it out, or add {first}")
+
+
+def engine_arguments(text: str, flag: str = "--engine") -> dict[str, Any]:
+    """The arguments of `vllm.LLM` that `flag` gives.
+
+    Raises:
+        typer.BadParameter: If it is not a JSON object, or vLLM has no such argument.
+    """
+    return checked_arguments(json_object(flag, text), flag)
+
+
+def checked_arguments(arguments: dict[str, Any], flag: str) -> dict[str, Any]:
+    """The same `arguments` of `vllm.LLM`.
+
+    Raises:
+        typer.BadParameter: If vLLM has no such argument.
+    """
+    from vllm_bailing.tools.task import check_arguments
+
+    try:
+        check_arguments(flag, arguments)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return arguments
+
+
 def numbers(text: str, least: int = 1) -> list[int]:
     """The numbers of a list such as 1,2,4.
 

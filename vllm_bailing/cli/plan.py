@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
     from vllm_bailing.planning.plan import Plan
 
+_NAMED_OTHERWISE = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size", "dp": "data_parallel_size"}
+_NAMED_OTHERWISE["memory_utilization"] = "gpu_memory_utilization"
+_FIELDS = ("gpus", "nodes", "goal", "context", "concurrency", "dtype", "kv_dtype", "draft_tokens", "redundant_experts")
+_FIELDS += ("max_loras", "max_lora_rank", "lora_target_modules", *_NAMED_OTHERWISE)
+_OPTIONS = {name: f"--{_NAMED_OTHERWISE.get(name, name).replace('_', '-')}" for name in _FIELDS}
 NEVER_RUN = "on paper: sizes were compared with CPU ranks, nothing was run on GPUs yet"
 
 
@@ -108,6 +114,12 @@ def plan(
         if gpu.casefold() == "cpu":
             from vllm_bailing.cli import plan_cpu
 
+            given = {"--gpu cpu": True, "--gpus": gpus, "--nodes": nodes, "--dtype": dtype, "--config": config_file}
+            given |= {"--draft-tokens": draft_tokens, "--draft-model": draft_model, "--max-loras": max_loras}
+            given |= {"--tensor-parallel-size": tensor_parallel_size, "--data-parallel-size": data_parallel_size}
+            given |= {"--pipeline-parallel-size": pipeline_parallel_size, "--redundant-experts": redundant_experts}
+            given |= {"--enable-expert-parallel": enable_expert_parallel}
+            options.refuse_ignored(given, {}, {"--gpu cpu": tuple(given)[1:]})
             fits = plan_cpu.report(model, config, context, memory_gib, bandwidth, as_json)
             raise typer.Exit(0 if fits else 1)
         request = Request(
@@ -131,9 +143,16 @@ def plan(
         )
         deployment = make_plan(config, request)
     except ValueError as error:
-        raise output.fail("plan", error, 2) from None
+        raise output.fail("plan", _in_options(str(error)), 2) from None
+    if config_file:
+        output.require_others("plan", "--config", [config_file], [model, Path(model) / "config.json"])
     _report(deployment, config_file, as_json)
     raise typer.Exit(1 if deployment.verdict == "no" else 0)
+
+
+def _in_options(text: str) -> str:
+    """A message of the planner with the options that were written in place of the fields of a request."""
+    return re.sub(rf"\b({'|'.join(_OPTIONS)})=", lambda field: f"{_OPTIONS[field[1]]} ", text)
 
 
 def _adapters(count: int | None, rank: int | None, targets: str | None) -> dict[str, Any]:
@@ -164,13 +183,13 @@ def _report(plan: Plan, config_file: Path | None, as_json: bool) -> None:
 
 def show_plan(plan: Plan) -> None:
     """A plan with its commands."""
+    from rich.text import Text
+
     console = output.console()
-    console.print(
-        f"[bold]{plan.model}[/bold] in {plan.dtype} on {plan.gpus} x {plan.gpu.name} ({plan.layout})", soft_wrap=True
-    )
+    console.print(f"[bold]{plan.model}[/bold] in {plan.dtype} on {plan.gpus} x {plan.gpu.name} ({plan.layout})")
     for name, text in (("why", plan.why), ("runner-up", plan.runner_up)):
         if text:
-            console.print(f"{name}: {text}", soft_wrap=True)
+            output.show_beside(console, Text(f"{name}: "), text)
     table = output.table("GiB per GPU")
     table.add_column("", justify="right")
     for part, name in ((plan.weights, "weights"), (plan.other, "other, estimated")):
@@ -185,9 +204,9 @@ def show_plan(plan: Plan) -> None:
         f"KV cache: {plan.kv_bytes_per_token / 1024:g} KiB per token and GPU, room for {plan.kv_tokens:,} tokens"
     )
     console.print(
-        f"[{color}]{plan.verdict}[/{color}]: {plan.concurrency:,} requests of {plan.context:,} tokens", end=""
+        f"[{color}]{plan.verdict}[/{color}]: {plan.concurrency:,} requests of {plan.context:,} tokens"
+        + (f" ({plan.reason})" if plan.reason else "")
     )
-    console.print(f" ({plan.reason})" if plan.reason else "", soft_wrap=True)
     if plan.verdict != "no":
         console.print(
             f"at most {plan.largest_context:,} tokens each at {plan.concurrency:,} requests, "
@@ -196,13 +215,12 @@ def show_plan(plan: Plan) -> None:
         for bound in (plan.single, plan.batch):
             console.print(
                 f"bound at batch {bound.batch:,}: {bound.tokens_per_s:,.0f} tokens/s "
-                f"({bound.step_bytes / 1e9:.1f} GB per step and GPU, by {bound.limit})",
-                soft_wrap=True,
+                f"({bound.step_bytes / 1e9:.1f} GB per step and GPU, by {bound.limit})"
             )
         _show_traffic(console, plan)
     console.print(NEVER_RUN)
     for note in plan.notes:
-        console.print(f"note: {note}", soft_wrap=True)
+        output.show_beside(console, Text("note: "), note)
     if plan.verdict != "no":
         _show_commands(console, plan)
 
@@ -217,6 +235,12 @@ def _show_traffic(console: Console, plan: Plan) -> None:
     )
 
 
+def _columns(console: Console) -> int:
+    from vllm_bailing.planning.serve import COLUMNS
+
+    return min(console.width, COLUMNS) if console.is_terminal else COLUMNS
+
+
 def _show_commands(console: Console, plan: Plan) -> None:
     """Replicas differ by a few words, nodes that share one by more."""
     first, *others = plan.commands
@@ -224,11 +248,11 @@ def _show_commands(console: Console, plan: Plan) -> None:
         for number, own in enumerate(plan.commands):
             address = f", of address HOST{own.node}" if "headless" not in own.flags else ""
             console.print(f"\n{own.place(plan.commands)}{address}:")
-            console.print(plan.serve_line(number), soft_wrap=True, markup=False)
+            console.print(plan.serve_line(number, _columns(console)), soft_wrap=True, markup=False)
         return
     beside = [own for own in others if own.node == first.node]
     where = f"each of {plan.nodes} nodes" if plan.nodes > 1 else "the node"
     console.print(f"\non {where}:" if others else "")
-    console.print(plan.serve_line(), soft_wrap=True, markup=False)
+    console.print(plan.serve_line(0, _columns(console)), soft_wrap=True, markup=False)
     for own in beside:
         console.print(f"the same with {own.additions()}", soft_wrap=True, markup=False)

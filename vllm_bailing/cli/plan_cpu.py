@@ -69,11 +69,10 @@ def _show(model: str, context: int, machine: CpuMachine, plans: list[CpuPlan]) -
     console = output.console()
     console.print(
         f"[bold]{model}[/bold] on this processor ({found()}), {machine.memory_bytes / GIB:.1f} GiB free, "
-        f"{machine.bandwidth / 1e9:.1f} GB/s read from memory",
-        soft_wrap=True,
+        f"{machine.bandwidth / 1e9:.1f} GB/s read from memory"
     )
     table = output.table("weights in")
-    for title in ("GiB", "tokens of KV cache", "tokens/s at most", f"{context} tokens"):
+    for title in ("GiB", "tokens of KV cache", "tokens/s at most", f"{context:,} tokens"):
         table.add_column(title, justify="right")
     for plan in plans:
         verdict = plan.verdict(context)
@@ -81,33 +80,34 @@ def _show(model: str, context: int, machine: CpuMachine, plans: list[CpuPlan]) -
         table.add_row(
             f"{plan.dtype}, head {plan.head_dtype}" if plan.head_dtype else plan.dtype,
             output.gib(plan.weights_bytes),
-            str(plan.kv_tokens),
+            f"{plan.kv_tokens:,}",
             f"{plan.tokens_per_s:.1f}",
             f"[{color}]{verdict}[/{color}]",
         )
     console.print(table)
-    console.print("tokens/s: one request, if reading memory were all that a step takes; no promise", soft_wrap=True)
+    console.print("tokens/s: one request, if reading memory were all that a step takes; no promise")
     if any(plan.verdict(context) == "no kernel" for plan in plans):
         console.print(
             "no kernel: vLLM's CPU build has none for experts in these bits on this processor; `dequantize` serves "
-            "such a checkpoint with the memory and the speed of bf16",
-            soft_wrap=True,
+            "such a checkpoint with the memory and the speed of bf16"
         )
 
 
 def _show_commands(model: str, context: int, best: CpuPlan, config: BailingMoeV2Config) -> None:
     from vllm_bailing.planning.memory import stored_dtype
+    from vllm_bailing.tools.shell import servable
     from vllm_bailing.units import GIB
 
     console = output.console()
-    served, flags = model, ""
+    source, flags = servable(model), ""
+    served = source
     if getattr(config, "quantization_config", None):
         flags = "" if best.dtype == stored_dtype(config) else " --hf-overrides '{\"dequantize\": true}'"
     elif best.dtype != "bf16" and not config.stored_quantization_config:
-        served = f"{model.rstrip('/').rpartition('/')[2]}-{best.dtype}"
+        served = f"{source.rstrip('/').rpartition('/')[2]}-{best.dtype}"
         head = f" --head {SCHEMES[best.head_dtype]}" if best.head_dtype else ""
-        command = f"\nvllm-bailing quantize {model} {served} --scheme {SCHEMES[best.dtype]}{head}"
+        command = f"\nvllm-bailing quantize {source} {served} --scheme {SCHEMES[best.dtype]}{head}"
         console.print(command, soft_wrap=True, markup=False)
     cache = max(1, -(-min(best.kv_tokens, 8 * context) * best.kv_bytes_per_token // GIB))
     command = f"VLLM_CPU_KVCACHE_SPACE={cache} vllm serve {served} --max-model-len {context}{flags}"
-    console.print(command if served != model else f"\n{command}", soft_wrap=True, markup=False)
+    console.print(command if served != source else f"\n{command}", soft_wrap=True, markup=False)

@@ -39,6 +39,13 @@ def quantize(
         size, is_draft = quantize(model, out, scheme, group_size, keep or [], head)
     except QuantizeError as error:
         raise output.fail("quantize", error, 2) from None
+    except OSError as error:
+        file = error.filename or out
+        is_read = Path(file).is_relative_to(model)
+        remedy = "make it readable, or fetch it again" if is_read else "name another folder"
+        raise output.fail("quantize", f"{file}: {error.strerror or error}; {remedy}", 2) from None
+    except KeyboardInterrupt:
+        raise output.interrupted("quantize", f"what it wrote to {out} is removed") from None
     speculation = json.dumps({"method": "mtp", "model": str(out), "num_speculative_tokens": 1})
     way = f"`--speculative-config '{speculation}'`" if is_draft else f"`vllm serve {out}`"
     typer.echo(f"{out}: {size / GIB:.3f} GiB; serve it with {way}", err=True)

@@ -35,8 +35,12 @@ def report(
     from vllm_bailing.report import inputs, live, page
     from vllm_bailing.tools import doctor
 
+    options.refuse_ignored(
+        {"--url": url, "--served-model-name": served_model_name}, {"--url": ("--served-model-name",)}, {}
+    )
     if not (files or model or url):
         raise typer.BadParameter("nothing to report on: name files with results, --model or --url")
+    output.require_others("report", "--out", [out], files or [])
     if model and (reason := nowhere(model)):
         raise output.fail("report", f"--model {reason}", 2)
     try:

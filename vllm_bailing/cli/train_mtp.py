@@ -95,7 +95,7 @@ def train_mtp(
         return
     if out is None:
         raise output.fail("train-mtp", "--out is missing; name the folder for the layer", 2)
-    arguments = options.json_object("--engine", engine)
+    arguments = options.engine_arguments(engine)
     try:
         from vllm_bailing.training import card, checks, run, trainer
 
@@ -123,6 +123,8 @@ def train_mtp(
             run.finish(request)
     except TrainError as error:
         raise output.fail("train-mtp", error, 2) from None
+    except KeyboardInterrupt:
+        raise output.interrupted("train-mtp", "the same command with --resume goes on from here") from None
     except OSError as error:  # a disk that fills up on the way
         raise output.fail("train-mtp", f"{error}; make room and go on with --resume", 2) from None
     _show(result)
@@ -178,7 +180,7 @@ class Terminal:
         self.console = output.console(stderr=True)
 
     def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+        self.console.print(text)
 
     @contextmanager
     def stage(self, what: str, total: int) -> Iterator[Callable[[int], object]]:

@@ -42,6 +42,7 @@ def tune(
     """
     from vllm_bailing.config import read_config
     from vllm_bailing.errors import TuneError
+    from vllm_bailing.tools.shell import servable
     from vllm_bailing.tuning import gpu_timer, search, space
     from vllm_bailing.tuning.plan import make_tuning_plan
     from vllm_bailing.units import short_dtype
@@ -73,7 +74,7 @@ def tune(
         raise output.fail("tune", reason, 130) from None
     except TuneError as error:
         raise output.fail("tune", error, 1) from None
-    serve = f"VLLM_TUNED_CONFIG_FOLDER={shlex.quote(str(out))} vllm serve {shlex.quote(model)}"
+    serve = f"VLLM_TUNED_CONFIG_FOLDER={shlex.quote(str(out))} vllm serve {shlex.quote(servable(model))}"
     if tensor_parallel_size > 1:
         serve += f" --tensor-parallel-size {tensor_parallel_size}"
     if enable_expert_parallel:
@@ -106,7 +107,7 @@ def _run(plan: TuningPlan, model: str, tp_size: int) -> tuple[list[Row], list[Pa
             nonlocal reached
             progress.update(task, advance=steps, description=f"{tokens} tokens")
             if tokens != reached and not console.is_terminal:
-                console.print(f"{tokens} tokens, after {progress.tasks[0].percentage:.0f} %", soft_wrap=True)
+                console.print(f"{tokens} tokens, after {progress.tasks[0].percentage:.0f} %")
             reached = tokens
 
         return run(plan, model, tp_size, advance)
@@ -157,9 +158,8 @@ def show_table(rows: list[Row], written: list[Path], serve: str) -> None:
     kept, failed = sum(row.is_kept for row in rows), sum(row.failed for row in rows)
     console.print(
         f"{kept} of {len(rows)} entries are faster than what vLLM does without the table; "
-        f"{sum(row.tried for row in rows)} candidates timed, of which {failed} could not run",
-        soft_wrap=True,
+        f"{sum(row.tried for row in rows)} candidates timed, of which {failed} could not run"
     )
-    console.print(f"written to {' and '.join(map(str, written))}", soft_wrap=True)
+    console.print(f"written to {' and '.join(map(str, written))}")
     console.print(f"\n{serve}", soft_wrap=True, markup=False)
     console.print("vLLM's log names the table.")

@@ -40,8 +40,8 @@ def verify(
 
     Sends prompts, takes the log-probabilities of prompts and answers, and compares them with the plain PyTorch
     reference, which reads the checkpoint layer by layer: a 100B model needs a few GiB of memory, and the time to read
-    its files four times. Without --url, vLLM runs in this process, with the arguments of --engine. Exit code 0: it
-    does; 1: it does not; 2: could not be compared.
+    its files four times. Without --url, vLLM runs here, with the arguments of --engine. Exit code 0: it does; 1: it
+    does not; 2: could not be compared.
     """
     from rich.progress import Progress
 
@@ -50,11 +50,16 @@ def verify(
     from vllm_bailing.units import full_dtype
 
     overrides = options.json_object("--hf-overrides", hf_overrides)
-    arguments = options.json_object("--engine", engine)
+    arguments = options.engine_arguments(engine)
+    given = {"--url": url, "--engine": arguments, "--served-model-name": served_model_name}
+    given["--chat-template"] = chat_template
+    without = {"--url": ("--served-model-name", "--chat-template")}
+    options.refuse_ignored(given, without, {"--url": ("--engine",)})
+    if "hf_overrides" in arguments:
+        raise typer.BadParameter("--engine: 'hf_overrides' is for the reference too; give it by --hf-overrides")
     console = output.console(stderr=True)
     try:
         with (
-            output.output_aside(),
             Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
         ):
             tasks = {}
@@ -82,6 +87,8 @@ def verify(
             )
     except (VerifyError, CheckpointError, ValueError) as error:
         raise output.fail("verify", error, 2) from None
+    except KeyboardInterrupt:
+        raise output.interrupted("verify", "the same command goes on from here" + ", without --fresh" * fresh) from None
     if as_json:
         typer.echo(json.dumps(report))
     else:
@@ -91,17 +98,19 @@ def verify(
 
 def show_report(report: dict[str, Any]) -> None:
     """What `tools.verify.run` returns."""
-    from vllm_bailing.tools.verify_verdict import MEASURES
+    from rich.text import Text
+
+    from vllm_bailing.tools.verify_verdict import MEASURES, two_digits
 
     console = output.console()
     console.print(_deviations(report))
     console.print("Δ: served minus reference log-probability, in nats.")
     table = output.table(f"what decides, for {report['dtype']}", "came", "at most", justify="right")
     for name, (value, limit) in report["measures"].items():
-        table.add_row(MEASURES[name], f"{value:.2f}", f"{limit:.2f}", style="" if value <= limit else "red")
+        table.add_row(MEASURES[name], two_digits(value), two_digits(limit), style="" if value <= limit else "red")
     console.print(table)
     text = "Differences are in units of what rounding does here, significance in standard errors."
-    console.print(text, soft_wrap=True)
+    console.print(text)
     coverage = report["coverage"]
     touched = f"{100 * coverage['vocabulary']:.3g} % of the vocabulary"
     if coverage["experts"]:
@@ -109,16 +118,13 @@ def show_report(report: dict[str, Any]) -> None:
         touched += f" and {100 * worst:.3g} % of the experts of each layer"
     console.print(f"The prompts touched {touched}.")
     if report["computes"]:
-        console.print(f"[green]{report['deployment']} computes {report['checkpoint']}[/green]", soft_wrap=True)
+        console.print(f"[green]{report['deployment']} computes {report['checkpoint']}[/green]")
     else:
-        console.print(
-            f"[red]{report['deployment']} does not compute {report['checkpoint']}[/red]: {report['reason']}",
-            soft_wrap=True,
-        )
+        console.print(f"[red]{report['deployment']} does not compute {report['checkpoint']}[/red]: {report['reason']}")
     if report["looks_like"]:
-        console.print(f"It looks like {report['looks_like']}", soft_wrap=True)
+        console.print(f"It looks like {report['looks_like']}")
     if report["not_checked"]:
-        console.print(f"[yellow]Not checked:[/yellow] {report['not_checked']}", soft_wrap=True)
+        output.show_beside(console, Text("Not checked: ", "yellow"), report["not_checked"])
 
 
 def _deviations(report: dict[str, Any]) -> Any:

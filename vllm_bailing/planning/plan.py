@@ -103,10 +103,11 @@ class Plan:
         """Whether a replica is spread over several nodes."""
         return self.replicas < self.nodes
 
-    def serve_line(self, command: int = 0) -> str:
-        """One of the commands, quoted for a shell, in lines of at most 100 columns unless one value is longer."""
+    def serve_line(self, command: int = 0, columns: int = serve.COLUMNS) -> str:
+        """One of the commands, quoted for a shell, in lines of so many columns unless one value is longer."""
         own = self.commands[command]
-        return serve.serve_line(self.model, {**self.flags, **own.flags}, {**own.environment, **self.environment})
+        environment = {**own.environment, **self.environment}
+        return serve.serve_line(self.flags["model"], {**self.flags, **own.flags}, environment, columns)
 
     def yaml(self) -> str:
         """Text of a file for `vllm serve --config FILE`."""

@@ -12,13 +12,14 @@ from vllm_bailing.adapters import LINEAR
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.planning.gpus import Gpu
 from vllm_bailing.planning.memory import Layout, plain_dtype, stored_dtype, vllm_partition
+from vllm_bailing.tools.shell import laid_out, servable
 from vllm_bailing.units import GIB, PLAIN_DTYPES
 
 if TYPE_CHECKING:
     from vllm_bailing.planning.request import Request
 
 MEMORY_UTILIZATION = 0.92  # vLLM's own default
-_COLUMNS = 100  # of the command, with "  " before a line and " \" after it
+COLUMNS = 100  # of a command
 SHUTDOWN_TIMEOUT = 60  # seconds for answers that are under way when a server is told to stop; vLLM's default is none
 FIRST_PORT = 8000  # of the first replica on a node, vLLM's own default
 _PARSERS = {"enable-auto-tool-choice": True, "tool-call-parser": "bailing", "reasoning-parser": "bailing"}
@@ -105,7 +106,7 @@ def flags(config: BailingMoeV2Config, request: Request, layout: Layout, yarn_fac
         request: A request in which nothing is left open.
         yarn_factor: Factor that stretches the window over the context; None without one.
     """
-    chosen: dict[str, Any] = {"model": request.model, "tensor-parallel-size": layout.tp}
+    chosen: dict[str, Any] = {"model": servable(request.model or "MODEL"), "tensor-parallel-size": layout.tp}
     if layout.pp != 1:
         chosen["pipeline-parallel-size"] = layout.pp
     if layout.dp != 1:
@@ -160,21 +161,14 @@ def environment(partition: tuple[int, ...]) -> dict[str, str]:
     return {"VLLM_PP_LAYER_PARTITION": ",".join(map(str, partition))}
 
 
-def serve_line(model: str, flags: dict[str, Any], environment: dict[str, str]) -> str:
-    """The command, quoted for a shell, in lines of at most 100 columns unless one value is longer."""
+def serve_line(model: str, flags: dict[str, Any], environment: dict[str, str], columns: int = COLUMNS) -> str:
+    """The command, quoted for a shell, in lines of so many columns unless one value is longer."""
     words = [*(f"{name}={value}" for name, value in environment.items()), "vllm", "serve"]
     parts = [[*words, shlex.quote(model)]]
     for name, value in flags.items():
         if name != "model":
             parts.append(_words(name, value))
-    width, lines = _COLUMNS - 4, [""]
-    for part in parts:
-        whole = " ".join(part)
-        for piece in [whole] if len(whole) <= width else part:
-            if len(lines[-1]) + 1 + len(piece) > width and lines[-1]:
-                lines.append("")
-            lines[-1] += f" {piece}" if lines[-1] else piece
-    return " \\\n  ".join(lines)
+    return laid_out(parts, columns)
 
 
 def _words(name: str, value: Any) -> list[str]:

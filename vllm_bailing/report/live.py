@@ -26,6 +26,7 @@ class Live:
         draft_tokens: Drafts in a step.
         tokens_per_s: Of one request, as the mean over all requests since the start.
         requests: Answers since the start.
+        root: What it was started on, as it names it; empty if it does not.
     """
 
     url: str
@@ -38,6 +39,7 @@ class Live:
     draft_tokens: int
     tokens_per_s: float | None
     requests: int
+    root: str = ""
 
 
 def ask(url: str, model: str | None = None, seconds: float = SECONDS) -> Live:
@@ -53,10 +55,11 @@ def ask(url: str, model: str | None = None, seconds: float = SECONDS) -> Live:
     checks = list(server(url, model, seconds, said))
     for check in checks:
         if check.ok is False and check.name in ("server", "model"):
-            raise ReportError(f"--url {shown(check.detail)}; {check.fix}")
+            raise ReportError(f"{shown(check.detail)}; {check.fix}")
     name = model or next(iter(said.models))
     window = said.models[name].get("max_model_len")
-    return Live(base_of(url), checks, name, window, **_of_metrics(said.counted))
+    root = str(said.models[name].get("root") or "")
+    return Live(base_of(url), checks, name, window, **_of_metrics(said.counted), root=root)
 
 
 def _of_metrics(samples: Counted) -> dict[str, Any]:

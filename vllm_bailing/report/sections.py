@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vllm_bailing.bench.statistics import AGAIN, EXPLANATION, IN_TREE
@@ -86,10 +87,13 @@ def plan(result: Result, live: Live | None) -> Section:
     parts = [("weights", made.weights), ("other, estimated", made.other)]
     memory = [row for name, counts in parts for row in _memory(name, counts)]
     memory.append(Row(["left for the KV cache", "", size(made.kv_room_bytes)]))
+    verdict = f"{made.verdict}: {asked}" + (f" ({made.reason})" if made.reason else "")
+    if live and (differences := _differences(made, live)):
+        status, verdict = BAD, f"{verdict}; the server is not what was planned: {' and '.join(differences)}"
     return Section(
         f"Plan for {made.gpus} x {made.gpu.name}",
         status,
-        f"{made.verdict}: {asked}" + (f" ({made.reason})" if made.reason else ""),
+        verdict,
         result.file,
         [
             ("model", made.model),
@@ -113,6 +117,22 @@ def plan(result: Result, live: Live | None) -> Section:
 def _memory(name: str, counts: dict[str, int]) -> list[Row]:
     parts = [(part.replace("_", " "), count) for part, count in counts.items() if count]
     return [Row([name, "", size(sum(counts.values()))]), *(Row(["", part, size(count)]) for part, count in parts)]
+
+
+def _differences(made: inputs.PlanShape, live: Live) -> list[str]:
+    """What of a server can make its numbers those of another deployment: its model, and too short a window."""
+    planned, served = _bare(made.model), {_bare(name) for name in (live.model, live.root) if name}
+    found = []
+    if planned not in served | {"MODEL"}:
+        found.append(f"it serves {live.model}, and the plan is for {made.model}")
+    if live.window and live.window < made.context:
+        found.append(f"its window is {live.window:,} tokens, and the plan's requests have {made.context:,}")
+    return found
+
+
+def _bare(name: str) -> str:
+    """A model's name without its owner or the folders that it lies in."""
+    return Path(name.removesuffix("/config.json")).name.removesuffix(".json")
 
 
 def _against(made: inputs.PlanShape, live: Live) -> Table:

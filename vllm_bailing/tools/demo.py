@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from vllm_bailing import DEMO, DEMO_ADAPTER
 from vllm_bailing.errors import ChatError, DemoError
+from vllm_bailing.tools.processes import kill_group, undisturbed
 
 HOST = "127.0.0.1"
 DEMO_NAME, ADAPTER_NAME = "demo", "sailor"  # as in the guides, whose commands work with this server
@@ -197,25 +197,10 @@ def serving(
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave processes running
-    if process.poll() is None:
-        process.terminate()
-    end = time.monotonic() + STOP_LIMIT_S
-    while _group_exists(process) and time.monotonic() < end:
-        time.sleep(0.1)
-    if _group_exists(process):
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _group_exists(process: subprocess.Popen[bytes]) -> bool:
-    process.poll()  # takes the exit status, without which the group would stay
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    with undisturbed():
+        if process.poll() is None:
+            process.terminate()
+        kill_group(process, STOP_LIMIT_S)
 
 
 def wait_until_healthy(

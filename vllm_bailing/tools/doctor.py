@@ -214,7 +214,13 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
         yield Check("config.json", False, str(error), "nothing here is for it: vLLM serves it by its own class, if any")
         return
     except ValueError as error:
-        yield Check("config.json", False, str(error), "correct config.json, or fetch it again")
+        try:
+            read_config(folder)
+        except ValueError:
+            yield Check("config.json", False, str(error), "correct config.json, or fetch it again")
+        else:
+            detail = str(error).replace("correct it in config.json", "correct it")  # which is right
+            yield Check("--hf-overrides", False, detail, "correct --hf-overrides, or leave it out")
         return
     scaling = config.rope_parameters["rope_type"]
     window = f"{config.max_position_embeddings} tokens" + (f" by {scaling}" if scaling != "default" else "")

@@ -10,6 +10,7 @@ from vllm_bailing.errors import shown
 from vllm_bailing.tools.chat import NOT_READY, base_of, http_client
 from vllm_bailing.tools.doctor import Check
 from vllm_bailing.tools.metrics import DRAFTS, samples
+from vllm_bailing.tools.no_answer import no_answer
 
 SECONDS = 30.0  # for an answer; an engine whose peer died takes requests and never answers
 METRIC = "bailing_plugin_info"  # published by `plugin.checks.publish_version`
@@ -45,9 +46,7 @@ def server(url: str, model: str | None = None, seconds: float = SECONDS, said: S
         with http_client(url, seconds) as client:
             yield from _checks(client, base, model, said or Said())
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        what = "no answer within" if isinstance(error, httpx.TimeoutException) else shown(error) or type(error).__name__
-        limit = f" {seconds:g} s" if isinstance(error, httpx.TimeoutException) else ""
-        yield Check("server", False, f"{base}: {what}{limit}", "start it, or restart it: see the end of its log")
+        yield Check("server", False, *no_answer(base, error, seconds))
 
 
 def _checks(client: Any, base: str, model: str | None, said: Said) -> Iterator[Check]:

@@ -9,12 +9,15 @@ torch and compressed-tensors are imported where they are used, so that the comma
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import re
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_bailing.errors import QuantizeError, named
+from vllm_bailing.errors import QuantizeError, named, shown
 
 if TYPE_CHECKING:
     import torch
@@ -105,8 +108,8 @@ class Quantizer:
         keep: Modules to leave alone besides `KEPT`, as compressed-tensors matches them: a name or "re:PATTERN".
         head: Scheme of the head, which stays as it is without one.
     Raises:
-        QuantizeError: If `group_size` does not divide the inputs of a layer, a layer is not in the checkpoint, or there
-            is no head that could be quantized so.
+        QuantizeError: If `group_size` does not divide the inputs of a layer, a layer is not in the checkpoint, `keep`
+            names none, or there is no head that could be quantized so.
     """
 
     def __init__(
@@ -125,6 +128,13 @@ class Quantizer:
         published = checkpoint.published(config).tensors
         self.is_draft = is_draft_alone(config, published)
         tensors = mtp_tensors(config) if self.is_draft else main_tensors(config) | mtp_tensors(config)
+        modules = {name.rpartition(".")[0] for name in tensors}
+        for kept in keep:
+            if not any(match_name(module, _pattern(kept)) for module in modules):
+                raise QuantizeError(
+                    f"--keep {shown(kept)} is none of the model's {len(modules)} modules, such as "
+                    "model.layers.0.attention.dense; correct it, or leave it out"
+                )
         self.keep = [*KEPT, *keep]
         self.head = None
         if head is None:
@@ -174,13 +184,15 @@ class Quantizer:
         """Refuse weights that are not plain ones of the configuration's shapes.
 
         Raises:
-            QuantizeError: If one has another shape.
+            QuantizeError: If one has another shape, or a tensor holds NaN or infinity.
         """
         from vllm_bailing.layouts import as_published
 
         for name, tensor in as_published(tensors.items(), self.config, self.prefix):
             if name in self.shapes and tuple(tensor.shape) != self.shapes[name]:
                 raise QuantizeError(f"{name} is {list(tensor.shape)}, config.json asks for {list(self.shapes[name])}")
+            if not tensor.isfinite().all():
+                raise QuantizeError(f"{name} holds NaN or infinity; `vllm-bailing doctor MODEL --deep` names all such")
 
     def create_config(self) -> QuantizationConfig:
         """What becomes `quantization_config` of config.json."""
@@ -218,6 +230,30 @@ def _check_head(config: BailingMoeV2Config, head: Scheme, is_there: bool) -> Non
         )
 
 
+def _pattern(kept: str) -> str:
+    """`kept`, as compressed-tensors matches it."""
+    try:
+        re.compile(kept.removeprefix("re:"))
+    except re.error as error:
+        raise QuantizeError(f"--keep {shown(kept)} is no regular expression: {error}; correct it") from None
+    return kept
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[None]:
+    """A folder for the body to fill, which is empty or not there; it is again what it was if the body does not end."""
+    was_there = out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in out.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not was_there:
+            out.rmdir()
+        raise
+
+
 def is_draft_alone(config: BailingMoeV2Config, names: Collection[str]) -> bool:
     """Whether tensors of these published names are an MTP layer without its target, as `train-mtp` writes it."""
     from vllm_bailing.tensor_names import main_tensors
@@ -235,12 +271,13 @@ def quantize(
 ) -> tuple[int, bool]:
     """Quantize a bf16 checkpoint, a folder or a name on the hub, into the folder `out`, with progress bars of tqdm.
 
-    Memory: the largest file of the checkpoint, twice.
+    Memory: the largest file of the checkpoint, twice. `out` holds all of it, or nothing.
 
     Returns:
         Bytes of the weights in `out`, and whether they are those of an MTP layer alone.
     Raises:
         QuantizeError: If it is not such a checkpoint, or `out` is not empty.
+        OSError: If `out` cannot be written.
     """
     from compressed_tensors.entrypoints.convert import convert_checkpoint
     from loguru import logger
@@ -262,7 +299,7 @@ def quantize(
     if Path(model).is_dir() and not checkpoint.tensors:
         raise QuantizeError(f"no safetensors files in {model}; give the folder of a checkpoint")
     quantizer = Quantizer(config, checkpoint, scheme, group_size, keep, head)
-    out.mkdir(parents=True, exist_ok=True)
     logger.remove()  # of every file copied
-    convert_checkpoint(model, out, quantizer)
+    with whole_folder(out):
+        convert_checkpoint(model, out, quantizer)
     return sum(file.stat().st_size for file in out.glob("*.safetensors")), quantizer.is_draft

@@ -24,18 +24,21 @@ from vllm_bailing.folders import local_folder
 from vllm_bailing.json_files import write_json
 from vllm_bailing.tools.verify_deployment import (
     WORDS,
+    Answers,
     Drafts,
     Prompt,
     Served,
+    as_json,
     ask_again,
-    ask_offline,
+    ask_engine_apart,
     ask_server,
     draft_counts,
+    from_json,
     prompts_of,
     vllm_version,
 )
 from vllm_bailing.tools.verify_server import tokenizer_difference
-from vllm_bailing.units import PLAIN_DTYPES, dtype_name
+from vllm_bailing.units import PLAIN_DTYPES, dtype_name, short_dtype
 
 if TYPE_CHECKING:
     from vllm_bailing.tools.verify_reference import Computed, Rounding
@@ -95,28 +98,16 @@ def began(work: Path) -> str:
     return datetime.fromtimestamp((work / _SERVED).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
 
 
-def served_before(work: Path) -> tuple[list[Served], str, Drafts | None] | None:
-    """What the deployment gave an interrupted run, the deployment's dtype, and its drafts."""
+def served_before(work: Path) -> Answers | None:
+    """What the deployment gave an interrupted run."""
     file = work / _SERVED
-    if not file.is_file():
-        return None
-    kept = json.loads(file.read_text(encoding="utf-8"))
-    served = [
-        Served(
-            sequence["token_ids"],
-            [{int(token): value for token, value in row.items()} for row in sequence["top"]],
-            sequence["prompt"],
-        )
-        for sequence in kept["served"]
-    ]
-    return served, kept["dtype"], kept["drafts"] and (kept["drafts"][0], kept["drafts"][1])
+    return from_json(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
-def keep_served(work: Path, served: list[Served], dtype: str, drafts: Drafts | None) -> None:
+def keep_served(work: Path, answers: Answers) -> None:
     """Keep what the deployment gave: asked again, it may round differently and answer otherwise."""
     work.mkdir(parents=True, exist_ok=True)
-    kept = {"dtype": dtype, "drafts": drafts, "served": [asdict(sequence) for sequence in served]}
-    write_json(work / _SERVED, kept)
+    write_json(work / _SERVED, as_json(answers))
 
 
 def delete_work(work: Path) -> None:
@@ -224,7 +215,7 @@ def run(
 
     Args:
         model: The checkpoint: a folder, or a hub name that was downloaded.
-        url: A running vLLM server; without it, vLLM runs in this process and logs to standard output.
+        url: A running vLLM server; without it, vLLM runs in a process of its own.
         served_model_name: The server's name of the model; its first one if left out.
         dtype: One of `DTYPES`: what the deployment computes in; the engine's or the checkpoint's if left out.
         prompts: User messages; `DEFAULT_PROMPTS` if left out.
@@ -250,7 +241,7 @@ def run(
     folder, overrides, engine = local_folder(model), overrides or {}, engine or {}
     config = read_config(folder, overrides)
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype} is not known; use one of {', '.join(DTYPES)}")
+        raise ValueError(f"--dtype {dtype} is not known; use one of {', '.join(map(short_dtype, DTYPES))}")
     texts = list(DEFAULT_PROMPTS) if prompts is None else prompts
     asked = prompts_of(folder, texts, max_tokens, words, config.vocab_size)
     tokens = tokenizer_difference(url, served_model_name, folder, chat_template) if url else ""
@@ -268,12 +259,12 @@ def run(
     else:
         progress("deployment", 0, len(asked))
         if url is None:
-            served, computed_in, drafts = ask_offline(str(folder), {**engine, "hf_overrides": overrides}, asked)
+            served, computed_in, drafts = ask_engine_apart(str(folder), {**engine, "hf_overrides": overrides}, asked)
         else:
             served, drafts = _asked(url, served_model_name, asked, kept and kept[0], progress)
             computed_in = expected_dtype(config)
         progress("deployment", len(asked), len(asked))
-        keep_served(work, served, computed_in, drafts)
+        keep_served(work, (served, computed_in, drafts))
     told: dict[str, Any] = {"vllm": vllm, "drafts": drafts, "texts": len(texts), "parts": parts}
     report = judged(folder, config, served, dtype or computed_in, work, progress=progress, **told)
     delete_work(work)
@@ -353,9 +344,9 @@ def _judged_by(
     computed = reference.forward()
     came = np.array([value for one in served for row in one.top for value in row.values()])
     differences = Differences.between(came, computed, asked)
-    finite = bool(np.isfinite(came).all())
+    no_numbers = int((~np.isfinite(came)).sum())
     shifts = []
-    if parts and finite:
+    if parts and not no_numbers:
         shifts = verify_statistics.shifts(reference.effects(verify_statistics.weights(differences)))
     checked = None
     if drafts:
@@ -365,6 +356,9 @@ def _judged_by(
     measures = verify_statistics.measures(differences, shifts, dtype)
     most = verify_verdict.limits(dtype, measures, shifts)
     reason, looks_like = verify_verdict.judge(measures, shifts, dtype, checked)
+    if no_numbers:
+        reason = f"{no_numbers} of its {len(came)} log-probabilities are NaN or infinite"
+        looks_like = "damaged weights, or numbers that are too large for its data type"
     used = len({token for one in served for token in one.token_ids})
     return {
         "dtype": dtype,

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_bailing.errors import ChatError, VerifyError, shown
+from vllm_bailing.errors import BenchError, ChatError, VerifyError, first_of
 from vllm_bailing.tools.chat import connect, first_model, http_client
 from vllm_bailing.tools.metrics import ACCEPTED, DRAFTS, counters
+from vllm_bailing.tools.no_answer import no_answer
 from vllm_bailing.tools.prompts import read_tokenizer, templated
+from vllm_bailing.tools.task import Task, run_task
 from vllm_bailing.units import dtype_name
 
 if TYPE_CHECKING:
+    from openai import OpenAI
     from vllm import LLM
 
 TOP = 20  # log-probabilities per position, what vLLM's server allows by default
@@ -45,6 +48,28 @@ class Served:
     token_ids: list[int]
     top: list[dict[int, float]]
     prompt: int
+
+
+Answers = tuple[list[Served], str, Drafts | None]  # of a deployment, with its dtype and its first drafts
+
+
+def as_json(answers: Answers) -> dict[str, Any]:
+    """`answers` as JSON can hold them."""
+    served, dtype, drafts = answers
+    return {"dtype": dtype, "drafts": drafts, "served": [asdict(sequence) for sequence in served]}
+
+
+def from_json(kept: dict[str, Any]) -> Answers:
+    """What `as_json` made, back from JSON."""
+    served = [
+        Served(
+            sequence["token_ids"],
+            [{int(token): value for token, value in row.items()} for row in sequence["top"]],
+            sequence["prompt"],
+        )
+        for sequence in kept["served"]
+    ]
+    return served, kept["dtype"], kept["drafts"] and (kept["drafts"][0], kept["drafts"][1])
 
 
 def prompts_of(
@@ -84,7 +109,7 @@ def ask_server(url: str, model: str | None, prompts: list[Prompt]) -> Iterator[S
     Raises:
         VerifyError: If there is no server, or it gives no log-probabilities.
     """
-    from openai import OpenAIError
+    from openai import BadRequestError, NotFoundError, OpenAIError
 
     client = connect(url, max_retries=1)
     try:
@@ -109,12 +134,29 @@ def ask_server(url: str, model: str | None, prompts: list[Prompt]) -> Iterator[S
                 likeliest = {int(label.removeprefix("token_id:")): value for label, value in row.items()}
                 top.append({**likeliest, token: logprob})
             yield Served(prompt.token_ids + answer_ids, top, len(prompt.token_ids))
-    except ChatError as error:
-        raise VerifyError(f"{url}: {error}") from None
+    except NotFoundError as error:
+        if model is None or model in (names := model_names(client)) or not names:
+            raise VerifyError(no_answer(url, error)) from None
+        raise VerifyError(f"--served-model-name {model}: {url} has {first_of(names)}; name one of them") from None
+    except BadRequestError as error:
+        longest = max(prompt.max_tokens for prompt in prompts)
+        todo = f"ask for less than --max-tokens {longest}, or for shorter --prompts"
+        raise VerifyError(f"{no_answer(url, error)}; {todo}") from None
+    except (OpenAIError, ChatError) as error:
+        raise VerifyError(no_answer(url, error)) from None
     # The library believes what it is sent: a web page, or JSON of another kind, ends somewhere in it or here.
-    except (OpenAIError, AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = shown(error if isinstance(error, OpenAIError) else f"{type(error).__name__}: {error}")
-        raise VerifyError(f"{url} did not answer as a vLLM server does: {reason}") from None
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise VerifyError(no_answer(url, error)) from None
+
+
+def model_names(client: OpenAI) -> list[str]:
+    """The models of a server; empty if it does not list them."""
+    from openai import OpenAIError
+
+    try:
+        return [model.id for model in client.models.list().data]
+    except (OpenAIError, AttributeError, TypeError):
+        return []
 
 
 def ask_again(url: str, model: str | None, prompts: list[Prompt], before: list[Served]) -> Iterator[Served]:
@@ -158,7 +200,32 @@ def vllm_version(url: str) -> str | None:
     return said if isinstance(said, str) else None
 
 
-def ask_offline(folder: str, options: dict[str, Any], prompts: list[Prompt]) -> tuple[list[Served], str, Drafts | None]:
+@dataclass
+class AskTask(Task):
+    """`ask_offline` in a process of its own."""
+
+    prompts: list[dict[str, Any]]
+
+    def work(self) -> dict[str, Any]:
+        return as_json(ask_offline(self.model, self.engine, [Prompt(**prompt) for prompt in self.prompts]))
+
+    def read(self, stored: Any) -> Answers:
+        return from_json(stored)
+
+
+def ask_engine_apart(folder: str, options: dict[str, Any], prompts: list[Prompt]) -> Answers:
+    """As `ask_offline`, in a process of its own, of which nothing is left when this returns.
+
+    Raises:
+        VerifyError: If the engine did not start or did not answer.
+    """
+    try:
+        return run_task(AskTask(folder, options, [asdict(prompt) for prompt in prompts]))
+    except BenchError as error:
+        raise VerifyError(f"vLLM did not answer: {error}") from None
+
+
+def ask_offline(folder: str, options: dict[str, Any], prompts: list[Prompt]) -> Answers:
     """What `vllm.LLM(folder, **options)` computes in this process, as `ask_server`, its dtype, and its first drafts."""
     llm = engine(folder, options)
     served = ask_engine(llm, prompts)

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vllm_bailing import reference
 from vllm_bailing.config import BailingMoeV2Config
+from vllm_bailing.errors import VerifyError
 from vllm_bailing.tensor_names import EMBEDDING, HEAD
 from vllm_bailing.tools.verify_statistics import MANTISSA
 from vllm_bailing.tools.verify_tensors import TensorReader, stored_quantization
@@ -283,6 +284,7 @@ class Reference:
         progress: Called with the number of steps that are done.
     Raises:
         CheckpointError: As from `TensorReader`.
+        VerifyError: From `forward`, if weights are such that it gives no numbers.
     """
 
     def __init__(
@@ -328,6 +330,7 @@ class Reference:
                 halves = zip(rounded.chunk(len(kinds)), kinds, strict=True)
                 rounded = torch.cat([self._rounded_layer(index, *half) for half in halves])
             self.reader.close()
+            self._require_finite(exact[self.mask.bool()], f"in layer {index}")
             self._keep_state(index + 1, exact)
             self._keep_rounded(index + 1, rounded, experts)
         self.progress(self.config.num_hidden_layers)
@@ -341,9 +344,18 @@ class Reference:
                 rows.append(round_it(self._predicting(norm(each)), bits))
             logprobs, likeliest = self._head(torch.stack(rows), bits)
         self.reader.close()
+        self._require_finite(torch.from_numpy(logprobs[0]), "in the final norm or the head")
         shares = [experts[index] for index in sorted(experts)]
         rounded_ones = logprobs[1 : copies + 1], logprobs[copies + 1 :]
         return Computed(logprobs[0], *rounded_ones, likeliest, shares, self.rounding.inputs is not None)
+
+    def _require_finite(self, values: Tensor, where: str) -> None:
+        if not values.isfinite().all():
+            folder = self.reader.folder
+            raise VerifyError(
+                f"the reference gives NaN or infinity {where}: weights of {folder} are damaged; see `vllm-bailing "
+                f"doctor {folder} --deep`"
+            )
 
     def _rounded_layer(self, index: int, rounded: Tensor, to_zero: bool) -> Tensor:
         with torch.random.fork_rng([]):

@@ -24,7 +24,7 @@ class TensorReader:
     """
 
     def __init__(self, folder: Path, config: BailingMoeV2Config) -> None:
-        self.config, self.checkpoint = config, Checkpoint(folder).published(config)
+        self.folder, self.config, self.checkpoint = folder, config, Checkpoint(folder).published(config)
         if not self.checkpoint.tensors and not self.checkpoint.damage:
             raise CheckpointError(f"{folder} has no safetensors files; give the folder that the server was started on")
         stored = stored_quantization(config)

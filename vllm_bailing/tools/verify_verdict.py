@@ -89,6 +89,11 @@ def limits(dtype: str, measures: dict[str, float], shifts: list[Shift]) -> dict[
     return {name: limit(dtype, name, len(shifts)) for name in measures}
 
 
+def two_digits(value: float) -> str:
+    """A measure or limit as people see it; halves that binary numbers are a little below are rounded up too."""
+    return f"{value + 1e-9:.2f}"
+
+
 def judge(
     measures: dict[str, float], shifts: list[Shift], dtype: str, drafts: DraftCheck | None = None
 ) -> tuple[str, str]:
@@ -100,7 +105,7 @@ def judge(
     """
     most = limits(dtype, measures, shifts)
     above = [name for name, value in measures.items() if not value <= most[name]]  # also if it is no number
-    reasons = [f"{MEASURES[name]}: {measures[name]:.2f} is above {most[name]:.2f}" for name in above]
+    reasons = [f"{MEASURES[name]}: {two_digits(measures[name])} is above {two_digits(most[name])}" for name in above]
     looks = [_look(above, shifts, dtype)] if above else []
     if drafts and drafts.reason:
         reasons.append(drafts.reason)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_bailing.adapter_audit import CONFIG, read_settings
-from vllm_bailing.bench.runner import Task, run_task
 from vllm_bailing.errors import BenchError, TrainError
 from vllm_bailing.planning.request import LORA_RANKS
 from vllm_bailing.tools.prompts import json_row, read_lines
+from vllm_bailing.tools.task import Task, run_task
 
 _AT_ONCE = 16  # questions that the plain model answers together
 _FORM = 'give {"prompt_token_ids": [...], "token_ids": [...]}, and if you like "kind" and "held_out"'
