@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # registering must not import it
     import torch
 
 _SCALES = ("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "scales")
+_LFS = b"version https://git-lfs"
 _INDEX = "model.safetensors.index.json"
 _LET_READ = "let the user who runs this read it"
 _FILE_NAME = re.compile(r"[\w][\w.+@ -]{0,200}\.safetensors")
@@ -91,6 +92,11 @@ class Checkpoint:
                     self.tensors[name] = StoredTensor(file, tuple(stored.get_shape()), _kind(stored.get_dtype()), name)
         except SafetensorError as error:
             size, reason = file.stat().st_size, shown(error)
+            with file.open("rb") as stream:
+                if stream.read(len(_LFS)) == _LFS:
+                    raise CheckpointError(
+                        f"{file} only says where the weights are (a pointer of git-lfs); fetch them by `git lfs pull`"
+                    ) from None
             raise CheckpointError(f"{file} is cut off or damaged ({size} bytes; {reason}); fetch it again") from None
 
     @classmethod

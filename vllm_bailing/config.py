@@ -5,12 +5,13 @@ Imports neither torch nor vLLM. Every default lives here, so no other file guess
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import inspect
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -509,9 +510,14 @@ def adopt(config_dict: dict[str, Any]) -> dict[str, Any]:
     foreign = adopted.keys() - known.keys() - {"auto_map"}
     without_effect = [key for key in sorted(foreign) if not key.startswith("_") and not _is_neutral(adopted[key])]
     if without_effect:
-        named = ", ".join(f"{shown(key)}={told(adopted[key])}" for key in without_effect)
+        named = ", ".join(f"{shown(key)}={told(adopted[key])}{_meant(key, adopted)}" for key in without_effect)
         _warn(f"config.json: without effect, since BailingMoeV2 does not have such keys: {named}")
     return known
+
+
+def _meant(key: str, given: dict[str, Any]) -> str:
+    likely = difflib.get_close_matches(key, KEYS - given.keys(), 1, 0.85)
+    return f" (is {likely[0]} meant?)" if likely else ""
 
 
 def _warn_of_lost_keys(raw: dict[str, Any]) -> None:
@@ -525,8 +531,29 @@ def _warn_of_lost_keys(raw: dict[str, Any]) -> None:
             )
 
 
-@functools.cache  # loaders read a file several times
+_heard: list[list[str]] = []  # of those who hear instead of the log
+
+
+@contextlib.contextmanager
+def warnings_heard() -> Iterator[list[str]]:
+    """What is said of the config.json files that the body reads, which is not logged."""
+    heard: list[str] = []
+    _heard.append(heard)
+    try:
+        yield heard
+    finally:
+        _heard.remove(heard)
+
+
 def _warn(message: str) -> None:
+    if not _heard:
+        _log_once(message)
+    elif message not in _heard[-1]:
+        _heard[-1].append(message)
+
+
+@functools.cache  # loaders read a file several times
+def _log_once(message: str) -> None:
     _log.warning(message)
 
 

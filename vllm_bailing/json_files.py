@@ -1,10 +1,13 @@
-"""Files of text and JSON: read whole, or refused in a few words for a message; JSON written whole, or not at all."""
+"""Files of text and JSON: read whole, or refused in a few words for a message; written whole, or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +86,34 @@ def parsed(text: str) -> Any:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write a file that holds all of `value` whenever it is there, also if the process or the disk ends meanwhile."""
+    """Write JSON, as `write_text`."""
+    write_text(file, json.dumps(value) + "\n")
+
+
+def write_text(file: Path, text: str, errors: str = "strict") -> None:
+    """Write a file that holds all of `text` or what it held before, also if the process or the disk ends meanwhile.
+
+    Raises:
+        OSError: If it cannot be written; nothing new is left.
+    """
+    if file.exists() and not file.is_file():  # such as /dev/stdout
+        file.write_text(text, encoding="utf-8", errors=errors)
+        return
+    with replaced(file) as new:
+        new.write_text(text, encoding="utf-8", errors=errors)
+
+
+@contextlib.contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """Another file for the body to write, which takes the place of `file` after it; removed if the body fails."""
+    file = file.resolve()  # a link stays one
     new = file.with_name(f"{file.name}.new")
-    new.write_text(json.dumps(value) + "\n", encoding="utf-8")
-    new.replace(file)
+    try:
+        yield new
+        if file.exists():
+            shutil.copymode(file, new)
+        new.replace(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise

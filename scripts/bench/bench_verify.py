@@ -4,6 +4,7 @@
     python scripts/bench/bench_verify.py --right 10 --write FILE        and makes limits from them
     python scripts/bench/bench_verify.py --faults --words 4096          what of planted faults is above the limits
     python scripts/bench/bench_verify.py --faults --arm "plain fp8"
+    python scripts/bench/bench_verify.py --faults --arm "bf16, drafts"  in the MTP layer that drafts
 
 Every arm serves the demo checkpoint as one engine, or as the plain model in transformers, and is asked so many sets of
 prompts: held-out conversations and words in no order. Each set counts as a deployment. What the arms answer and how it
@@ -31,6 +32,7 @@ from bench_files import ROOT
 from rich.console import Console
 from rich.table import Table
 
+from tests.support.checkpoints import changed_demo
 from vllm_bailing import DEMO
 from vllm_bailing.config import BailingMoeV2Config, read_config
 from vllm_bailing.tools import verify
@@ -46,8 +48,10 @@ from vllm_bailing.tools.verify_deployment import (
     engine,
     prompts_of,
 )
+from vllm_bailing.tools.verify_verdict import DraftCheck
 
 Fault = Callable[[Any], object]  # changes the plain model
+DraftFault = Callable[[dict[str, Any]], object]  # changes the MTP layer's tensors, by their names in it
 HELD_OUT = ROOT / "tests" / "data" / "demo_heldout.jsonl"
 MTP = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
 COMPILED = {"enforce_eager": False}  # as `vllm serve` runs unless it is told otherwise
@@ -204,6 +208,44 @@ FAULTS: dict[str, Fault] = {
 }
 
 
+def times(factor: float, *names: str) -> DraftFault:
+    """Tensors are so many times as large."""
+
+    def plant(layer: dict[str, Any]) -> None:
+        for name in names:
+            layer[name] = factor * layer[name]
+
+    return plant
+
+
+def of_each_other(one: str, other: str) -> DraftFault:
+    """Two tensors stand in each other's place."""
+    return lambda layer: layer.update({one: layer[other], other: layer[one]})
+
+
+EXPERTS = tuple(f"mlp.experts.{expert}.down_proj.weight" for expert in range(16))  # of the demo
+DRAFT_FAULTS: dict[str, DraftFault] = {
+    "none": lambda layer: None,
+    "eh_proj zero": times(0, "eh_proj.weight"),
+    "halves of eh_proj swapped": lambda layer: layer.update(
+        {"eh_proj.weight": layer["eh_proj.weight"].roll(layer["eh_proj.weight"].shape[1] // 2, 1)}
+    ),
+    "hnorm and enorm swapped": of_each_other("hnorm.weight", "enorm.weight"),
+    "final norm half as large": times(0.5, "final_layernorm.weight"),
+    "attention missing": times(0, "attention.dense.weight"),
+    "norms of query and key swapped": of_each_other(
+        "attention.query_layernorm.weight", "attention.key_layernorm.weight"
+    ),
+    "norms of the layer swapped": of_each_other("input_layernorm.weight", "post_attention_layernorm.weight"),
+    "routed experts missing": times(0, *EXPERTS),
+    "routed experts twice as large": times(2, *EXPERTS),
+    "one expert missing": times(0, EXPERTS[0]),
+    "two experts swapped": of_each_other(*EXPERTS[:2]),
+    "shared experts missing": times(0, "mlp.shared_experts.down_proj.weight"),
+    "expert bias zero": times(0, "mlp.gate.expert_bias"),
+}
+
+
 def prompts(seed: int, words: int = WORDS) -> list[Prompt]:
     """Those of `verify` for seed 0; else six held-out messages, and words in another order."""
     texts = list(verify.DEFAULT_PROMPTS)
@@ -341,13 +383,18 @@ def reports_of(arm: Arm, work: Path, folder: Path, seeds: range) -> list[dict[st
 
 
 def judged(
-    arm: Arm, folder: Path, config: BailingMoeV2Config, served: list[Served], drafts: Drafts | None = None
+    arm: Arm,
+    folder: Path,
+    config: BailingMoeV2Config,
+    served: list[Served],
+    drafts: Drafts | None = None,
+    parts: bool = True,
 ) -> dict[str, Any]:
     """`verify`'s report, and the seconds that it took."""
     with tempfile.TemporaryDirectory() as scratch:
         start = time.monotonic()
         vllm = None if arm.options is None else version("vllm")
-        report = verify.judged(folder, config, served, arm.dtype, Path(scratch), vllm=vllm, drafts=drafts)
+        report = verify.judged(folder, config, served, arm.dtype, Path(scratch), vllm=vllm, drafts=drafts, parts=parts)
         return {**report, "seconds": time.monotonic() - start}
 
 
@@ -366,6 +413,29 @@ def show_faults(arm: Arm, work: Path, words: int) -> None:
         table.add_row(fault, f"{found['significance'][0]:.3g}", above, report["looks_like"])
         print(f"{fault}: {above or 'nothing'} above; {report['looks_like']}", flush=True)
     Console(width=130).print(table)
+
+
+def show_draft_faults(arm: Arm, work: Path) -> None:
+    """Plant every fault in the MTP layer of a checkpoint that an engine serves, and print what its drafts come to."""
+    table = Table("fault in the MTP layer", "drafts accepted", "of the reference", "verdict")
+    config = read_config(DEMO)
+    layer = f"model.layers.{config.num_hidden_layers}."
+    for number, (fault, plant) in enumerate(DRAFT_FAULTS.items()):
+
+        def change(tensors: dict[str, Any], plant: DraftFault = plant) -> None:
+            found = {name.removeprefix(layer): one for name, one in tensors.items() if name.startswith(layer)}
+            plant(found)
+            tensors.update({f"{layer}{name}": one.contiguous() for name, one in found.items()})
+
+        folder, file = changed_demo(work / f"draft-fault-{number}", change), work / f"draft-fault-{number}.pkl"
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(ask, arm, folder, {0: file}).result()
+        served, drafts = pickle.loads(file.read_bytes())
+        check = DraftCheck(**judged(arm, DEMO, config, served, drafts, parts=False)["drafts"])
+        came, wanted = f"{check.accepted} of {check.drafts}", f"{check.agreeing} of {check.positions}"
+        table.add_row(fault, came, wanted, check.reason or "right")
+        print(f"{fault}: {came}, {wanted}; {check.reason or 'right'}", flush=True)
+    Console(width=150).print(table)
 
 
 def show_right(reports: dict[str, list[dict[str, Any]]]) -> None:
@@ -414,7 +484,10 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)
         if faults:
             for name in arm or ["plain bf16"]:
-                show_faults(ARMS[name], folder, words)
+                if ARMS[name].drafts:
+                    show_draft_faults(ARMS[name], folder)
+                else:
+                    show_faults(ARMS[name], folder, words)
             return
         reports = {}
         for name in arm or ARMS:

@@ -148,10 +148,13 @@ def test_a_planted_scale_is_found_and_measured(part, checkpoint, tmp_path, monke
     for served, is_wrong in ((wrong, True), (computed.copies[0], False)):
         less = served - computed.logprobs, computed.copies[1:] - computed.logprobs
         differences = Differences(*less, ASKED.position, ASKED.token, ASKED.given)
-        shifts = verify_statistics.shifts(right.effects(verify_statistics.weights(differences)))
+        effects = right.effects(verify_statistics.weights(differences))
+        shifts = verify_statistics.shifts(effects, verify_statistics.squares(differences))
         (found,) = (shift for shift in shifts if shift.part == part)
         assert (abs(found.significance) > 5) == is_wrong, found
         assert abs(found.size - 0.03 * is_wrong) < (0.015 if is_wrong else 4 * found.error)
+        if is_wrong:
+            assert 0.8 * max(shift.share for shift in shifts) < found.share < 1, (found, shifts[:3])
 
 
 def test_accepted_drafts_are_those_of_the_whole_model(checkpoint, tmp_path):
@@ -227,11 +230,12 @@ def test_one_position_cannot_decide_the_direction():
 
 def test_a_shift_is_the_sum_over_its_error():
     score, information = np.array([3.0, 4.0, -1.0]), np.array([2.0, 0.0, 1.0])
-    (found,) = verify_statistics.shifts({"layer 0 MLP": np.stack([score, information])})
+    (found,) = verify_statistics.shifts({"layer 0 MLP": np.stack([score, information])}, 144.0)
     assert found.size == pytest.approx(6 / 5) and found.error == pytest.approx(math.sqrt(26) / 5)
     assert found.significance == pytest.approx(6 / math.sqrt(26))
+    assert found.share == pytest.approx(36 / 5 / 144)
     alike = {f"layer {n} router": np.roll(np.stack([score, information]), n, axis=1) for n in (1, 2)}
-    assert verify_statistics.shifts(alike)[0].part == "router of all layers"
+    assert verify_statistics.shifts(alike, 144.0)[0].part == "router of all layers"
 
 
 # ---- the verdict ----------------------------------------------------------------------------------------------
@@ -254,6 +258,35 @@ def test_more_parts_have_a_larger_extreme():
     few, many = (limit("bfloat16", "significance", parts) for parts in (82, 82 * 100))
     assert few == limit("bfloat16", "significance") and many == pytest.approx(math.sqrt(few**2 + 2 * math.log(100)))
     assert limit("bfloat16", "median", 8100) == limit("bfloat16", "median")
+
+
+def test_the_part_that_explains_most_is_named_and_how_sure_that_is():
+    most = {name: limit("bfloat16", name) for name in MEASURES}
+    norm, experts = (
+        Shift("final norm", -0.014, 0.0007, -19, 0.02),
+        Shift("layer 2 routed experts", 0.1, 0.01, 9.5, 0.04),
+    )
+    small = Shift("layer 1 router", 0.1, 0.05, 2, 0.9)  # no more than rounding
+    found = {**most, "significance": 17.7}
+    assert (
+        judge(found, [norm, experts, small], "bfloat16")[1]
+        == "the routed experts, or routed_scaling_factor in layer 2: +10.0 % ± 1.0 %"
+    )
+    found["median"] *= 2  # too much for one part that explains so little
+    assert judge(found, [norm, experts], "bfloat16")[1].endswith("; uncertain: that explains 4 % of the differences")
+    whole = Shift("layer 2 shared experts", -1, 0.03, -36, 0.56)
+    assert "uncertain" not in judge(found, [norm, whole], "bfloat16")[1]
+
+
+@pytest.mark.parametrize(("times", "said"), [((1.1, 9), "rows of the head"), ((9, 1.1), "rows of the embedding")])
+def test_rows_are_those_of_what_is_further_above_its_limit(times, said):
+    most = {name: limit("bfloat16", name) for name in MEASURES}
+    rows = dict(zip(("worst input", "worst output"), times, strict=True))
+    assert judge({**most, **{name: most[name] * by for name, by in rows.items()}}, [], "bfloat16")[1] == said
+
+
+def test_a_small_shift_is_told_with_as_many_digits_as_its_error_has():
+    assert verify_verdict.described(Shift("final norm", -0.000214, 0.0000312, -7)).endswith(": -0.021 % ± 0.003 %")
 
 
 @pytest.mark.parametrize(

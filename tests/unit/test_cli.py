@@ -596,6 +596,57 @@ def test_a_place_that_cannot_be_written_is_refused_before_an_engine_starts(words
     assert done.exit_code == 2 and "--out /proc/x/y: No such file or directory; name another file" in done.stderr
 
 
+def test_a_result_is_not_written_over_another_name_of_what_is_read(tmp_path):
+    (tmp_path / "given.json").write_text("{}")
+    os.link(tmp_path / "given.json", tmp_path / "page.html")
+    done = invoke("report", tmp_path / "given.json", "--out", tmp_path / "page.html")
+    assert done.exit_code == 2 and "is a file that is read; name another one" in done.stderr, done.output
+
+
+@pytest.mark.parametrize("words", [["plan", str(DEMO), "--gpu", "H100", "--json"], ["info", "--json"]], ids=" ".join)
+def test_an_output_that_is_full_is_one_line(words):
+    code = "import sys; from vllm_bailing import cli; sys.argv[0] = 'vllm-bailing'; cli.main()"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", code, *words], stdout=full, stderr=subprocess.PIPE, cwd=ROOT)
+    said = done.stderr.decode().splitlines()[-1]
+    assert done.returncode == 2 and said.endswith(": No space left on device; make room, or write elsewhere"), said
+    assert b"Traceback" not in done.stderr
+
+
+def test_an_output_that_is_closed_is_no_traceback():
+    code = "import sys; from vllm_bailing import cli; sys.argv[0] = 'vllm-bailing'; cli.main()"
+    command = [sys.executable, "-c", code, "demo-path"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, cwd=ROOT)
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize("name", ["[/x]", "a[red]b", "[bold]x[/bold]"])
+@pytest.mark.parametrize("gpu", [("--gpu", "H100"), ("--gpu", "cpu", "--bandwidth", "0.05", "--memory-gib", "8")])
+def test_brackets_in_a_name_are_brackets(name, gpu, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir(parents=True)
+    (Path(name) / "config.json").write_text((DEMO / "config.json").read_text())
+    done = invoke("plan", name, *gpu)
+    assert done.stdout.startswith(f"{name} "), done.output
+    assert name in invoke("doctor", name).output
+
+
+def test_a_name_that_begins_with_a_dash_is_shown_so_that_it_can_be_served(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("-dash").mkdir()
+    Path("-dash/config.json").write_text((DEMO / "config.json").read_text())
+    assert "vllm serve ./-dash" in invoke("plan", "--gpu", "H100", "--", "-dash").stdout
+
+
+@pytest.mark.parametrize("url", ["/etc/passwd", "http://", "http://[::1", "ftp://here", " "])
+@pytest.mark.parametrize(
+    "words", [("verify", DEMO), ("doctor",), ("report",), ("balance", DEMO), ("bench", "mtp", "m")]
+)
+def test_what_is_no_url_is_refused_in_the_same_words(words, url):
+    done = invoke(*words, "--url", url)
+    assert done.exit_code == 2 and "give a URL such as http://localhost:8000" in " ".join(done.stderr.split())
+
+
 # ---- lines -----------------------------------------------------------------------------------------------------
 
 

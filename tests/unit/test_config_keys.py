@@ -279,7 +279,7 @@ def test_the_former_name_of_the_quantization_is_read():
 @pytest.fixture
 def warnings_of(caplog):
     def read(raw: dict) -> list[str]:
-        config_module._warn.cache_clear()
+        config_module._log_once.cache_clear()
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="vllm.plugins.bailing"):
             adopt(raw)

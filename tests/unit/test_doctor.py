@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from types import SimpleNamespace
 
+import httpx
 import psutil
 import pytest
 import torch
@@ -17,10 +19,11 @@ import torch
 from tests.support.checkpoints import make_checkpoint, read_tensors, without_mtp_in_config, write_tensors
 from tests.support.commands import invoke
 from tests.support.configs import change_config
+from tests.support.pages import serving_page
 from tests.support.quantized import quantize
 from vllm_bailing import DEMO, DEMO_ADAPTER
 from vllm_bailing.plugin import supported_versions
-from vllm_bailing.tools import doctor, doctor_weights
+from vllm_bailing.tools import doctor, doctor_server, doctor_weights
 
 
 def by_name(checks):
@@ -90,6 +93,16 @@ def with_the_base_models_template(folder):
     (folder / "chat_template.jinja").write_text("{% for m in messages %}<role>{{ m.content }}{% endfor %}")
 
 
+def with_a_misspelt_key(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["num_expert_per_tok"] = config.pop("num_experts_per_tok")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def with_a_pointer_of_git_lfs(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
 def with_pickled_files(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -97,7 +110,15 @@ def with_pickled_files(folder):
 @pytest.mark.parametrize(
     "change, name, ok, detail, fix",
     [
-        (with_pickled_files, "files", None, ".bin files, which vLLM serves but nothing here reads", ""),
+        (
+            with_pickled_files,
+            "files",
+            None,
+            "nothing here reads: the weights were not checked",
+            "save the model as safetensors",
+        ),
+        (with_a_misspelt_key, "config.json", None, "num_expert_per_tok=4 (is num_experts_per_tok meant?)", "correct"),
+        (with_a_pointer_of_git_lfs, "files", False, "only says where the weights are", ""),
         (without_a_tensor, "tensors", False, "model.layers.2.mlp.experts.3.up_proj.weight", "incomplete download"),
         (without_a_shard, "files", False, "1 of 3 files of the index are not in", "fetch or export"),
         (without_mtp_in_config, "MTP layer", False, "1 in the files, num_nextn_predict_layers=0", "--hf-overrides"),
@@ -366,3 +387,38 @@ def test_files_of_the_hub_are_compared_with_its_hashes(place, tmp_path):
 
 def test_files_from_elsewhere_have_no_hashes():
     assert by_name(doctor_weights.weights(DEMO))["hashes"].ok is None
+
+
+# ---- a server --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "said"),
+    [
+        (200, {"usage": {"completion_tokens": 1}}, "generated in 0.5 s"),
+        (200, {"usage": {"completion_tokens": 0}}, "HTTP 200: no token"),
+        (500, {"error": {"message": "EngineCore encountered an issue. See stack trace (above)"}}, "engine has ended"),
+        (400, {"error": {"message": "prompt: too long"}}, "HTTP 400: prompt: too long"),
+        (404, {"error": "no such page"}, "HTTP 404: no such page"),
+    ],
+)
+def test_a_token_is_asked_for(status, answer, said):
+    response = httpx.Response(status, json=answer)
+    response.elapsed = timedelta(seconds=0.5)
+    found = doctor_server._token(SimpleNamespace(post=lambda *_, **__: response), "demo", {})
+    assert said in found.detail and found.ok == ("generated" in said) and bool(found.fix) != found.ok
+
+
+@pytest.mark.parametrize("page", ["<html>It works!</html>", '{"data": []}', '{"data": 3}', '{"data": [3]}'])
+def test_what_serves_no_model_is_no_server(page):
+    with serving_page(page) as address:
+        done = invoke("doctor", "--url", address)
+    assert done.exit_code == 1 and "lists no models; is it a vLLM server?" in done.stdout, done.output
+    assert "ok  " not in done.stdout and done.stdout.count("to do") == 1
+
+
+def test_what_is_left_to_do_is_not_all_well(tmp_path):
+    shutil.copytree(DEMO, tmp_path / "model")
+    with_pickled_files(tmp_path / "model")
+    done = invoke("doctor", tmp_path / "model")
+    assert done.exit_code == 0 and done.stdout.splitlines()[-1] == 'no problem found; see what is under "to do"'

@@ -15,7 +15,7 @@ from tests.support.commands import invoke
 from vllm_bailing import DEMO
 from vllm_bailing.cli import app
 from vllm_bailing.errors import ChatError, SettingsError
-from vllm_bailing.json_files import parsed, read_json, write_json
+from vllm_bailing.json_files import parsed, read_json, write_json, write_text
 from vllm_bailing.plugin.options import draft_vocabulary
 from vllm_bailing.tools.chat import Chat
 from vllm_bailing.tools.prompts import read_prompts
@@ -163,3 +163,33 @@ def test_a_conversation_is_not_waited_for(tmp_path, soon):
     os.mkfifo(tmp_path / "kept.json")
     with pytest.raises(ChatError, match="no conversation that /save wrote: it is no file"):
         Chat(None, "demo").load(tmp_path / "kept.json")
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    write_text(file, "before")
+    file.chmod(0o640)
+    write_text(file, "after")
+    assert file.read_text() == "after" and file.stat().st_mode & 0o777 == 0o640
+
+    def full(new, text, **_):
+        new.write_bytes(text[:2].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(file, "never")
+    with pytest.raises(OSError, match="No space"):
+        write_text(tmp_path / "another", "never")
+    assert [one.name for one in tmp_path.iterdir()] == ["file"] and file.read_bytes() == b"after"
+
+
+def test_a_link_stays_one_and_a_device_is_written_to(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_text(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "text"
+    write_text(Path("/dev/null"), "text")
+    assert not Path("/dev/null").is_file()

@@ -45,10 +45,16 @@ def test_a_server_that_is_not_reached_says_why(library, cause, said):
 @pytest.mark.parametrize(
     ("status", "said"),
     [
-        (400, "http://server refuses a request: why"),
+        (302, "http://server sends elsewhere (HTTP 302); give the URL of the server itself"),
+        (400, "http://server refuses a request (HTTP 400): why"),
         (401, "http://server asks for a key (HTTP 401); set VLLM_API_KEY to it"),
         (403, "http://server asks for a key (HTTP 403); set VLLM_API_KEY to it"),
-        (404, "http://server refuses a request: why"),
+        (
+            404,
+            "http://server does not have what it is asked for (HTTP 404): why; correct --url or the model's name, or "
+            "ask the server itself if there is a proxy in front",
+        ),
+        (429, "http://server has too many requests (HTTP 429): why; ask again later"),
         (500, "http://server failed (HTTP 500): why; look into the server's log"),
         (502, "http://server is not ready (HTTP 502); wait until it has loaded its model, and ask again"),
         (503, "http://server is not ready (HTTP 503); wait until it has loaded its model, and ask again"),
@@ -65,13 +71,26 @@ def test_a_server_that_refuses_says_why(status, said):
         (OpenAIError("See stack trace (above)"), "http://server: the server's engine has ended; the server's log says"),
         (OpenAIError("overloaded"), "http://server: overloaded"),
         (ChatError("it lists no models; is it a vLLM server?"), "http://server: it lists no models; is it a vLLM"),
-        (AttributeError("no choices"), "http://server did not answer as a vLLM server does: no choices; see the end"),
-        (KeyError(), "http://server did not answer as a vLLM server does: KeyError; see the end of its log"),
+        (AttributeError("no choices"), "http://server did not answer as a vLLM server does; see the end of its log"),
+        (ValueError("no number"), "http://server did not answer as a vLLM server does: no number; see the end"),
+        (EOFError(), "http://server did not answer as a vLLM server does: EOFError; see the end of its log"),
     ],
-    ids=["dead", "failed", "no models", "a web page", "without words"],
+    ids=["dead", "failed", "no models", "a web page", "no number", "without words"],
 )
 def test_an_answer_that_is_none_says_why(error, said):
     assert str(no_answer(URL, error)).startswith(said)
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_page_that_is_refused_is_told_as_an_answer_that_is(status):
+    answer = httpx.Response(status, request=REQUEST)
+    error = httpx.HTTPStatusError("no", request=REQUEST, response=answer)
+    of_client = APIStatusError("no", response=answer, body={"message": answer.reason_phrase})
+    assert no_answer(URL, error) == no_answer(URL, of_client)
+
+
+def test_a_password_is_not_shown():
+    assert "secret" not in str(no_answer("http://user:secret@server:8000", OpenAIError("no")))
 
 
 def test_the_limit_of_seconds_is_told_where_it_is_known():

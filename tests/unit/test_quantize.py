@@ -8,6 +8,7 @@ from compressed_tensors.quantization import QuantizationConfig
 
 from tests.support.checkpoints import make_checkpoint, read_tensors, write_tensors
 from tests.support.commands import invoke
+from tests.support.configs import change_config
 from tests.support.layouts import LAYOUTS
 from tests.support.quantized import is_linear, quantize_by_command
 from vllm_bailing.config import read_config
@@ -77,8 +78,41 @@ def test_a_checkpoint_without_a_layer_is_refused(tmp_path):
     name = "model.layers.1.attention.dense.weight"
     write_tensors(model, {other: tensor for other, tensor in read_tensors(model).items() if other != name})
     done = invoke("quantize", model, tmp_path / "out", "--scheme", "fp8")
-    assert done.exit_code == 2 and "the checkpoint lacks 1 tensor" in " ".join(done.stderr.replace("│", " ").split())
+    assert done.exit_code == 2 and name in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def with_a_tensor_too_many(model):
+    tensors = read_tensors(model)
+    write_tensors(model, tensors | {"model.layers.1.foo.weight": tensors["model.norm.weight"].clone()})
+
+
+def with_a_head_in_integers(model):
+    tensors = read_tensors(model)
+    write_tensors(model, tensors | {"lm_head.weight": tensors["lm_head.weight"].to(torch.int8)})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_a_tensor_too_many, "model.layers.1.foo.weight"),
+        (with_a_head_in_integers, "1 of integers or 8 bits (lm_head.weight)"),
+        (lambda model: change_config(model, num_hidden_layers=2), "num_hidden_layers=2"),
+        (lambda model: change_config(model, num_nextn_predict_layers=0), "num_nextn_predict_layers=0"),
+        (
+            lambda model: change_config(model, quantization_config={"quant_method": "fp8"}),
+            "its weights are plain; remove quantization_config from config.json",
+        ),
+    ],
+    ids=["unexpected", "integers", "a layer too few", "MTP layer not counted", "plain"],
+)
+def test_what_doctor_rejects_is_not_quantized(change, said, tmp_path):
+    model = make_checkpoint(tmp_path / "model")
+    change(model)
+    done = invoke("quantize", model, tmp_path / "out", "--scheme", "fp8")
+    assert done.exit_code == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "out").exists()
+    assert invoke("doctor", model).exit_code == 1
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_the_load_of_experts_and_ranks_is_that_of_the_file(written):
 def test_what_decided_and_where_it_differs_is_shown(written):
     judged = {key: value for key, value in VERIFIED.items() if key != "tolerance"} | {
         "measures": {"median": [0.91, 1.25], "worst_token": [40.0, 12.5]},
-        "shifts": [{"part": "experts of layer 7", "size": 0.05, "error": 0.004, "significance": 12.5}],
+        "shifts": [{"part": "experts of layer 7", "size": 0.05, "error": 0.004, "significance": 12.5, "share": 0.31}],
         "coverage": {"vocabulary": 0.93, "experts": [1.0, 0.875]},
         "words": {**ROW, "tokens": 1024},
         "looks_like": "one layer's experts",
@@ -173,7 +173,7 @@ def test_what_decided_and_where_it_differs_is_shown(written):
     shown = written(judged)
     decides, parts, deviations = shown.tables[:3]
     assert decides[1:] == [["median", "0.91", "1.25", "within"], ["worst token", "40", "12.5", "above"]]
-    assert parts[1:] == [["experts of layer 7", "0.05", "0.004", "12.5"]]
+    assert parts[1:] == [["experts of layer 7", "0.05", "0.004", "12.5", "31.0 %"]]
     assert [row[:2] for row in deviations[1:]] == [["1", "67"], ["2", "1,062"], ["words", "1,024"], ["all", "1,129"]]
     touched = "93.0 % of the vocabulary, at least 87.5 % of the experts of every layer"
     assert {touched, "one layer's experts"} <= set(shown.texts["dd"])

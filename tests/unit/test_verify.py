@@ -129,7 +129,7 @@ def test_what_is_no_server_of_vllm_is_one_line(page, tmp_path):
             400,
             "at most 2048 tokens",
             None,
-            "http://here refuses a request: at most 2048 tokens; ask for less than --max-",
+            "http://here refuses a request (HTTP 400): at most 2048 tokens; ask for less than --max-",
         ),
         (401, "Unauthorized", None, "http://here asks for a key (HTTP 401); set VLLM_API_KEY to it"),
         (503, "", None, "http://here is not ready (HTTP 503); wait until it has loaded its model"),
@@ -242,7 +242,7 @@ def test_deviations_are_computed_as_they_are_defined():
         ),
         ([DEMO, "--url", "http://127.0.0.1:9"], "no server at http://127.0.0.1:9; start one by"),
         ([DEMO, "--url", "http://no.invalid:9"], "the name in http://no.invalid:9 cannot be resolved ("),
-        ([DEMO, "--url", "ftp://here"], "ftp://here is no URL of a server; give one such as http://localhost:8000"),
+        ([DEMO, "--url", "ftp://here"], "ftp://here begins with ftp://; give a URL such as http://localhost:8000"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(arguments, message, tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 
 from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import BalanceError, shown, told
-from vllm_bailing.json_files import Unreadable, require_file
+from vllm_bailing.json_files import Unreadable, replaced, require_file
 
 # What has to be the same in a trace and in the model that it is used for.
 _SHAPE = ("num_experts", "num_experts_per_tok", "n_group", "topk_group", "hidden_size", "moe_intermediate_size")
@@ -60,7 +60,7 @@ class Trace:
         about = {"lengths": self.lengths, "layers": self.layers, "shape": self.shape, "model": self.model}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("wb") as stream:  # numpy would add a suffix to a name
+            with replaced(file) as new, new.open("wb") as stream:  # numpy would add a suffix to a name
                 np.savez_compressed(stream, picks=self.picks, about=np.array(json.dumps(about)))
         except OSError as error:
             raise BalanceError(f"{file} cannot be written ({error.strerror}); name another file") from None
@@ -106,9 +106,8 @@ def read_trace(file: Path, config: BailingMoeV2Config) -> Trace:
     except OSError as error:
         raise BalanceError(f"--trace {file} cannot be read ({error.strerror or shown(error)}); name another") from None
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, RecursionError) as error:
-        raise BalanceError(
-            f"--trace {file} is no trace of this command ({shown(error)}); record one without --trace"
-        ) from None
+        why = "no npz file" if "pickle" in str(error) else shown(error)  # numpy's words advise to load one
+        raise BalanceError(f"--trace {file} is no trace of this command ({why}); record one without --trace") from None
     _check(trace, file, config)
     return trace
 

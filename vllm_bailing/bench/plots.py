@@ -14,6 +14,7 @@ from typing import Any
 from vllm_bailing.bench.mtp import of_arm
 from vllm_bailing.bench.statistics import AGAIN, IN_TREE, PLUGIN
 from vllm_bailing.errors import shown
+from vllm_bailing.json_files import replaced
 
 _MOST_BARS = 100
 
@@ -39,7 +40,8 @@ def figure_at(
         figure, axes = pyplot.subplots(1, panels, figsize=size, squeeze=False, **{"dpi": 100, **options})
         try:
             yield figure, list(axes[0])
-            figure.savefig(path)
+            with replaced(path) as new:
+                figure.savefig(new, format=path.suffix[1:])
         finally:
             pyplot.close(figure)
 

@@ -11,6 +11,7 @@ from typing import Any
 from vllm_bailing.bench.in_tree import CompareTask
 from vllm_bailing.bench.mtp import NO_DRAFTS, Measurement, MtpTask, advice, summarize
 from vllm_bailing.bench.shapes import SHAPES
+from vllm_bailing.json_files import write_text
 
 Report = dict[str, Any]
 
@@ -97,7 +98,7 @@ def write_report(report: Report, out: Path, plot: Callable[[Report, Path], None]
     data, picture = files_of(out)
     written = [data]
     out.parent.mkdir(parents=True, exist_ok=True)
-    written[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_text(written[0], json.dumps(report, indent=1) + "\n")
     try:
         plot(report, picture)
     except ImportError:

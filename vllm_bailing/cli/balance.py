@@ -128,7 +128,6 @@ def show_load(report: dict[str, Any]) -> None:
     console.print(
         f"{report['model']}: {report['tokens']} tokens of {report['requests']} requests, "
         f"{report['experts_per_token']} of {report['experts']} experts for each",
-        markup=False,
     )
     console.print(table)
     more = len(report["load"]) - len(rows)

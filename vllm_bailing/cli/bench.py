@@ -273,7 +273,7 @@ def show_mtp(report: dict[str, Any]) -> None:
 
 def show_comparison(report: dict[str, Any]) -> None:
     """The report of `bench compare`."""
-    from rich.markup import escape
+    from rich.text import Text
 
     from vllm_bailing.bench import statistics
 
@@ -288,7 +288,7 @@ def show_comparison(report: dict[str, Any]) -> None:
         is_base = row["arm"] == statistics.IN_TREE
         noise = f"noise {100 * (row['noise'] - 1):.1f} %"
         table.add_row(
-            f"[bold]{row['figure']}, {row['unit']}[/]" if is_base else f"  {escape(row['arm'])}",
+            Text(f"{row['figure']}, {row['unit']}", "bold") if is_base else f"  {row['arm']}",
             f"{short(row['median'])} ({short(row['low'])}-{short(row['high'])})",
             "1" if is_base else f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})",
             noise if row["arm"] == statistics.AGAIN else row["verdict"],

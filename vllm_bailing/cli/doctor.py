@@ -61,9 +61,11 @@ def doctor(
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in checks]))
     elif problems:
-        console.print(f"[red]{problems} problem{'s' if problems > 1 else ''}[/red]")
+        console.print(f"{problems} problem{'s' if problems > 1 else ''}", style="red")
+    elif any(check.ok is None and check.fix for check in checks):
+        console.print('no problem found; see what is under "to do"', style="green")
     else:
-        console.print("[green]all is well[/green]")
+        console.print("all is well", style="green")
     raise typer.Exit(1 if problems else 0)
 
 

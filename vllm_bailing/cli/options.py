@@ -45,8 +45,21 @@ BatchSizes = Annotated[str, typer.Option("--batch-size", help="Requests at once,
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="How often each is measured, alternating.")]
 ReportName = Annotated[Path, typer.Option("--out", help="Where to write NAME.json and NAME.png.")]
 
+
+def _checked_url(url: str | None) -> str | None:
+    if url is None:
+        return None
+    from vllm_bailing.errors import ChatError
+    from vllm_bailing.tools.chat import checked_url
+
+    try:
+        return checked_url(url.strip())
+    except ChatError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 # These are optional in one command and have a default in another.
-URL = typer.Option("--url", help="A running vLLM server, such as http://localhost:8000.")
+URL = typer.Option("--url", help="A running vLLM server, such as http://localhost:8000.", callback=_checked_url)
 TENSOR_PARALLEL_SIZE = typer.Option(
     "--tensor-parallel-size", "--tp", "-tp", min=1, help="Ranks of tensor parallelism, as for vLLM."
 )

@@ -5,6 +5,7 @@ rich is imported where it is used: it takes longer than all of `--help`.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def console(stderr: bool = False) -> Console:
-    """A terminal, or a file, to print on; numbers in a text are not colored.
+    """A terminal, or a file, to print on; numbers in a text are not colored, and [brackets] are brackets.
 
     Texts break at blanks to fit into the lines of a terminal, and nowhere in a file or where a word does not fit;
     `soft_wrap=True` is for commands, which break nowhere, so that they can be copied.
@@ -47,7 +48,7 @@ def console(stderr: bool = False) -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # see `orderly_end`; rich would end the process
 
-    return OwnConsole(highlight=False, stderr=stderr)
+    return OwnConsole(highlight=False, markup=False, stderr=stderr)
 
 
 def show_beside(console: Console, lead: Any, text: str) -> None:
@@ -112,9 +113,9 @@ def folded(text: str, stream: TextIO, indent: int = 0) -> str:
 
 def require_others(command: str, option: str, written: Iterable[Path], read: Iterable[Path | str | None]) -> None:
     """Refuse to write over a file that is read."""
-    there = [Path(file).resolve() for file in read if file]
+    there = [Path(file) for file in read if file and Path(file).exists()]
     for file in written:
-        if file.resolve() in there:
+        if file.exists() and any(file.samefile(one) for one in there):
             raise fail(command, f"{option} {file} is a file that is read; name another one", 2)
 
 
@@ -161,13 +162,24 @@ def orderly_end(command: Callable[[], str]) -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # as it is where it was closed
+                sys.stdout.flush()
     except KeyboardInterrupt:
         raise interrupted(command()) from None
     except BrokenPipeError:
         # What is left in the buffer would fail once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_output()
         raise SystemExit(CLOSED_PIPE) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+            raise
+        _drop_output()
+        where = error.filename or "the output"
+        raise fail(command(), f"{where}: {error.strerror}; make room, or write elsewhere", 2) from None
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @contextmanager

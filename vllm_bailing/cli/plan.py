@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_bailing.cli import options, output
+from vllm_bailing.errors import shown
+from vllm_bailing.json_files import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -168,7 +170,7 @@ def _report(plan: Plan, config_file: Path | None, as_json: bool) -> None:
     written = None if plan.verdict == "no" else config_file
     if written:
         try:
-            written.write_text(plan.yaml(), encoding="utf-8")
+            write_text(written, plan.yaml())
         except OSError as error:
             raise output.fail("plan", f"--config {written}: {error.strerror}; name another file", 2) from None
     if as_json:
@@ -186,7 +188,8 @@ def show_plan(plan: Plan) -> None:
     from rich.text import Text
 
     console = output.console()
-    console.print(f"[bold]{plan.model}[/bold] in {plan.dtype} on {plan.gpus} x {plan.gpu.name} ({plan.layout})")
+    on = f" in {plan.dtype} on {plan.gpus} x {plan.gpu.name} ({plan.layout})"
+    console.print(Text.assemble((shown(plan.model), "bold"), on))
     for name, text in (("why", plan.why), ("runner-up", plan.runner_up)):
         if text:
             output.show_beside(console, Text(f"{name}: "), text)
@@ -204,8 +207,11 @@ def show_plan(plan: Plan) -> None:
         f"KV cache: {plan.kv_bytes_per_token / 1024:g} KiB per token and GPU, room for {plan.kv_tokens:,} tokens"
     )
     console.print(
-        f"[{color}]{plan.verdict}[/{color}]: {plan.concurrency:,} requests of {plan.context:,} tokens"
-        + (f" ({plan.reason})" if plan.reason else "")
+        Text.assemble(
+            (plan.verdict, color),
+            f": {plan.concurrency:,} requests of {plan.context:,} tokens",
+            f" ({plan.reason})" if plan.reason else "",
+        )
     )
     if plan.verdict != "no":
         console.print(
@@ -248,11 +254,11 @@ def _show_commands(console: Console, plan: Plan) -> None:
         for number, own in enumerate(plan.commands):
             address = f", of address HOST{own.node}" if "headless" not in own.flags else ""
             console.print(f"\n{own.place(plan.commands)}{address}:")
-            console.print(plan.serve_line(number, _columns(console)), soft_wrap=True, markup=False)
+            console.print(plan.serve_line(number, _columns(console)), soft_wrap=True)
         return
     beside = [own for own in others if own.node == first.node]
     where = f"each of {plan.nodes} nodes" if plan.nodes > 1 else "the node"
     console.print(f"\non {where}:" if others else "")
-    console.print(plan.serve_line(0, _columns(console)), soft_wrap=True, markup=False)
+    console.print(plan.serve_line(0, _columns(console)), soft_wrap=True)
     for own in beside:
-        console.print(f"the same with {own.additions()}", soft_wrap=True, markup=False)
+        console.print(f"the same with {own.additions()}", soft_wrap=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vllm_bailing.cli import output
+from vllm_bailing.errors import shown
 
 if TYPE_CHECKING:
     from vllm_bailing.config import BailingMoeV2Config
@@ -63,13 +64,18 @@ def _machine(memory_gib: float | None, bandwidth: float | None) -> CpuMachine:
 
 
 def _show(model: str, context: int, machine: CpuMachine, plans: list[CpuPlan]) -> None:
+    from rich.text import Text
+
     from vllm_bailing.processor import found
     from vllm_bailing.units import GIB
 
     console = output.console()
     console.print(
-        f"[bold]{model}[/bold] on this processor ({found()}), {machine.memory_bytes / GIB:.1f} GiB free, "
-        f"{machine.bandwidth / 1e9:.1f} GB/s read from memory"
+        Text.assemble(
+            (shown(model), "bold"),
+            f" on this processor ({found()}), {machine.memory_bytes / GIB:.1f} GiB free, ",
+            f"{machine.bandwidth / 1e9:.1f} GB/s read from memory",
+        )
     )
     table = output.table("weights in")
     for title in ("GiB", "tokens of KV cache", "tokens/s at most", f"{context:,} tokens"):
@@ -82,7 +88,7 @@ def _show(model: str, context: int, machine: CpuMachine, plans: list[CpuPlan]) -
             output.gib(plan.weights_bytes),
             f"{plan.kv_tokens:,}",
             f"{plan.tokens_per_s:.1f}",
-            f"[{color}]{verdict}[/{color}]",
+            Text(verdict, color),
         )
     console.print(table)
     console.print("tokens/s: one request, if reading memory were all that a step takes; no promise")
@@ -107,7 +113,7 @@ def _show_commands(model: str, context: int, best: CpuPlan, config: BailingMoeV2
         served = f"{source.rstrip('/').rpartition('/')[2]}-{best.dtype}"
         head = f" --head {SCHEMES[best.head_dtype]}" if best.head_dtype else ""
         command = f"\nvllm-bailing quantize {source} {served} --scheme {SCHEMES[best.dtype]}{head}"
-        console.print(command, soft_wrap=True, markup=False)
+        console.print(command, soft_wrap=True)
     cache = max(1, -(-min(best.kv_tokens, 8 * context) * best.kv_bytes_per_token // GIB))
     command = f"VLLM_CPU_KVCACHE_SPACE={cache} vllm serve {served} --max-model-len {context}{flags}"
-    console.print(command if served != source else f"\n{command}", soft_wrap=True, markup=False)
+    console.print(command if served != source else f"\n{command}", soft_wrap=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -40,12 +42,11 @@ def quantize(
     except QuantizeError as error:
         raise output.fail("quantize", error, 2) from None
     except OSError as error:
-        file = error.filename or out
-        is_read = Path(file).is_relative_to(model)
-        remedy = "make it readable, or fetch it again" if is_read else "name another folder"
+        is_read = error.errno == errno.EACCES and Path(error.filename or "").is_relative_to(model)
+        file, remedy = (error.filename, "make it readable") if is_read else (out, "name another folder")
         raise output.fail("quantize", f"{file}: {error.strerror or error}; {remedy}", 2) from None
     except KeyboardInterrupt:
         raise output.interrupted("quantize", f"what it wrote to {out} is removed") from None
     speculation = json.dumps({"method": "mtp", "model": str(out), "num_speculative_tokens": 1})
-    way = f"`--speculative-config '{speculation}'`" if is_draft else f"`vllm serve {out}`"
+    way = f"`--speculative-config '{speculation}'`" if is_draft else f"`vllm serve {shlex.quote(str(out))}`"
     typer.echo(f"{out}: {size / GIB:.3f} GiB; serve it with {way}", err=True)

@@ -32,6 +32,7 @@ def report(
     """
     from vllm_bailing.errors import ReportError
     from vllm_bailing.folders import nowhere
+    from vllm_bailing.json_files import write_text
     from vllm_bailing.report import inputs, live, page
     from vllm_bailing.tools import doctor
 
@@ -49,7 +50,7 @@ def report(
             server = live.ask(url, served_model_name) if url else None
             checks = list(doctor.checkpoint(model)) if model else []
         text = page.make(results, server, model, checks, title)
-        out.write_text(text, encoding="utf-8", errors="replace")
+        write_text(out, text, errors="replace")
     except ReportError as error:
         raise output.fail("report", error, 2) from None
     except OSError as error:

@@ -161,5 +161,5 @@ def show_table(rows: list[Row], written: list[Path], serve: str) -> None:
         f"{sum(row.tried for row in rows)} candidates timed, of which {failed} could not run"
     )
     console.print(f"written to {' and '.join(map(str, written))}")
-    console.print(f"\n{serve}", soft_wrap=True, markup=False)
+    console.print(f"\n{serve}", soft_wrap=True)
     console.print("vLLM's log names the table.")

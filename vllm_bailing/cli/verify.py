@@ -118,9 +118,10 @@ def show_report(report: dict[str, Any]) -> None:
         touched += f" and {100 * worst:.3g} % of the experts of each layer"
     console.print(f"The prompts touched {touched}.")
     if report["computes"]:
-        console.print(f"[green]{report['deployment']} computes {report['checkpoint']}[/green]")
+        console.print(f"{report['deployment']} computes {report['checkpoint']}", style="green")
     else:
-        console.print(f"[red]{report['deployment']} does not compute {report['checkpoint']}[/red]: {report['reason']}")
+        verdict = f"{report['deployment']} does not compute {report['checkpoint']}"
+        console.print(Text.assemble((verdict, "red"), f": {report['reason']}"))
     if report["looks_like"]:
         console.print(f"It looks like {report['looks_like']}")
     if report["not_checked"]:

@@ -76,6 +76,7 @@ class ShiftShape(_Shape):
     size: float
     error: float
     significance: float
+    share: float | None = None
 
 
 class CoverageShape(_Shape):

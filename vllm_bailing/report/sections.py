@@ -218,7 +218,16 @@ def _measures(found: inputs.VerifyShape) -> list[Table]:
         Row([name.replace("_", " "), number(came), number(most), *_within(came <= most)], NONE if came <= most else BAD)
         for name, (came, most) in found.measures.items()
     ]
-    shifts = [Row([one.part, number(one.size), number(one.error), number(one.significance)]) for one in found.shifts]
+    shifts = [
+        Row(
+            [
+                one.part,
+                *map(number, (one.size, one.error, one.significance)),
+                "" if one.share is None else share(one.share),
+            ]
+        )
+        for one in found.shifts
+    ]
     tables = [
         Table(
             "What decides, in units of the checkpoint's own rounding",
@@ -226,7 +235,12 @@ def _measures(found: inputs.VerifyShape) -> list[Table]:
             rows,
             frozenset({1, 2}),
         ),
-        Table("Where it differs most", ["part", "size", "error", "significance"], shifts, frozenset({1, 2, 3})),
+        Table(
+            "Where it differs most",
+            ["part", "size", "error", "significance", "explains"],
+            shifts,
+            frozenset({1, 2, 3, 4}),
+        ),
     ]
     return [table for table in tables if table.rows]
 

@@ -15,10 +15,11 @@ import httpx
 from openai import APIConnectionError, OpenAI
 
 from vllm_bailing.errors import ChatError, shown, told
-from vllm_bailing.json_files import read_json
+from vllm_bailing.json_files import read_json, write_text
 from vllm_bailing.reasoning import ReasoningStream
 
 NOT_READY = (502, 503, 504)  # what stands for a server that does not answer yet
+_LIST_SECONDS = 30.0  # for the names of the models, which no server has to compute
 _CUT_OFF = "the connection ended before the answer did; ask again"
 _MEASURABLE_SECONDS = 0.5  # below it the pieces of an answer come together, and say nothing about the speed
 
@@ -77,11 +78,13 @@ def first_model(client: OpenAI) -> str:
         ChatError: If it serves none, or is no such server.
     """
     try:
-        models = client.models.list().data
-        return models[0].id
+        name = client.with_options(timeout=_LIST_SECONDS).models.list().data[0].id
+        if isinstance(name, str):
+            return name
     # The library believes what it is sent, and ends somewhere in a web page.
-    except (AttributeError, LookupError, TypeError) as error:
-        raise ChatError("it lists no models; is it a vLLM server?") from error
+    except (AttributeError, LookupError, TypeError):
+        pass
+    raise ChatError("it lists no models; is it a vLLM server?")
 
 
 @dataclass
@@ -223,7 +226,7 @@ class Chat:
         try:
             if file.exists():
                 _kept_in(file)
-            file.write_bytes(json.dumps(kept, indent=1, ensure_ascii=False).encode() + b"\n")
+            write_text(file, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
         except ChatError as error:
             raise ChatError(f"{error}; save to another file") from None
         except (OSError, ValueError) as error:  # the latter for characters that no file may have

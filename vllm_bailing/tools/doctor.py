@@ -193,10 +193,13 @@ def _engines_left_behind() -> Iterator[Check]:
                 yield Check("an engine", None, detail)
 
 
+_TO_SAFETENSORS = "save the model as safetensors, which needs no pickle"
+
+
 def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[Check]:
     """Checks of a checkpoint on this machine; reads configuration and headers, no weights."""
     from vllm_bailing.checkpoint import Checkpoint
-    from vllm_bailing.config import read_config
+    from vllm_bailing.config import read_config, warnings_heard
     from vllm_bailing.errors import FilesError, OtherModelError
     from vllm_bailing.folders import how_to_fetch, local_folder, without_config
 
@@ -209,7 +212,8 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
         yield Check("files", False, *reason)
         return
     try:
-        config = read_config(folder, overrides)
+        with warnings_heard() as warnings:
+            config = read_config(folder, overrides)
     except OtherModelError as error:
         yield Check("config.json", False, str(error), "nothing here is for it: vLLM serves it by its own class, if any")
         return
@@ -225,6 +229,8 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
     scaling = config.rope_parameters["rope_type"]
     window = f"{config.max_position_embeddings} tokens" + (f" by {scaling}" if scaling != "default" else "")
     yield Check("config.json", True, f"{config.num_hidden_layers} layers, {config.num_experts} experts, {window}")
+    for warning in warnings:
+        yield Check("config.json", None, warning.removeprefix("config.json: "), "correct it if it is a mistake")
 
     stored_files = Checkpoint(folder).published(config)
     if stored_files.damage:
@@ -232,7 +238,12 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
         yield Check("files", False, stored_files.damage, todo)
         return
     if not stored_files.tensors and any(folder.glob("*.bin")):
-        yield Check("files", None, "PyTorch's .bin files, which vLLM serves but nothing here reads; not checked")
+        yield Check(
+            "files",
+            None,
+            "PyTorch's .bin files, which nothing here reads: the weights were not checked",
+            _TO_SAFETENSORS,
+        )
         yield from _template(folder)
         return
     if not stored_files.tensors:

@@ -10,7 +10,7 @@ from vllm_bailing.errors import shown
 from vllm_bailing.tools.chat import NOT_READY, base_of, http_client
 from vllm_bailing.tools.doctor import Check
 from vllm_bailing.tools.metrics import DRAFTS, samples
-from vllm_bailing.tools.no_answer import no_answer
+from vllm_bailing.tools.no_answer import no_answer, refusal, tells_dead_engine
 
 SECONDS = 30.0  # for an answer; an engine whose peer died takes requests and never answers
 METRIC = "bailing_plugin_info"  # published by `plugin.checks.publish_version`
@@ -58,13 +58,21 @@ def _checks(client: Any, base: str, model: str | None, said: Said) -> Iterator[C
         yield Check("server", False, f"{base}: HTTP {health.status_code}", todo)
         return
     vllm = json_of(client.get("/version")).get("version")
-    yield Check("server", True, f"{base}, vLLM {shown(str(vllm))}" if vllm else f"{base}, not a vLLM server")
+    listed = client.get("/v1/models")
+    if listed.status_code in (401, 403) or listed.is_redirect:
+        yield Check("server", False, *refusal(base, listed.status_code, listed.reason_phrase))
+        return
+    models = json_of(listed).get("data")
+    found = models if isinstance(models, list) else []
+    said.models = names = {str(entry.get("id")): entry for entry in found if isinstance(entry, dict)}
+    if not names:
+        yield Check("server", False, f"{base} lists no models; is it a vLLM server?", "correct --url")
+        return
+    yield Check("server", True, f"{base}, vLLM {shown(str(vllm))}" if vllm else f"{base}, not vLLM by its own words")
     said.counted = counted = _counted(client)
     yield _plugin(counted)
-    models = json_of(client.get("/v1/models")).get("data")
-    said.models = names = {str(entry.get("id")): entry for entry in models or [] if isinstance(entry, dict)}
-    if not names or (model and model not in names):
-        known = ", ".join(map(shown, names)) or "none"
+    if model and model not in names:
+        known = ", ".join(map(shown, names))
         yield Check("model", False, f"the server has {known}", "name one of them by --served-model-name")
         return
     name = model or next(iter(names))
@@ -148,5 +156,7 @@ def _token(client: Any, name: str, before: Counted) -> Check:
         return Check("a token", True, f"generated in {response.elapsed.total_seconds():.1f} s")
     error = json_of(response).get("error") or {}
     reason = error.get("message") if isinstance(error, dict) else error
+    if tells_dead_engine(str(reason)):
+        return Check("a token", False, "the server's engine has ended", "start the server again; its log says why")
     detail = f"HTTP {response.status_code}: {shown(str(reason or 'no token'))}"
     return Check("a token", False, detail, "see the end of the server's log")

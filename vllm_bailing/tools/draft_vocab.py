@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from vllm_bailing.config import register_with_transformers
 from vllm_bailing.folders import nowhere
-from vllm_bailing.json_files import NotText, read_text
+from vllm_bailing.json_files import NotText, read_text, write_json
 from vllm_bailing.tools.prompts import read_tokenizer
 
 
@@ -72,4 +71,4 @@ def coverage(counts: Counter[int], kept: Iterable[int]) -> float:
 
 def write_tokens(file: Path, token_ids: list[int]) -> None:
     """Write the ids as `bailing_draft_vocab` of `--additional-config` reads them."""
-    file.write_text(json.dumps(token_ids) + "\n", encoding="utf-8")
+    write_json(file, token_ids)

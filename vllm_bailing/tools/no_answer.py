@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 from collections.abc import Iterator
 
 from vllm_bailing.errors import ChatError, Finding, shown
 from vllm_bailing.tools.chat import NOT_READY
+
+_NO_SUCH_ANSWER = AttributeError, LookupError, TypeError  # of whoever took JSON of another kind, or a page, for one
 
 
 def no_answer(url: str, error: Exception, seconds: float | None = None) -> Finding:
@@ -16,14 +19,16 @@ def no_answer(url: str, error: Exception, seconds: float | None = None) -> Findi
     Args:
         seconds: That it had for its answer, if there is a limit to tell.
     """
-    from httpx import TransportError
+    from httpx import HTTPStatusError, TransportError
     from openai import APIConnectionError, APIStatusError, OpenAIError
 
-    url, causes = shown(url), list(_causes(error))
-    if "stack trace" in str(error):  # vLLM's words for a dead engine point at a trace that only the server's log has
+    url, causes = re.sub("(?<=//)[^/@]*@", "", shown(url)), list(_causes(error))  # without a password
+    if tells_dead_engine(str(error)):
         return Finding(f"{url}: the server's engine has ended; the server's log says why", "start the server again")
+    if isinstance(error, HTTPStatusError):
+        return refusal(url, error.response.status_code, error.response.reason_phrase)
     if isinstance(error, APIStatusError):
-        return _refusal(url, error.status_code, shown(_said(error), 1000))
+        return refusal(url, error.status_code, shown(_said(error), 1000))
     if any(
         type(one).__name__ in ("InvalidURL", "UnsupportedProtocol") for one in causes
     ):  # newer clients have an httpx2
@@ -34,19 +39,30 @@ def no_answer(url: str, error: Exception, seconds: float | None = None) -> Findi
         return _unreachable(url, causes, seconds)
     if isinstance(error, (OpenAIError, ChatError)):
         return Finding(f"{url}: {shown(error, 1000)}", "")
-    return Finding(
-        f"{url} did not answer as a vLLM server does: {shown(error) or type(error).__name__}",
-        "see the end of its log, or correct --url",
-    )
+    why = "" if isinstance(error, _NO_SUCH_ANSWER) else f": {shown(error) or type(error).__name__}"
+    return Finding(f"{url} did not answer as a vLLM server does{why}", "see the end of its log, or correct --url")
 
 
-def _refusal(url: str, status: int, said: str) -> Finding:
+def tells_dead_engine(text: str) -> bool:
+    """Whether a server says so: vLLM's words point at a stack trace, which only the server's log has."""
+    return "stack trace" in text
+
+
+def refusal(url: str, status: int, said: str) -> Finding:
+    """What an answer with this status of HTTP says, which is not the one that was asked for."""
     if status in NOT_READY:
         return Finding(f"{url} is not ready (HTTP {status})", "wait until it has loaded its model, and ask again")
     if status in (401, 403):
         return Finding(f"{url} asks for a key (HTTP {status})", "set VLLM_API_KEY to it")
+    if status == 404:
+        remedy = "correct --url or the model's name, or ask the server itself if there is a proxy in front"
+        return Finding(f"{url} does not have what it is asked for (HTTP 404): {said}", remedy)
+    if status == 429:
+        return Finding(f"{url} has too many requests (HTTP 429): {said}", "ask again later")
+    if status < 400:
+        return Finding(f"{url} sends elsewhere (HTTP {status})", "give the URL of the server itself")
     if status < 500:
-        return Finding(f"{url} refuses a request: {said}", "")
+        return Finding(f"{url} refuses a request (HTTP {status}): {said}", "")
     return Finding(f"{url} failed (HTTP {status}): {said}", "look into the server's log")
 
 

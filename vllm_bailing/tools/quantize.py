@@ -17,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_bailing.errors import QuantizeError, named, shown
+from vllm_bailing.errors import CheckpointError, QuantizeError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -108,8 +108,8 @@ class Quantizer:
         keep: Modules to leave alone besides `KEPT`, as compressed-tensors matches them: a name or "re:PATTERN".
         head: Scheme of the head, which stays as it is without one.
     Raises:
-        QuantizeError: If `group_size` does not divide the inputs of a layer, a layer is not in the checkpoint, `keep`
-            names none, or there is no head that could be quantized so.
+        QuantizeError: If `group_size` does not divide the inputs of a layer, `keep` names none, or there is no head
+            that could be quantized so.
     """
 
     def __init__(
@@ -159,8 +159,6 @@ class Quantizer:
                     f"--group-size {group} does not divide the {inputs} inputs of {name}; choose a smaller one"
                 )
         self.config, self.prefix = config, checkpoint.prefix
-        if checkpoint.tensors and (missing := self.shapes.keys() - published.keys()):
-            raise QuantizeError(f"the checkpoint lacks {named(missing)}; `vllm-bailing doctor` says what it holds")
         self._rest = {whole.name: {part.name for part in whole.rest} for whole in published.values() if whole.rest}
 
     def _quantizer_of(self, name: str) -> LayerQuantizer:
@@ -261,6 +259,26 @@ def is_draft_alone(config: BailingMoeV2Config, names: Collection[str]) -> bool:
     return bool(names) and main_tensors(config).keys().isdisjoint(names)
 
 
+def _require_whole(config: BailingMoeV2Config, checkpoint: Checkpoint, is_draft: bool) -> None:
+    """Refuse what vLLM would refuse later, in the same words."""
+    from vllm_bailing.checkpoint_audit import Audit
+
+    folder = str(checkpoint.folder or "")
+    layers = len(checkpoint.layers_past_main(config))
+    try:
+        if not is_draft:
+            Audit.of_target(config, folder=folder).check(checkpoint)
+        if layers:
+            Audit.of_draft(config, folder=folder).check(checkpoint)
+    except CheckpointError as error:
+        raise QuantizeError(error) from None
+    if layers != config.num_nextn_predict_layers and layers:
+        raise QuantizeError(
+            f"{layers} MTP layers are in the files, and num_nextn_predict_layers={config.num_nextn_predict_layers} in "
+            "config.json; correct it there"
+        )
+
+
 def quantize(
     model: str,
     out: Path,
@@ -289,16 +307,20 @@ def quantize(
         config = read_config(model)
     except ValueError as error:
         raise QuantizeError(error) from None
+    checkpoint = Checkpoint.at(model)
     if config.stored_quantization_config or getattr(config, "quantization_config", None):
+        if {tensor.kind for tensor in checkpoint.tensors.values()} == {"plain"}:
+            raise QuantizeError(f"{model}: its weights are plain; remove quantization_config from config.json")
         raise QuantizeError(f"{model} is quantized already; take the bf16 checkpoint")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise QuantizeError(f"{out} is not an empty folder; choose another one")
-    checkpoint = Checkpoint.at(model)
     if damage := checkpoint.published(config).damage:
         raise QuantizeError(damage)
     if Path(model).is_dir() and not checkpoint.tensors:
         raise QuantizeError(f"no safetensors files in {model}; give the folder of a checkpoint")
     quantizer = Quantizer(config, checkpoint, scheme, group_size, keep, head)
+    if checkpoint.tensors:  # those of a name on the hub may not be here yet
+        _require_whole(config, checkpoint.published(config), quantizer.is_draft)
     logger.remove()  # of every file copied
     with whole_folder(out):
         convert_checkpoint(model, out, quantizer)

@@ -9,7 +9,7 @@ def servable(model: str) -> str:
     """What `vllm serve` takes for `model`: of a config.json its folder if weights lie in it, else "MODEL"."""
     file = Path(model)
     if not file.is_file():
-        return model
+        return f"./{model}" if model.startswith("-") else model
     is_model = file.name == "config.json" and any(file.parent.glob("*.safetensors"))
     return str(file.parent) if is_model else "MODEL"
 

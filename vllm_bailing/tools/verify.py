@@ -347,7 +347,8 @@ def _judged_by(
     no_numbers = int((~np.isfinite(came)).sum())
     shifts = []
     if parts and not no_numbers:
-        shifts = verify_statistics.shifts(reference.effects(verify_statistics.weights(differences)))
+        effects = reference.effects(verify_statistics.weights(differences))
+        shifts = verify_statistics.shifts(effects, verify_statistics.squares(differences))
     checked = None
     if drafts:
         checked = verify_verdict.DraftCheck(*drafts, *reference.accepted_drafts([one.prompt for one in served]))

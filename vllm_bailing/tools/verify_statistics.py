@@ -147,10 +147,19 @@ def weights(differences: Differences, seed: int = 0) -> np.ndarray:
     """
     position = differences.position
     precision = 1 / (differences.expected * np.sqrt(np.bincount(position)))
-    clip = np.minimum(1, _CLIP / np.maximum(differences.size, 1e-9))
+    clip = _clip(differences)
     score = differences.centered(differences.served) * (clip * precision**2)[position]
     signs = np.random.default_rng(seed).choice((-1.0, 1.0), len(position))
     return np.stack([score, differences.centered(signs) * (np.sqrt(clip) * precision)[position]])
+
+
+def _clip(differences: Differences) -> np.ndarray:
+    return np.minimum(1, _CLIP / np.maximum(differences.size, 1e-9))
+
+
+def squares(differences: Differences) -> float:
+    """The squared differences in units of what rounding makes, in sum over the positions, weighed as the score is."""
+    return float((_clip(differences) * differences.size**2).sum())
 
 
 @dataclass(frozen=True)
@@ -162,33 +171,43 @@ class Shift:
         size: Relative: 0.01 is one percent too much.
         error: Standard error of `size`.
         significance: `size / error`.
+        share: Of the squared differences, what `size` explains, 0 to 1.
     """
 
     part: str
     size: float
     error: float
     significance: float
+    share: float = 0.0
 
 
-def shifts(effects: dict[str, np.ndarray]) -> list[Shift]:
-    """The shift of each part, and of all parts of a kind together, from `Reference.effects` of `weights`."""
+def shifts(effects: dict[str, np.ndarray], squares: float) -> list[Shift]:
+    """The shift of each part, and of all parts of a kind together, from `Reference.effects` of `weights`.
+
+    Args:
+        squares: Those of all differences.
+    """
     found, together = [], {}
     for part, (score, information) in effects.items():
-        found.append(_shift(part, score, information))
+        found.append(_shift(part, score, information, squares))
         kind = kind_of(part)
         if part.startswith("layer ") and kind != "expert":
             before = together.get(kind, (0.0, 0.0, 0))
             together[kind] = (before[0] + score, before[1] + information, before[2] + 1)
-    found += [_shift(f"{kind} of all layers", *sums[:2]) for kind, sums in together.items() if sums[2] > 1]
+    found += [
+        _shift(f"{kind} of all layers", score, information, squares)
+        for kind, (score, information, count) in together.items()
+        if count > 1
+    ]
     return sorted(found, key=lambda shift: -abs(shift.significance))
 
 
-def _shift(part: str, score: np.ndarray, information: np.ndarray) -> Shift:
+def _shift(part: str, score: np.ndarray, information: np.ndarray, squares: float) -> Shift:
     total, spread = float(score.sum()), math.sqrt(float((score**2).sum()))
     known = float((information**2).sum())
     if spread == 0 or known == 0:
         return Shift(part, 0.0, math.inf, 0.0)
-    return Shift(part, total / known, spread / known, total / spread)
+    return Shift(part, total / known, spread / known, total / spread, total**2 / known / squares)
 
 
 def kind_of(part: str) -> str:

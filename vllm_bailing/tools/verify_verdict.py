@@ -23,6 +23,8 @@ MEASURES = {
 }
 # Other machines round in other places, and the largest of a thousand tokens varies much.
 _FACTORS = {"median": 1.5, "mean": 1.5, "worst input": 2, "worst output": 2, "significance": 1.5}
+_EXPLAINED = 0.25  # share of large differences below which the part that is named may be another one
+_ROWS_OF = {"worst input": "rows of the embedding", "worst output": "rows of the head"}
 _WORDS = {
     "final norm": "the final norm, or the scale of the logits",
     "rotary": "the rotary embedding (theta, width, scaling)",
@@ -106,22 +108,33 @@ def judge(
     most = limits(dtype, measures, shifts)
     above = [name for name, value in measures.items() if not value <= most[name]]  # also if it is no number
     reasons = [f"{MEASURES[name]}: {two_digits(measures[name])} is above {two_digits(most[name])}" for name in above]
-    looks = [_look(above, shifts, dtype)] if above else []
+    looks = [_look({name: measures[name] / most[name] for name in above}, shifts, dtype)] if above else []
     if drafts and drafts.reason:
         reasons.append(drafts.reason)
         looks.append("the MTP layer")
     return " and ".join(reasons), "; ".join(looks)
 
 
-def _look(above: list[str], shifts: list[Shift], dtype: str) -> str:
-    if "significance" in above:
-        off = [shift for shift in shifts if beyond(shift, dtype) > 0]
-        return described(max(off, key=lambda shift: abs(shift.significance)))
+def _look(above: dict[str, float], shifts: list[Shift], dtype: str) -> str:
+    """What it looks like.
+
+    Args:
+        above: How many times as large as its limit each of the measures is that are larger.
+    """
+    least = limit(dtype, "significance", len(shifts)) / 2
+    sure = [shift for shift in shifts if beyond(shift, dtype) > least]
+    if "significance" in above and sure:
+        found = max(sure, key=lambda shift: shift.share)
+        words = described(found)
+        if "median" in above and found.share < _EXPLAINED:
+            words += f"; uncertain: that explains {100 * found.share:.2g} % of the differences"
+        return words
     if "median" in above:
         return f"many parts at once, or coarser rounding than {dtype}'s everywhere (quantized weights?)"
-    if "worst input" in above:
-        return "rows of the embedding"
-    return "rows of the head" if "worst output" in above else f"many parts at once, or coarser rounding than {dtype}'s"
+    tokens = {name: above[name] for name in _ROWS_OF if name in above}
+    if tokens:
+        return _ROWS_OF[max(tokens, key=lambda name: tokens[name])]
+    return f"many parts at once, or coarser rounding than {dtype}'s"
 
 
 def described(shift: Shift) -> str:
@@ -131,4 +144,5 @@ def described(shift: Shift) -> str:
     where = where or (" of all layers" if shift.part.endswith("all layers") else "")
     number = shift.part.rpartition(" ")[2] if kind == "expert" else ""
     words = " ".join(filter(None, (_WORDS[kind], number)))
-    return f"{words}{where}: {100 * shift.size:+.1f} % ± {100 * shift.error:.1f} %"
+    digits = max(1, -math.floor(math.log10(100 * shift.error))) if shift.error > 0 else 1  # of which one is left
+    return f"{words}{where}: {100 * shift.size:+.{digits}f} % ± {100 * shift.error:.{digits}f} %"

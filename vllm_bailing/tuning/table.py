@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_bailing.json_files import write_text
 from vllm_bailing.plugin.patches import TABLE_FOLDER
 from vllm_bailing.tuning.search import CALLS, GAIN, SECOND_ROUNDS, Row
 from vllm_bailing.tuning.space import FIELDS, Experts, TileConfig
@@ -93,8 +94,6 @@ def write_table(file: Path, contents: dict[str, Any], origin: dict[str, Any]) ->
     """Write a table and, beside it, its provenance; returns both files."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f"{file.stem}.provenance.json")
-    beside.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    unfinished.write_text(json.dumps(contents, indent=4) + "\n", encoding="utf-8")
-    unfinished.replace(file)  # a server that starts meanwhile finds all of it or nothing
+    write_text(beside, json.dumps(origin, indent=1) + "\n")
+    write_text(file, json.dumps(contents, indent=4) + "\n")  # a server that starts meanwhile finds all or nothing
     return [file, beside]
