@@ -107,7 +107,7 @@ def with_a_head_in_integers(model):
     ids=["unexpected", "integers", "a layer too few", "MTP layer not counted", "plain"],
 )
 def test_what_doctor_rejects_is_not_quantized(change, said, tmp_path):
-    model = make_checkpoint(tmp_path / "model")
+    model = make_checkpoint(tmp_path / "model", num_nextn_predict_layers=1)
     change(model)
     done = invoke("quantize", model, tmp_path / "out", "--scheme", "fp8")
     assert done.exit_code == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr

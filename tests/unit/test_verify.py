@@ -242,7 +242,6 @@ def test_deviations_are_computed_as_they_are_defined():
         ),
         ([DEMO, "--url", "http://127.0.0.1:9"], "no server at http://127.0.0.1:9; start one by"),
         ([DEMO, "--url", "http://no.invalid:9"], "the name in http://no.invalid:9 cannot be resolved ("),
-        ([DEMO, "--url", "ftp://here"], "ftp://here begins with ftp://; give a URL such as http://localhost:8000"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(arguments, message, tmp_path):
