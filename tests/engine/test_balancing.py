@@ -241,7 +241,7 @@ def test_a_trace_is_used_again(recorded, tmp_path):
         (["--trace", "none.npz"], "--trace none.npz cannot be read (No such file or directory); name another"),
         (["--trace", "empty"], "--trace empty is no trace of this command"),
         (["--prompts", "blank"], "blank is empty; write one user message a line"),
-        (["--url", "localhost:9"], "no server at localhost:9; start one by"),
+        (["--url", "localhost:9"], "no server at http://localhost:9; start one by"),
         (["--trace", "demo.npz", "--out", "empty/x"], "empty"),
         ([FLASH, "--trace", "demo.npz"], "--trace demo.npz is of another model, demo: num_experts is 16 there and 256"),
         (["dense", "--trace", "demo.npz"], "first_k_dense_replace=4 leaves none of 4 layers with experts"),

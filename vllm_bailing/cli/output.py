@@ -141,10 +141,10 @@ def require_place(command: str, option: str, file: Path) -> None:
 def leave_on(*numbers: signal.Signals) -> None:
     """Let these signals end the process by SystemExit, so that what it started or began to write goes with it.
 
-    One that is ignored stays so: nohup left it.
+    One that is ignored stays so, as nohup leaves it; but not SIGINT, which scripts ignore for what runs beside them.
     """
     for number in numbers:
-        if signal.getsignal(number) != signal.SIG_IGN:
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _leave)
 
 
