@@ -11,7 +11,7 @@ import functools
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -440,8 +440,8 @@ def _require_known(key: str, value: Any) -> None:
     _refuse_another_model({key: value})
     if key in KEYS or key in (*_ANOTHER_MODEL, "layer_types") or _is_neutral(value):
         return
-    near = difflib.get_close_matches(key, sorted(KEYS - _ANOTHER_MODEL.keys()), 1, cutoff=0.8)  # slips of the pen
-    meant = f"write {near[0]} if that is meant, or leave it out" if near else "leave it out"
+    near = _nearest(key)
+    meant = f"write {near} if that is meant, or leave it out" if near else "leave it out"
     raise ValueError(f"{shown(key)}={told(value)} is not a key of BailingMoeV2; {meant}")
 
 
@@ -516,8 +516,14 @@ def adopt(config_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _meant(key: str, given: dict[str, Any]) -> str:
-    likely = difflib.get_close_matches(key, KEYS - given.keys(), 1, 0.85)
-    return f" (is {likely[0]} meant?)" if likely else ""
+    near = _nearest(key, given)
+    return f" (is {near} meant?)" if near else ""
+
+
+def _nearest(key: str, besides: Collection[str] = ()) -> str:
+    """The key that a slip of the pen made into `key`, if there is one `besides` those."""
+    keys = sorted(KEYS - _ANOTHER_MODEL.keys() - set(besides))
+    return next(iter(difflib.get_close_matches(key, keys, 1, cutoff=0.8)), "")
 
 
 def _warn_of_lost_keys(raw: dict[str, Any]) -> None:

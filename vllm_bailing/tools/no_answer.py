@@ -29,9 +29,8 @@ def no_answer(url: str, error: Exception, seconds: float | None = None) -> Findi
         return refusal(url, error.response.status_code, error.response.reason_phrase)
     if isinstance(error, APIStatusError):
         return refusal(url, error.status_code, shown(_said(error), 1000))
-    if any(
-        type(one).__name__ in ("InvalidURL", "UnsupportedProtocol") for one in causes
-    ):  # newer clients have an httpx2
+    names = {type(one).__name__ for one in causes}  # not the classes: newer clients have an httpx2
+    if names & {"InvalidURL", "UnsupportedProtocol"}:
         return Finding(f"{url} is no URL of a server", "give one such as http://localhost:8000")
     if type(error) is APIConnectionError and len(causes) == 1:
         return _nobody(url)
