@@ -40,7 +40,6 @@ from vllm_bailing.tools.quantize import Scheme, quantize
 from vllm_bailing.tools.verify_deployment import (
     TOP,
     WORDS,
-    Drafts,
     Prompt,
     Served,
     ask_engine,
@@ -48,7 +47,7 @@ from vllm_bailing.tools.verify_deployment import (
     engine,
     prompts_of,
 )
-from vllm_bailing.tools.verify_verdict import DraftCheck
+from vllm_bailing.tools.verify_drafts import DraftCheck, Drafts
 
 Fault = Callable[[Any], object]  # changes the plain model
 DraftFault = Callable[[dict[str, Any]], object]  # changes the MTP layer's tensors, by their names in it
@@ -268,7 +267,7 @@ def ask(arm: Arm, folder: Path, missing: dict[int, Path]) -> None:
         after = draft_counts_of(llm)
         if arm.twice:
             served = [_with_cached_prefix(llm, one) for one in served]
-        keep(file, served, (after[0] - before[0], after[1] - before[1]) if before and after else None)
+        keep(file, served, after.since(before) if before and after else None)
 
 
 def _with_cached_prefix(llm: Any, served: Served) -> Served:
@@ -417,7 +416,7 @@ def show_faults(arm: Arm, work: Path, words: int) -> None:
 
 def show_draft_faults(arm: Arm, work: Path) -> None:
     """Plant every fault in the MTP layer of a checkpoint that an engine serves, and print what its drafts come to."""
-    table = Table("fault in the MTP layer", "drafts accepted", "of the reference", "verdict")
+    table = Table("fault in the MTP layer", "first drafts accepted", "drafts of the reference", "verdict")
     config = read_config(DEMO)
     layer = f"model.layers.{config.num_hidden_layers}."
     for number, (fault, plant) in enumerate(DRAFT_FAULTS.items()):
@@ -432,7 +431,7 @@ def show_draft_faults(arm: Arm, work: Path) -> None:
             pool.submit(ask, arm, folder, {0: file}).result()
         served, drafts = pickle.loads(file.read_bytes())
         check = DraftCheck(**judged(arm, DEMO, config, served, drafts, parts=False)["drafts"])
-        came, wanted = f"{check.accepted} of {check.drafts}", f"{check.agreeing} of {check.positions}"
+        came, wanted = f"{check.accepted} of {check.drafts}", ", ".join(map(str, check.expected))
         table.add_row(fault, came, wanted, check.reason or "right")
         print(f"{fault}: {came}, {wanted}; {check.reason or 'right'}", flush=True)
     Console(width=150).print(table)

@@ -56,7 +56,7 @@ def node(machine: Machine, core: int, session: Path, own: Path, *role: str) -> I
 
 def busy(node: subprocess.Popen[bytes], seconds: float = 3) -> float:
     """Seconds of the processor that engines on a machine take meanwhile; one without requests takes none."""
-    engines = [one for one in psutil.Process(node.pid).children(recursive=True) if "VLLM::EngineCore" in one.name()]
+    engines = [one for one in psutil.Process(node.pid).children(recursive=True) if one.name().startswith("VLLM::")]
     before = [sum(one.cpu_times()[:2]) for one in engines]
     time.sleep(seconds)
     return sum(sum(one.cpu_times()[:2]) for one in engines) - sum(before)
@@ -65,7 +65,6 @@ def busy(node: subprocess.Popen[bytes], seconds: float = 3) -> float:
 def main(
     prompts: Annotated[int, typer.Option(help="How many.")] = 1000,
     rows: Annotated[int, typer.Option(help="In a block.")] = 20,
-    at_once: Annotated[int, typer.Option(help="That an engine answers; few give the second one time to start.")] = 1,
     kill_after: Annotated[float, typer.Option(help="Share that is answered when one dies.")] = 0.3,
 ) -> None:
     """Answer all, kill the second machine in the middle, and judge what came."""
@@ -84,10 +83,12 @@ def main(
         head = ["--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", str(session)]
         stack.enter_context(node(here, 0, session, first, *head))
         other = stack.enter_context(node(there, 1, session, second, "--address", f"{here.address}:{port}"))
-        env = {"RAY_ADDRESS": f"{here.address}:{port}", **here.env}
+        # Else the first engine may have answered all before the second has started.
+        waiting = {"RAY_DATA_DEFAULT_WAIT_FOR_MIN_ACTORS_S": "900"}
+        env = {"RAY_ADDRESS": f"{here.address}:{port}", **here.env, **waiting}
         log = (folder / "batch.log").open("w")
         begun = time.monotonic()
-        process = batch(folder, "--engines", "2", "--rows", str(rows), log=log, env=env, at_once=at_once)
+        process = batch(folder, "--engines", "2", "--rows", str(rows), log=log, env=env)
         stack.callback(process.wait)
         stack.callback(process.send_signal, signal.SIGKILL)
         told: list[str] = []
@@ -103,7 +104,8 @@ def main(
         if not told:
             told.append("nothing was killed: the second machine's engine did not work in time; give more --prompts")
         wrong, ids = wrong_answers(folder / "out", right_answers(asked))
-        summary = (folder / "batch.log").read_text(errors="replace").strip().splitlines()[-1]
+        lines = (folder / "batch.log").read_text(errors="replace").splitlines()
+        summary = next((line for line in reversed(lines) if " answers to " in line), "no summary")
         told.append(f"the end after {time.monotonic() - begun:.0f} s, exit code {process.returncode}: {summary}")
         told.append(f"{len(ids)} rows, {len(set(ids))} prompts, {len(wrong)} wrong answers {wrong[:2] or ''}")
         print("\n".join(told))

@@ -107,3 +107,15 @@ def test_without_a_server_only_the_report_is_printed(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["dtype"] == "float32"
+
+
+def test_drafts_of_something_else_are_not_judged(tmp_path):
+    """A small draft vocabulary makes more drafts, and is no fault."""
+    engine = {"enforce_eager": True, "max_model_len": 512, "dtype": "float32"}
+    engine |= {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
+    engine |= {"additional_config": {"bailing_draft_vocab": [*range(0, 1024, 2)]}}
+    options = ("--engine", json.dumps(engine), "--json", "--max-tokens", 16, "--words", 64, "--no-parts")
+    done = run_command("verify", DEMO, *options, cache=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = "the MTP layer: what drafts is the MTP layer with a draft vocabulary"
+    assert json.loads(done.stdout)["not_checked"] == said

@@ -17,9 +17,10 @@ from vllm_bailing.config import read_config
 from vllm_bailing.reference import BailingMoeV2ForCausalLM
 from vllm_bailing.tools import verify_statistics, verify_verdict
 from vllm_bailing.tools.verify_deployment import prompts_of
+from vllm_bailing.tools.verify_drafts import DraftCheck, Drafts, made_for, not_checked
 from vllm_bailing.tools.verify_reference import Asked, Computed, Reference, Rounding, TensorReader, cut, dithered
 from vllm_bailing.tools.verify_statistics import Differences, Shift
-from vllm_bailing.tools.verify_verdict import MEASURES, DraftCheck, judge, limit
+from vllm_bailing.tools.verify_verdict import MEASURES, judge, limit
 
 SEQUENCES = [
     [(7 * i * i + 3 * i + start) % 256 for i in range(length)] for start, length in ((1, 40), (5, 24), (9, 33))
@@ -157,20 +158,29 @@ def test_a_planted_scale_is_found_and_measured(part, checkpoint, tmp_path, monke
             assert 0.8 * max(shift.share for shift in shifts) < found.share < 1, (found, shifts[:3])
 
 
-def test_accepted_drafts_are_those_of_the_whole_model(checkpoint, tmp_path):
-    found = reference(checkpoint, tmp_path / "work")
-    found.forward(copies=0)
+def test_drafts_are_those_of_the_whole_model(checkpoint, tmp_path):
+    asked = reference(checkpoint, tmp_path / "work")
+    asked.forward(copies=1)
+    found = asked.drafts([19, 23, 25], count=3)
     model = BailingMoeV2ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    wanted = [0, 0]
-    for ids in SEQUENCES:
-        with torch.no_grad():
-            given = torch.tensor([ids])
-            states = model.model(given).last_hidden_state[:, :-1]
-            drafts = model.mtp_logits(states, given[:, 1:])[0].argmax(-1).tolist()
-        for at in range(20, len(ids)):  # the answer begins at 19: what follows its first token is drafted
-            wanted[0] += drafts[at - 2] == ids[at]
-            wanted[1] += 1
-    assert found.accepted_drafts([19, 19, 19]) == tuple(wanted)
+    assert [each.shape for each in found] == [(3, 20, 3), (3, 7, 3)]  # the second answer has one token
+    for (prompt, ids), drafted in zip(((19, SEQUENCES[0]), (25, SEQUENCES[2])), found, strict=True):
+        for known in range(prompt + 1, len(ids)):
+            assert drafted[0, known - prompt - 1].tolist() == drafts_after(model, ids[:known], 3)
+
+
+@torch.no_grad()
+def drafts_after(model, ids, count):
+    """What the MTP layer drafts after some tokens, a token at a time, over the whole sequence each time."""
+    states = model.model(torch.tensor([ids])).last_hidden_state[:, :-1]
+    given, drafts = torch.tensor([ids[1:]]), []
+    for _ in range(count):
+        output, _routing = model.mtp_forward(states, given)
+        drafts.append(int(model.logits(output[:, -1:]).argmax(-1)))
+        # The next step sees what the rows before it were made of, and goes on from the last one's result.
+        states = torch.cat((states, output[:, -1:]), 1)
+        given = torch.cat((given, torch.tensor([[drafts[-1]]])), 1)
+    return drafts
 
 
 # ---- statistics -----------------------------------------------------------------------------------------------
@@ -303,10 +313,35 @@ def test_parts_are_named_in_words(part, said):
 
 def test_drafts_of_another_mtp_layer_speak_against_a_deployment():
     good = {name: limit("bfloat16", name) for name in MEASURES}
-    assert judge(good, [], "bfloat16", DraftCheck(80, 60, 120, 160)) == ("", "")
-    reason, looks_like = judge(good, [], "bfloat16", DraftCheck(80, 2, 120, 160))
-    assert "2% of the first drafts were accepted, and 75%" in reason and looks_like == "the MTP layer"
-    assert judge(good, [], "bfloat16", DraftCheck(80, 60, 3, 160))[1] == "the MTP layer"
+    assert judge(good, [], "bfloat16", DraftCheck(83, 60, [80, 81, 80, 79])) == ("", "")
+    reason, looks_like = judge(good, [], "bfloat16", DraftCheck(90, 50, [80, 81, 80, 79]))
+    assert reason == "its answers took 90 drafts, and 77 to 83 are right" and looks_like == "the MTP layer"
+    assert judge(good, [], "bfloat16", DraftCheck(76, 60, [80, 81, 80, 79]))[1] == "the MTP layer"
+
+
+def test_drafts_for_an_answer_are_gone_through_as_speculative_decoding_does():
+    answer = [1, 2, 3, 4, 5, 6]
+    assert made_for(answer, [[token, token + 1] for token in answer[1:]]) == (2, 2)  # 2, 3, 4 at once, then 5, 6
+    assert made_for(answer, [[0, 3], [0, 4], [0, 5], [0, 6], [0, 0]]) == (5, 0)
+    assert made_for(answer, [[2, 0], [9, 9], [9, 9], [5, 6], [9, 9]]) == (3, 2)  # 2, 3; 4; 5, 6
+    assert made_for([1], []) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "layers", "said"),
+    [
+        (None, 1, "made no drafts"),
+        (Drafts(10, [6, 3]), 1, ""),  # 19 tokens of the 17 that follow the first ones
+        (Drafts(10, [4, 2]), 1, "something else drafts"),
+        (Drafts(20, [6, 3]), 1, "others' requests"),
+        (Drafts(10, [6, 3]), 2, "has several"),
+        (Drafts(10, [9]), 2, ""),
+        (Drafts(10, [6, 3], "another run"), 1, "another run"),
+    ],
+)
+def test_drafts_that_say_nothing_of_the_mtp_layer_are_not_judged(drafts, layers, said):
+    found = not_checked(drafts, SimpleNamespace(mtp_layer_ids=range(layers)), [10, 9, 1])
+    assert said in found and bool(said) == bool(found)
 
 
 def test_the_prompts_have_every_word_of_a_small_vocabulary():

@@ -229,6 +229,12 @@ def test_demo_with_a_server_that_does_not_start(warm_environment, port, flags, m
     assert not servers(port)
 
 
+def _heed_signals() -> None:
+    """What nohup, or a script's &, has the tests ignore."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def started_demo(environment, port) -> Iterator[subprocess.Popen[str]]:
     needs_vllm_command()
@@ -236,7 +242,8 @@ def started_demo(environment, port) -> Iterator[subprocess.Popen[str]]:
     pipe = subprocess.PIPE
     # vLLM need not inspect the model class again: that takes a process and, on a slow machine, most of a minute.
     environment |= {"VLLM_CACHE_ROOT": str(Path("~/.cache/vllm").expanduser())}
-    process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    options = {"stdout": pipe, "stderr": pipe, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, env=environment, preexec_fn=_heed_signals, **options)
     yield process
     if process.poll() is None:
         process.terminate()

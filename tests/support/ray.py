@@ -32,7 +32,7 @@ ENV = {
     "HF_HUB_OFFLINE": "1",
 }
 MAX_TOKENS = 32
-ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}
+ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8}
 # Without tools and thinking, whose messages have other keys.
 ROWS = [row for row in HELD_OUT if not row.get("tools") and not row.get("thinking")]
 
@@ -63,11 +63,10 @@ def prompt_rows(count: int) -> list[dict[str, Any]]:
     return [{"id": f"prompt-{number}", "messages": ROWS[number % len(ROWS)]["messages"]} for number in range(count)]
 
 
-def batch(folder: Path, *options: str, log: IO[str], env: dict[str, str], at_once: int = 8) -> subprocess.Popen[bytes]:
+def batch(folder: Path, *options: str, log: IO[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
     """batch.py, started in a session of its own, from prompts.jsonl to out in `folder`."""
-    engine = {**ENGINE, "max_num_seqs": at_once}
     command = [sys.executable, str(ROOT / "deploy/ray/batch.py"), str(DEMO), "prompts.jsonl", "out", "--cpu", *options]
-    command += ["--engine", json.dumps(engine), "--sampling", json.dumps({"temperature": 0, "max_tokens": MAX_TOKENS})]
+    command += ["--engine", json.dumps(ENGINE), "--sampling", json.dumps({"temperature": 0, "max_tokens": MAX_TOKENS})]
     environment = {**os.environ, **ENV, **env}
     return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True)
 

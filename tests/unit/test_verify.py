@@ -26,6 +26,7 @@ from vllm_bailing.reference import BailingMoeV2ForCausalLM
 from vllm_bailing.tools import verify, verify_deployment, verify_verdict
 from vllm_bailing.tools.verify import Served
 from vllm_bailing.tools.verify_deployment import vllm_version
+from vllm_bailing.tools.verify_drafts import Drafts
 from vllm_bailing.tools.verify_reference import Asked, Reference, Rounding, TensorReader
 
 FP32 = Rounding("float32")
@@ -96,8 +97,8 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(tmp_path):
     for field in ("logprobs", "copies", "cut", "likeliest", "experts"):
         assert np.array_equal(getattr(again, field), getattr(whole, field)), field
     served = [Served([1, 2], [{2: -0.5, 3: -1.5}], 1)]
-    verify.keep_served(work, (served, "fp8", (5, 3)))
-    assert verify.served_before(work) == (served, "fp8", (5, 3))
+    verify.keep_served(work, (served, "fp8", Drafts(5, [3])))
+    assert verify.served_before(work) == (served, "fp8", Drafts(5, [3]))
     verify.delete_work(work)
     assert verify.served_before(work) is None
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_bailing.bench.mtp import acceptance_of, difference
-from vllm_bailing.errors import BenchError
-from vllm_bailing.tools.chat import base_of, connect, http_client
+from vllm_bailing.errors import BenchError, first_of, shown
+from vllm_bailing.tools.chat import base_of, connect, http_client, model_names
 from vllm_bailing.tools.metrics import DRAFTS, counters
 from vllm_bailing.tools.no_answer import no_answer
 from vllm_bailing.tools.prompts import Prompt
@@ -48,6 +48,8 @@ def ask(url: str, model: str, prompts: list[Prompt], max_tokens: int) -> dict[st
     import openai
 
     client = connect(url)
+    if (names := model_names(client)) and model not in names:
+        raise BenchError(f"{base_of(url)} has {first_of(names)}, and not {shown(model)}; name what it has")
     result: dict[str, dict[str, Any]] = {}
     start = read(url)
     for kind in dict.fromkeys(prompt.kind for prompt in prompts):

@@ -100,6 +100,7 @@ def show_report(report: dict[str, Any]) -> None:
     """What `tools.verify.run` returns."""
     from rich.text import Text
 
+    from vllm_bailing.tools.verify_drafts import DraftCheck
     from vllm_bailing.tools.verify_verdict import MEASURES, two_digits
 
     console = output.console()
@@ -117,6 +118,9 @@ def show_report(report: dict[str, Any]) -> None:
         worst = min(coverage["experts"])
         touched += f" and {100 * worst:.3g} % of the experts of each layer"
     console.print(f"The prompts touched {touched}.")
+    if report["drafts"]:
+        drafts = DraftCheck(**report["drafts"])
+        console.print("The answers took {} drafts; {} to {} are right.".format(drafts.drafts, *drafts.range))
     if report["computes"]:
         console.print(f"{report['deployment']} computes {report['checkpoint']}", style="green")
     else:

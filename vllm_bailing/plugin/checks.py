@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.checkpoint_audit import Audit
@@ -25,10 +25,13 @@ from vllm_bailing.plugin.options import (
 )
 from vllm_bailing.plugin.patches import check_adapters_up_front
 from vllm_bailing.plugin.shims import portable_cpu_experts
-from vllm_bailing.plugin.speculation import has_mtp_draft
+from vllm_bailing.plugin.speculation import draft_source, has_mtp_draft
 from vllm_bailing.tensor_names import HEAD, SCORE, main_tensors
 from vllm_bailing.units import GIB, dtype_name
 from vllm_bailing.validation import require_token_ids
+
+if TYPE_CHECKING:
+    from prometheus_client import Gauge
 
 _ONLINE_ON_CPU = ("int8_per_channel_weight_only", "fp8_per_block")
 _SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
@@ -53,7 +56,7 @@ def settle_engine_config(vllm_config: Any) -> None:
         _check_ranks_on_cpu(vllm_config)
     check_switches(vllm_config)
     check_sequence_parallel(vllm_config)
-    publish_version()
+    publish_version(vllm_config)
     check_quantization(vllm_config)
     settle_experts(vllm_config)
     check_stop_tokens(vllm_config.model_config)
@@ -71,16 +74,22 @@ def _watch_for_nodes(parallel_config: Any) -> None:
         watch_for_nodes(nodes, parallel_config.node_rank, ranks, *address)
 
 
-@functools.cache
-def publish_version() -> None:
-    """Let `/metrics` say that this package serves, and which version: `bailing_plugin_info`."""
-    from prometheus_client import Gauge
-
+def publish_version(vllm_config: Any) -> None:
+    """Let `/metrics` say that this package serves, which version, and what drafts: `bailing_plugin_info`."""
     from vllm_bailing import __version__
 
+    info = _info()
+    info.clear()  # of an engine before this one
+    info.labels(version=__version__, drafts=draft_source(vllm_config)).set(1)
+
+
+@functools.cache
+def _info() -> Gauge:
+    from prometheus_client import Gauge
+
     # vLLM forgets metrics with its name in theirs when it makes its own.
-    info = Gauge("bailing_plugin_info", "The vllm-bailing that serves", ["version"], multiprocess_mode="mostrecent")
-    info.labels(version=__version__).set(1)
+    words = "The vllm-bailing that serves, and what drafts"
+    return Gauge("bailing_plugin_info", words, ["version", "drafts"], multiprocess_mode="mostrecent")
 
 
 def _check_ranks_on_cpu(vllm_config: Any) -> None:

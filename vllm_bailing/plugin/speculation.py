@@ -8,6 +8,7 @@ from typing import Any
 from vllm_bailing.checkpoint import Checkpoint
 from vllm_bailing.config import BailingMoeV2Config, is_bailing_moe_v2
 from vllm_bailing.errors import NAME_ANOTHER_DRAFT, CheckpointError
+from vllm_bailing.plugin.options import draft_vocabulary
 
 MTP_ARCHITECTURE = "BailingMoeV2MTPModel"
 # vLLM takes a draft for an MTP layer by its model type, and its list of types is closed. This one has no meaning beyond
@@ -19,6 +20,20 @@ def has_mtp_draft(speculation: Any) -> bool:
     """Whether a vLLM `SpeculativeConfig` (or None) asks for the MTP layer of this architecture."""
     draft = getattr(speculation, "draft_model_config", None)
     return draft is not None and draft.architectures == [MTP_ARCHITECTURE]
+
+
+def draft_source(vllm_config: Any) -> str:
+    """What drafts: "mtp" for the checkpoint's own MTP layer as it is, otherwise in words; empty if nothing does."""
+    speculation = vllm_config.speculative_config
+    if speculation is None:
+        return ""
+    if not has_mtp_draft(speculation):
+        return str(speculation.method)
+    if speculation.model != vllm_config.model_config.model:
+        return "the MTP layer of another checkpoint"
+    if speculation.draft_model_config.quantization != vllm_config.model_config.quantization:
+        return "the MTP layer in other bits"
+    return "the MTP layer with a draft vocabulary" if draft_vocabulary(vllm_config) else "mtp"
 
 
 def mtp_draft(hf_config: BailingMoeV2Config, speculation: Any) -> BailingMoeV2Config | None:

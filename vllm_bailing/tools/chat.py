@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from openai import APIConnectionError, OpenAI
+from openai import APIConnectionError, OpenAI, OpenAIError
 
 from vllm_bailing.errors import ChatError, shown, told
 from vllm_bailing.json_files import read_json, write_text
@@ -85,6 +85,14 @@ def first_model(client: OpenAI) -> str:
     except (AttributeError, LookupError, TypeError):
         pass
     raise ChatError("it lists no models; is it a vLLM server?")
+
+
+def model_names(client: OpenAI) -> list[str]:
+    """The models of a server; empty if it does not list them."""
+    try:
+        return [model.id for model in client.models.list().data]
+    except (OpenAIError, AttributeError, TypeError):
+        return []
 
 
 @dataclass

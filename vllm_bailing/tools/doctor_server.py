@@ -9,11 +9,11 @@ from typing import Any
 from vllm_bailing.errors import shown
 from vllm_bailing.tools.chat import NOT_READY, base_of, http_client
 from vllm_bailing.tools.doctor import Check
-from vllm_bailing.tools.metrics import DRAFTS, samples
+from vllm_bailing.tools.metrics import DRAFTS, PLUGIN, samples
 from vllm_bailing.tools.no_answer import no_answer, refusal, tells_dead_engine
 
 SECONDS = 30.0  # for an answer; an engine whose peer died takes requests and never answers
-METRIC = "bailing_plugin_info"  # published by `plugin.checks.publish_version`
+TOKEN = "a token"  # the check that has the server generate one
 Counted = dict[str, list[Any]]  # of `metrics.samples`
 _TOOL = {"type": "function", "function": {"name": "noop", "parameters": {"type": "object", "properties": {}}}}
 
@@ -100,7 +100,7 @@ def _counted(client: Any) -> Counted:
 
 
 def _plugin(counted: Counted) -> Check:
-    for sample in counted.get(METRIC, []):
+    for sample in counted.get(PLUGIN, []):
         return Check("plugin", True, f"vllm-bailing {shown(sample.labels.get('version', '?'))}")
     return Check(
         "plugin",
@@ -149,14 +149,14 @@ def _token(client: Any, name: str, before: Counted) -> Check:
         limit, after = client.timeout.read, _counted(client)
         done = sum(_count(after, what) - _count(before, what) for what in ("generation_tokens", "prompt_tokens"))
         if done > 0:  # a queue is no fault, and a probe must not end a server for it
-            return Check("a token", None, f"still in the queue after {limit:g} s; {done:,.0f} others were computed")
-        return Check("a token", False, f"no answer within {limit:g} s", "restart the server: its engine stands still")
+            return Check(TOKEN, None, f"still in the queue after {limit:g} s; {done:,.0f} others were computed")
+        return Check(TOKEN, False, f"no answer within {limit:g} s", "restart the server: its engine stands still")
     usage = json_of(response).get("usage") or {}
     if response.status_code == 200 and usage.get("completion_tokens") == 1:
-        return Check("a token", True, f"generated in {response.elapsed.total_seconds():.1f} s")
+        return Check(TOKEN, True, f"generated in {response.elapsed.total_seconds():.1f} s")
     error = json_of(response).get("error") or {}
     reason = error.get("message") if isinstance(error, dict) else error
     if tells_dead_engine(str(reason)):
-        return Check("a token", False, "the server's engine has ended", "start the server again; its log says why")
+        return Check(TOKEN, False, "the server's engine has ended", "start the server again; its log says why")
     detail = f"HTTP {response.status_code}: {shown(str(reason or 'no token'))}"
-    return Check("a token", False, detail, "see the end of the server's log")
+    return Check(TOKEN, False, detail, "see the end of the server's log")

@@ -6,6 +6,8 @@ from typing import Any
 
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens_per_pos"
 
+PLUGIN = "bailing_plugin_info"  # published by `plugin.checks.publish_version`
+
 
 def samples(text: str) -> dict[str, list[Any]]:
     """The samples of prometheus_client by name, those of all engines behind a server.
@@ -34,3 +36,12 @@ def counters(text: str) -> tuple[int, list[int]]:
         accepted[position] = accepted.get(position, 0) + sample.value
     drafts = sum(sample.value for sample in found.get(f"{DRAFTS}_total", []))
     return round(drafts), [round(accepted[position]) for position in sorted(accepted)]
+
+
+def draft_source(text: str) -> str:
+    """What drafts: "mtp" for the checkpoint's own MTP layer as it is; empty if nothing does or nobody says.
+
+    Args:
+        text: What /metrics answers.
+    """
+    return next((sample.labels.get("drafts", "") for sample in samples(text).get(PLUGIN, [])), "")

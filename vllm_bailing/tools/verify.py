@@ -1,7 +1,7 @@
 """Does a deployment compute its checkpoint? Served log-probabilities against those of the plain reference.
 
 What is asked of the deployment: `verify_deployment.py`; what the reference computes: `verify_reference.py`; what is
-made of their differences: `verify_statistics.py`, and in words: `verify_verdict.py`.
+made of their differences: `verify_statistics.py`, of drafts: `verify_drafts.py`, and in words: `verify_verdict.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,23 +20,26 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_bailing import __version__
 from vllm_bailing.config import BailingMoeV2Config, read_config
+from vllm_bailing.errors import Finding, VerifyError
 from vllm_bailing.folders import local_folder
 from vllm_bailing.json_files import write_json
+from vllm_bailing.tools import doctor_server
+from vllm_bailing.tools.doctor_server import TOKEN
 from vllm_bailing.tools.verify_deployment import (
     WORDS,
     Answers,
-    Drafts,
     Prompt,
     Served,
     as_json,
-    ask_again,
     ask_engine_apart,
+    ask_for,
     ask_server,
     draft_counts,
     from_json,
     prompts_of,
     vllm_version,
 )
+from vllm_bailing.tools.verify_drafts import Drafts, checked, not_checked
 from vllm_bailing.tools.verify_server import tokenizer_difference
 from vllm_bailing.units import PLAIN_DTYPES, dtype_name, short_dtype
 
@@ -78,7 +81,7 @@ _SHARED_READER = (
     "how the quantized weights are read: with dequantize the deployment reads them by the same code as the reference; "
     "compare with the checkpoint that was quantized, or with a GPU, whose kernels read them by themselves"
 )
-_NO_DRAFTS = "the MTP layer: the deployment made no drafts, or does not count them"
+_OTHER_ANSWERS = "the deployment answers otherwise than when the run was interrupted; --fresh starts anew"
 _SERVED = "served.json"
 
 
@@ -177,16 +180,25 @@ def _asked(
     before: list[Served] | None,
     progress: Callable[[str, int, int | None], None],
 ) -> tuple[list[Served], Drafts | None]:
-    drafts = draft_counts(url)
-    answers = ask_server(url, model, prompts) if before is None else ask_again(url, model, prompts, before)
-    served = []
-    for sequence in answers:
-        served.append(sequence)
+    """What a server answers, for the very sequences of an earlier run if there was one, and what it drafted.
+
+    Raises:
+        VerifyError: As from `ask_server`, and soon if its engine stands still: a long prompt may take minutes.
+    """
+    for check in doctor_server.server(url, model):
+        if check.name == TOKEN and check.ok is False:
+            raise VerifyError(Finding(f"{url}: {check.detail}", check.fix))
+    counted, served, differ = draft_counts(url), list[Served](), False
+    for number, now in enumerate(ask_server(url, model, prompts)):
+        same = before is None or now.token_ids == before[number].token_ids
+        differ |= not same  # as rounding alone may make it
+        served.append(now if same or before is None else ask_for(url, model, before[number]))
         progress("deployment", len(served), len(prompts))
     after = draft_counts(url)
-    if drafts is None or after is None or after[0] == drafts[0]:
+    if counted is None or after is None or after.made == counted.made:
         return served, None
-    return served, (after[0] - drafts[0], after[1] - drafts[1])
+    drafts = after.since(counted)
+    return served, replace(drafts, unlike=_OTHER_ANSWERS) if differ else drafts
 
 
 # ---- all of it ------------------------------------------------------------------------------------------------
@@ -301,7 +313,7 @@ def judged(
     Args:
         served: What the deployment gave.
         vllm: Its version of vLLM, if that is known.
-        drafts: Its first drafts, if it made any and counts them.
+        drafts: Its drafts, if it made any and counts them.
         texts: How many of the sequences are texts; the others are words in no order. All if left out.
         dtype, work, parts, progress: As for `run`, and the folder for what an interrupted run goes on with.
     """
@@ -349,14 +361,16 @@ def _judged_by(
     if parts and not no_numbers:
         effects = reference.effects(verify_statistics.weights(differences))
         shifts = verify_statistics.shifts(effects, verify_statistics.squares(differences))
-    checked = None
-    if drafts:
-        checked = verify_verdict.DraftCheck(*drafts, *reference.accepted_drafts([one.prompt for one in served]))
+    answers = [one.token_ids[one.prompt :] for one in served]
+    no_drafts = not_checked(drafts, config, [len(answer) for answer in answers])
+    draft_check = None
+    if drafts and not no_drafts and config.num_nextn_predict_layers:
+        draft_check = checked(reference, answers, [one.prompt for one in served], drafts)
     progress("reference", steps * (1 + parts), steps * (1 + parts))
     comparisons = _by_prompt(served, computed)
     measures = verify_statistics.measures(differences, shifts, dtype)
     most = verify_verdict.limits(dtype, measures, shifts)
-    reason, looks_like = verify_verdict.judge(measures, shifts, dtype, checked)
+    reason, looks_like = verify_verdict.judge(measures, shifts, dtype, draft_check)
     if no_numbers:
         reason = f"{no_numbers} of its {len(came)} log-probabilities are NaN or infinite"
         looks_like = "damaged weights, or numbers that are too large for its data type"
@@ -371,6 +385,6 @@ def _judged_by(
         "coverage": {"vocabulary": used / config.vocab_size, "experts": computed.experts},
         "reason": reason,
         "looks_like": looks_like,
-        "drafts": checked and asdict(checked),
-        "not_checked": _NO_DRAFTS if config.num_nextn_predict_layers and not checked else "",
+        "drafts": draft_check and asdict(draft_check),
+        "not_checked": f"the MTP layer: {no_drafts}" if config.num_nextn_predict_layers and no_drafts else "",
     }

@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_bailing.errors import BenchError, ChatError, VerifyError, first_of
-from vllm_bailing.tools.chat import connect, first_model, http_client
-from vllm_bailing.tools.metrics import ACCEPTED, DRAFTS, counters
+from vllm_bailing.tools.chat import connect, first_model, http_client, model_names
+from vllm_bailing.tools.metrics import ACCEPTED, DRAFTS, counters, draft_source
 from vllm_bailing.tools.no_answer import no_answer
 from vllm_bailing.tools.prompts import read_tokenizer, templated
 from vllm_bailing.tools.task import Task, run_task
+from vllm_bailing.tools.verify_drafts import Drafts, unlike_mtp
 from vllm_bailing.units import dtype_name
 
 if TYPE_CHECKING:
-    from openai import OpenAI
     from vllm import LLM
 
 TOP = 20  # log-probabilities per position, what vLLM's server allows by default
-Drafts = tuple[int, int]  # how many first ones, and how many of them were accepted
 WORDS = 1024  # of the vocabulary in the prompts that are no text
 _RUN = 256  # of them in a prompt
 
@@ -50,13 +49,13 @@ class Served:
     prompt: int
 
 
-Answers = tuple[list[Served], str, Drafts | None]  # of a deployment, with its dtype and its first drafts
+Answers = tuple[list[Served], str, Drafts | None]  # of a deployment, with its dtype and its drafts
 
 
 def as_json(answers: Answers) -> dict[str, Any]:
     """`answers` as JSON can hold them."""
     served, dtype, drafts = answers
-    return {"dtype": dtype, "drafts": drafts, "served": [asdict(sequence) for sequence in served]}
+    return {"dtype": dtype, "drafts": drafts and asdict(drafts), "served": [asdict(sequence) for sequence in served]}
 
 
 def from_json(kept: dict[str, Any]) -> Answers:
@@ -69,7 +68,7 @@ def from_json(kept: dict[str, Any]) -> Answers:
         )
         for sequence in kept["served"]
     ]
-    return served, kept["dtype"], kept["drafts"] and (kept["drafts"][0], kept["drafts"][1])
+    return served, kept["dtype"], kept["drafts"] and Drafts(**kept["drafts"])
 
 
 def prompts_of(
@@ -149,43 +148,23 @@ def ask_server(url: str, model: str | None, prompts: list[Prompt]) -> Iterator[S
         raise VerifyError(no_answer(url, error)) from None
 
 
-def model_names(client: OpenAI) -> list[str]:
-    """The models of a server; empty if it does not list them."""
-    from openai import OpenAIError
-
-    try:
-        return [model.id for model in client.models.list().data]
-    except (OpenAIError, AttributeError, TypeError):
-        return []
-
-
-def ask_again(url: str, model: str | None, prompts: list[Prompt], before: list[Served]) -> Iterator[Served]:
-    """As `ask_server`, for the very sequences of an earlier run, whatever the server answers now.
-
-    Where its answer differs, as rounding alone may make it, it is asked for the log-probabilities of the earlier one.
-
-    Args:
-        prompts: As for `ask_server` then.
-        before: What it gave then.
-    """
-    for sequence, now in zip(before, ask_server(url, model, prompts), strict=True):
-        ids = sequence.token_ids
-        if now.token_ids != ids:
-            (now,) = ask_server(url, model, [Prompt(ids, 1)])
-            now = Served(ids, now.top[: len(ids) - 1], sequence.prompt)
-        yield now
+def ask_for(url: str, model: str | None, sequence: Served) -> Served:
+    """What a server computes for the very sequence of an earlier run, whatever it answers now."""
+    (now,) = ask_server(url, model, [Prompt(sequence.token_ids, 1)])
+    return Served(sequence.token_ids, now.top[: len(sequence.token_ids) - 1], sequence.prompt)
 
 
 def draft_counts(url: str) -> Drafts | None:
-    """First drafts of a server since its start, those of others' requests too; None if it shows none."""
+    """Drafts of a server since its start, those of others' requests too; None if it shows none."""
     import httpx
 
     try:
         with http_client(url, 30) as client:
-            drafts, accepted = counters(client.get("/metrics").raise_for_status().text)
+            text = client.get("/metrics").raise_for_status().text
+        made, accepted = counters(text)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return None
-    return (drafts, accepted[0]) if accepted else None
+    return Drafts(made, accepted, unlike_mtp(draft_source(text))) if accepted else None
 
 
 def vllm_version(url: str) -> str | None:
@@ -226,17 +205,20 @@ def ask_engine_apart(folder: str, options: dict[str, Any], prompts: list[Prompt]
 
 
 def ask_offline(folder: str, options: dict[str, Any], prompts: list[Prompt]) -> Answers:
-    """What `vllm.LLM(folder, **options)` computes in this process, as `ask_server`, its dtype, and its first drafts."""
+    """What `vllm.LLM(folder, **options)` computes in this process, as `ask_server`, its dtype, and its drafts."""
     llm = engine(folder, options)
     served = ask_engine(llm, prompts)
     return served, dtype_name(llm.llm_engine.model_config.dtype), draft_counts_of(llm)
 
 
 def draft_counts_of(llm: LLM) -> Drafts | None:
-    """First drafts of an engine since its start; None if it makes none."""
+    """Drafts of an engine since its start; None if it makes none."""
+    import prometheus_client
+
     metrics: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}
     accepted = metrics[ACCEPTED].values if ACCEPTED in metrics else []
-    return (metrics[DRAFTS].value, accepted[0]) if accepted else None
+    text = prometheus_client.generate_latest().decode()
+    return Drafts(metrics[DRAFTS].value, list(accepted), unlike_mtp(draft_source(text))) if accepted else None
 
 
 def engine(folder: str, options: dict[str, Any]) -> LLM:

@@ -275,6 +275,30 @@ class Computed:
     coarse: bool = False
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """A sequence, by its number, whose answer took drafts.
+
+    Row i of the MTP layer's input drafts what follows token i + 1, so the first draft is that of `start` - 1.
+    """
+
+    number: int
+    start: int
+    token_ids: list[int]
+
+    @property
+    def drafted(self) -> int:
+        """How many tokens of the answer a draft may follow."""
+        return len(self.token_ids) - self.start - 1
+
+    def padded(self, length: int) -> list[int]:
+        return self.token_ids + [0] * (length - len(self.token_ids))
+
+    def rows(self, length: int) -> list[int]:
+        """Those that draft, padded with the first."""
+        return [self.start - 1 + (at if at < self.drafted else 0) for at in range(length)]
+
+
 class Reference:
     """The reference over some sequences.
 
@@ -368,29 +392,85 @@ class Reference:
             return hooks.round(torch.cat(outputs), hooks.bits)
 
     @torch.no_grad()
-    def accepted_drafts(self, prompts: list[int]) -> tuple[int, int]:
-        """How many first drafts of the MTP layer the answers agree with, and of how many; after `forward`.
+    def drafts(self, prompts: list[int], count: int) -> list[Tensor]:
+        """What the MTP layer drafts after each token of an answer but the last; after `forward`.
 
         Args:
             prompts: Length of the prompt in each sequence; the rest is the answer.
+            count: Tokens that are drafted at a time.
+        Returns:
+            For each sequence int64 [copies + 1, answered - 1, count], the exact reference's first; of those whose
+            answer has more than one token, since others take no draft.
         """
-        state = self._norm()(self._state(self.config.num_hidden_layers))[:, :-1]
-        layer = _layer(self.reader, self.config.num_hidden_layers)
-        joined = layer.join(self._embedded()[:, 1:], state)
-        cos, sin, mask = self._around(1)
-        shorter = None if mask is None else mask[..., :-1, :-1]
-        output = layer.final_layernorm(layer(joined, cos[:, :, :-1], sin[:, :, :-1], shorter)[0])
-        # A row drafts what follows the token after its own; the first draft follows the first answered token.
-        rows = [(n, at) for n, ids in enumerate(self.asked.sequences) for at in range(prompts[n] - 1, len(ids) - 2)]
-        hidden_states = torch.stack([output[row] for row in rows]) / self._head_norm()
-        best, drafts = torch.full((len(rows),), -math.inf), torch.zeros(len(rows), dtype=torch.long)
-        for start, weight in self._chunks():
-            top, place = (hidden_states @ weight.T).max(-1)
-            drafts = torch.where(top > best, place + start, drafts)
-            best = torch.maximum(best, top)
+        layers, rounded, _ = self._resumed() or (0, torch.empty(0), {})
+        assert layers == self.config.num_hidden_layers, "after forward"
+        answers = [
+            _Answer(number, start, ids)
+            for number, (start, ids) in enumerate(zip(prompts, self.asked.sequences, strict=True))
+            if len(ids) > start + 1
+        ]
+        norm, bits = self._norm(), MANTISSA[self.rounding.dtype]
+        found = [self._drafted(norm(self._state(layers)), answers, count, None)]
+        kinds = (False, True) if self.rounding.dtype == "bfloat16" else (False,)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(layers + 1)
+            for part, to_zero in zip(rounded.chunk(len(kinds)), kinds, strict=True):
+                hooks = _Rounded(self.reader, self.rounding, to_zero)
+                for one in part.split(len(self.mask) if hooks.at_start else len(part)):
+                    found.append(self._drafted(hooks.round(norm(one), bits), answers, count, hooks))
         self.reader.close()
-        answered = [self.asked.sequences[n][at + 2] for n, at in rows]
-        return int((drafts == torch.tensor(answered)).sum()), len(rows)
+        drafted = torch.cat(found)
+        return [drafted[:, row, : one.drafted] for row, one in enumerate(answers)]
+
+    def _drafted(self, state: Tensor, answers: list[_Answer], count: int, hooks: _Rounded | None) -> Tensor:
+        """`drafts` of some copies, padded: int64 [C, answers, drafted, count].
+
+        What is drafted after the first draft follows a draft, and sees the tokens that came before it and no other
+        draft; so all of them can stand behind the tokens of their sequence, with a mask.
+
+        Args:
+            state: [C * B, T, H] after the last layer's final norm.
+            hooks: Of its rounding; None for the exact one.
+        """
+        layer: Any = _layer(self.reader, self.config.num_hidden_layers, *([hooks] if hooks else []))
+        tokens, width = max(len(one.token_ids) for one in answers) - 1, max(one.drafted for one in answers)
+        repeats = len(state) // len(self.mask)
+        given = torch.tensor([one.padded(tokens + 1) for one in answers])[:, 1:]
+        state = state.unflatten(0, (repeats, -1))[:, [one.number for one in answers], :tokens].flatten(0, 1)
+        joined = layer.join(self._embedding_of(given.repeat(repeats, 1)), state)
+        first = torch.tensor([one.rows(width) for one in answers]).repeat(repeats, 1)  # [N, width]
+        every, own = torch.arange(len(first))[:, None], torch.eye(width, dtype=torch.bool).repeat(len(first), 1, 1)
+        positions = torch.arange(tokens).repeat(len(first), 1)
+        sees = torch.ones(tokens, tokens, dtype=torch.bool).tril().repeat(len(first), 1, 1)
+        drafted, at = list[Tensor](), first
+        for step in range(1, count + 1):
+            output = layer(joined, *reference.rotary_cos_sin(self.config, positions), sees[:, None])[0]
+            chosen = layer.final_layernorm(output[every, at])  # [N, width, H]
+            drafted.append(self._likeliest(chosen, hooks.bits if hooks else None))
+            if step < count:
+                more = torch.cat((sees[every, at], own), 2)
+                sees = torch.cat((nn.functional.pad(sees, (0, width)), more), 1)
+                at = torch.arange(width).add(joined.shape[1]).repeat(len(first), 1)
+                positions = torch.cat((positions, first + step), 1)
+                joined = torch.cat((joined, layer.join(self._embedding_of(drafted[-1]), chosen)), 1)
+        return torch.stack(drafted, -1).unflatten(0, (repeats, -1))
+
+    def _likeliest(self, hidden_states: Tensor, bits: int | None) -> Tensor:
+        """The most likely ids [B, N] for `hidden_states` [B, N, H], of logits that are rounded if `bits` is given."""
+        hidden_states = hidden_states / self._head_norm()
+        best = torch.full(hidden_states.shape[:2], -math.inf)
+        likeliest = torch.zeros(hidden_states.shape[:2], dtype=torch.long)
+        for start, weight in self._chunks():
+            logits = hidden_states @ weight.T
+            top, place = (logits if bits is None else dithered(logits, bits)).max(-1)
+            likeliest = torch.where(top > best, place + start, likeliest)
+            best = torch.maximum(best, top)
+        return likeliest
+
+    def _embedding_of(self, token_ids: Tensor) -> Tensor:
+        """[..., H] of int64 [...]."""
+        words, place = token_ids.unique(return_inverse=True)
+        return torch.stack([self.reader.rows(EMBEDDING, one, one + 1)[0] for one in words.tolist()])[place]
 
     def _norm(self) -> nn.Module:
         norm = reference.BailingMoeV2RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
@@ -399,9 +479,9 @@ class Reference:
 
     def _embedded(self) -> Tensor:
         hidden_states = torch.zeros(*self.mask.shape, self.config.hidden_size)
-        rows = {one: self.reader.rows(EMBEDDING, one, one + 1)[0] for ids in self.asked.sequences for one in set(ids)}
-        for number, ids in enumerate(self.asked.sequences):
-            hidden_states[number, : len(ids)] = torch.stack([rows[token] for token in ids])
+        hidden_states[self.mask.bool()] = self._embedding_of(
+            torch.tensor([one for ids in self.asked.sequences for one in ids])
+        )
         return hidden_states
 
     def _predicting(self, hidden_states: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ import functools
 import json
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_bailing.tools.verify_drafts import DraftCheck
 from vllm_bailing.tools.verify_statistics import Shift, beyond, kind_of
 
 # What right deployments gave: lists by dtype and measure. Made by scripts/bench/bench_verify.py.
@@ -37,31 +37,6 @@ _WORDS = {
     "shared experts": "the shared experts",
     "expert": "expert",
 }
-
-
-@dataclass(frozen=True)
-class DraftCheck:
-    """First drafts of the MTP layer: those that a deployment made, and those of the reference for the same answers.
-
-    Attributes:
-        drafts, accepted: Of the deployment.
-        agreeing, positions: Of the reference: drafts that agree with the answers, and all.
-    """
-
-    drafts: int
-    accepted: int
-    agreeing: int
-    positions: int
-
-    @property
-    def reason(self) -> str:
-        """What speaks against the deployment's MTP layer; empty if nothing does."""
-        came, expected = self.accepted / self.drafts, self.agreeing / self.positions
-        spread = math.sqrt(expected * (1 - expected) * (1 / self.drafts + 1 / self.positions))
-        # Which positions are drafted at depends on what was accepted, so the two are not drawn alike.
-        if abs(came - expected) <= 4 * spread + 0.05:
-            return ""
-        return f"{came:.0%} of the first drafts were accepted, and {expected:.0%} of the reference's agree"
 
 
 @functools.cache
