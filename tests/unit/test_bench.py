@@ -93,8 +93,11 @@ def metrics_server():
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            text = texts.pop(0) if len(texts) > 1 else texts[0]
+            text = '{"data": [{"id": "m"}]}'
+            if self.path == "/metrics":
+                text = texts.pop(0) if len(texts) > 1 else texts[0]
             self.send_response(200)
+            self.send_header("Content-Type", "text/plain" if self.path == "/metrics" else "application/json")
             self.end_headers()
             self.wfile.write(text.encode())
 
@@ -141,6 +144,9 @@ def test_a_running_server_is_asked_by_kind(metrics_server, tmp_path):
     found = json.loads(done.stdout)
     counted = {kind: (one["drafts"], one["acceptance"]) for kind, one in found.items()}
     assert counted == {"all": (30, [1 / 3, 2 / 30]), "code": (20, [0.5, 0.0]), "prose": (10, [0.0, 0.2])}
+    texts[:] = ["no drafts"]
+    done = CliRunner().invoke(app, ["bench", "mtp", "other", "--url", url, "--prompts", str(file)])
+    assert done.exit_code == 2 and f"{url} has m, and not other; name what it has" in done.output, done.output
 
 
 def test_a_server_that_is_not_there_and_prompts_that_are_none_are_refused(tmp_path):

@@ -37,5 +37,5 @@ def chat_template(
     """
     file = TEMPLATES / f"{name}.jinja"
     if not file.is_file():
-        raise SystemExit(f"vllm-bailing: no chat template {name!r}; there is {', '.join(_templates())}")
+        raise typer.BadParameter(f"no chat template {name!r}; there is {', '.join(_templates())}")
     typer.echo(file)

@@ -90,7 +90,7 @@ def first_model(client: OpenAI) -> str:
 def model_names(client: OpenAI) -> list[str]:
     """The models of a server; empty if it does not list them."""
     try:
-        return [model.id for model in client.models.list().data]
+        return [model.id for model in client.with_options(max_retries=0).models.list().data]
     except (OpenAIError, AttributeError, TypeError):
         return []
 
