@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from vllm_bailing.config import BailingMoeV2Config
-from vllm_bailing.errors import CheckpointError, shown, told
+from vllm_bailing.errors import CheckpointError, shown, told, unreadable
 from vllm_bailing.folders import FileStates, states_of
 from vllm_bailing.json_files import read_json
 from vllm_bailing.layouts import common_prefix, joined
@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # registering must not import it
 _SCALES = ("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "scales")
 _LFS = b"version https://git-lfs"
 _INDEX = "model.safetensors.index.json"
-_LET_READ = "let the user who runs this read it"
 _FILE_NAME = re.compile(r"[\w][\w.+@ -]{0,200}\.safetensors")
 Kind = Literal["plain", "float8", "integer"]
 
@@ -78,7 +77,7 @@ class Checkpoint:
         except CheckpointError as error:
             self.damage = str(error)
         except OSError as error:
-            self.damage = f"{error.filename or folder} cannot be read: {error.strerror or shown(error)}; {_LET_READ}"
+            self.damage = str(unreadable(error, folder))
 
     def _read_header(self, file: Path) -> None:
         if not file.is_file():  # a link to nothing, a pipe, ...
@@ -222,6 +221,13 @@ def _files_of(folder: Path) -> list[Path]:
             f"{len(absent)} of {len(listed)} files of the index are not in {folder}, first {absent[0]}; fetch them"
         )
     return [folder / name for name in sorted(listed)]
+
+
+def named_by_index_alone(folder: Path) -> list[str]:
+    """Tensors that the index of a folder names, and no file has."""
+    if not (folder / _INDEX).is_file():
+        return []
+    return sorted(read_json(folder / _INDEX)["weight_map"].keys() - Checkpoint(folder).tensors.keys())
 
 
 def _kind(dtype: str) -> Kind:

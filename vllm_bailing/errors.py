@@ -20,7 +20,10 @@ plain ValueError, which is what transformers and vLLM expect of a configuration 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NAME_ANOTHER_DRAFT = (
     "name a checkpoint that has it, such as the base model of the same size, by --speculative-config "
@@ -82,6 +85,15 @@ class Finding(NamedTuple):
 
     def __str__(self) -> str:
         return "; ".join(filter(None, self))
+
+
+LET_READ = "let the user who runs this read it"
+
+
+def unreadable(error: OSError, place: Path | None = None) -> Finding:
+    """What an error says of a file or folder that cannot be read, which is `place` if the error does not tell."""
+    where = shown(str(error.filename or place))
+    return Finding(f"{where} cannot be read: {error.strerror or shown(error)}", LET_READ)
 
 
 class FilesError(ValueError):

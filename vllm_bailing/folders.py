@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
-from vllm_bailing.errors import FilesError, Finding, shown
+from vllm_bailing.errors import LET_READ, FilesError, Finding, shown
 from vllm_bailing.json_files import read_json
 
 _HUB_SECONDS = 10.0  # for one answer, to a name on the hub
@@ -50,6 +51,14 @@ def local_folder(model: str) -> Path:
     except (LocalEntryNotFoundError, HFValidationError, ValueError):
         todo = _NO_OWNER if "/" not in model else f"fetch it by `hf download {model}`"
         raise FilesError(Finding(f"{model} is neither a folder nor a model that was downloaded", todo)) from None
+
+
+def is_closed(path: str) -> bool:
+    """Whether it is a folder that this process may not look into."""
+    try:
+        return Path(path).is_dir() and not os.access(path, os.R_OK | os.X_OK)
+    except (OSError, ValueError):  # it lies in one, or is no path at all
+        return False
 
 
 def is_path(model: str) -> bool:
@@ -114,7 +123,9 @@ def without_config(folder: Path) -> Finding | None:
         try:
             read_json(file)
         except ValueError as error:
-            return Finding(f"{folder} has no config.json that can be read: it {error}", how_to_fetch(str(folder)))
+            is_closed = isinstance(error.__context__, PermissionError)
+            remedy = LET_READ if is_closed else how_to_fetch(str(folder))
+            return Finding(f"{folder} has no config.json that can be read: it {error}", remedy)
         return None
     if file.is_symlink():
         return Finding(f"{file} links to {shown(str(file.readlink()))}, which is gone", how_to_fetch(str(folder)))

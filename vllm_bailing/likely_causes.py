@@ -76,7 +76,7 @@ def _quantized(audit: Audit, missing: list[str]) -> str:
 def _layers(audit: Audit, missing: list[str]) -> str:
     main = audit.config.num_hidden_layers
     marked = sorted({layer_of(name) or 0 for name in audit.unexpected if name.endswith(_MTP)})
-    stray = {layer for name in audit.unexpected if (layer := layer_of(name)) is not None and layer >= main}
+    stray = {layer_of(name) or 0 for name in audit.unexpected} - {*range(main), *audit.config.mtp_layer_ids}
     if marked and marked[0] != main:
         return (
             f"the first MTP layer is number {marked[0]}, so that there are {marked[0]} main layers, but "
@@ -126,10 +126,11 @@ def _other_layout(audit: Audit, missing: list[str]) -> str:
         )
     stacked = next((name for name in audit.unexpected if _STACKED.search(name)), None)
     if stacked is not None:
-        config = audit.config
+        config, shape = audit.config, audit.unexpected[stacked]
+        which = ", which does not tell the two apart" if shape[-2:-1] == shape[-1:] else ""
         return (
             f"experts stacked into one tensor, read as [{config.num_experts}, outputs, inputs], but {stacked} is "
-            f"{list(audit.unexpected[stacked])}; save one tensor for each expert"
+            f"{list(shape)}{which}; save one tensor for each expert"
         )
     prefix = common_prefix([*audit.unexpected]) if not audit.seen else ""
     return f"all names begin with {prefix!r}; save the weights without it" if prefix else ""

@@ -422,3 +422,72 @@ def test_what_is_left_to_do_is_not_all_well(tmp_path):
     with_pickled_files(tmp_path / "model")
     done = invoke("doctor", tmp_path / "model")
     assert done.exit_code == 0 and done.stdout.splitlines()[-1] == 'no problem found; see what is under "to do"'
+
+
+def as_anyone(*command):
+    """A command that may read what everyone may: to root, nothing is forbidden but by leaving that ability behind."""
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    program = [sys.executable, "-c", "from vllm_bailing.cli import main; main()", *map(str, command)]
+    return subprocess.run([*drop, *program], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(("plan", "M", "--gpu", "H100"), ("quantize", "M", "out"), ("verify", "M"), ("report", "--model", "M")),
+        *(("bench", "mtp", "M"), ("balance", "M"), ("tune", "M"), ("train-mtp", "M", "--out", "out"), ("demo", "M")),
+        ("draft-vocab", "M", "--text", __file__, "--out", "out"),
+    ],
+    ids=" ".join,
+)
+def test_a_folder_that_may_not_be_read_is_one_line(command, tmp_path):
+    shutil.copytree(DEMO, tmp_path / "model")
+    (tmp_path / "model").chmod(0)
+    places = {"M": tmp_path / "model", "out": tmp_path / "out"}
+    done = as_anyone(*(places.get(word, word) for word in command))
+    (tmp_path / "model").chmod(0o755)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "Permission denied; let the user who runs this read it" in done.stderr.replace("\n", " "), done.stderr
+
+
+@pytest.mark.parametrize("closed", ["", "config.json", "model.safetensors"])
+def test_what_may_not_be_read_is_for_doctor_to_tell(closed, tmp_path):
+    shutil.copytree(DEMO, tmp_path / "model")
+    (tmp_path / "model" / closed).chmod(0)
+    done = as_anyone("doctor", tmp_path / "model", "--json")
+    (tmp_path / "model").chmod(0o755)
+    assert done.returncode == 1, done.stderr
+    (wrong,) = [check for check in json.loads(done.stdout) if check["ok"] is False]
+    assert "Permission denied" in wrong["detail"] and wrong["fix"] == "let the user who runs this read it", wrong
+
+
+def test_an_index_with_more_than_the_files_is_told(tmp_path):
+    model = make_checkpoint(tmp_path / "model", shards=2)
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.layers.9.mlp.gate.weight"] = next(iter(index["weight_map"].values()))
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (told,) = (check for check in doctor.checkpoint(str(model)) if check.detail.startswith("the index names"))
+    assert told.ok is None and told.detail.endswith("no file has: 1 tensor (model.layers.9.mlp.gate.weight)")
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_word_that_ends_answers_is_told(file, tmp_path):
+    shutil.copytree(DEMO, tmp_path / "model")
+    assert "stop tokens" not in by_name(doctor.checkpoint(str(tmp_path / "model")))
+    contents = json.loads((tmp_path / "model" / file).read_text()) | {"eos_token_id": 500}
+    (tmp_path / "model" / file).write_text(json.dumps(contents))
+    check = by_name(doctor.checkpoint(str(tmp_path / "model")))["stop tokens"]
+    assert check.ok is None and check.detail.startswith("eos_token_id 500 is the word "), check
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("attention.query_layernorm", "attention.qq_norm"), ("mlp.gate", "mlp.router"), ("enorm", "norm_e")],
+)
+def test_misnamed_tensors_of_an_mtp_layer_are_no_further_layer(before, after, tmp_path):
+    shutil.copytree(DEMO, tmp_path / "model")
+    write_tensors(
+        tmp_path / "model", {name.replace(before, after): one for name, one in read_tensors(tmp_path / "model").items()}
+    )
+    for check in doctor.checkpoint(str(tmp_path / "model")):
+        assert "num_hidden_layers" not in check.fix + check.detail or check.name == "config.json", check

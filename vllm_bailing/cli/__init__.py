@@ -32,6 +32,8 @@ from vllm_bailing.cli import (
     tune,
     verify,
 )
+from vllm_bailing.errors import LET_READ, unreadable
+from vllm_bailing.folders import is_closed
 
 
 class Commands(TyperGroup):
@@ -47,7 +49,10 @@ class Commands(TyperGroup):
 
 
 class Command(TyperCommand):
-    """Takes no empty argument: it comes of a variable that is not set, and would name the folder at hand."""
+    """Takes no empty argument: it comes of a variable that is not set, and would name the folder at hand.
+
+    Nor one that names a folder which may not be read; that is for `doctor` to tell.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for number, argument in enumerate(args):
@@ -56,6 +61,8 @@ class Command(TyperCommand):
                 after = f" after {args[number - 1]}" if number and not argument else ""
                 name = argument or f"an argument{after}"
                 raise typer.BadParameter(f"{name} is empty; is a variable not set?")
+            if self.name != "doctor" and is_closed(argument):
+                raise typer.BadParameter(f"{argument} cannot be read: Permission denied; {LET_READ}")
         return super().parse_args(ctx, args)
 
 
@@ -113,6 +120,9 @@ def main() -> None:
     output.leave_on(signal.SIGTERM, signal.SIGHUP)
     try:
         app()
+    except PermissionError as error:
+        print(f"vllm-bailing: {unreadable(error)}", file=sys.stderr)
+        sys.exit(2)
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(2)

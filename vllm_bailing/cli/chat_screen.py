@@ -17,6 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from vllm_bailing.cli import output
 from vllm_bailing.errors import ChatError, shown
 from vllm_bailing.tools.chat import Answer, Chat
 from vllm_bailing.tools.no_answer import no_answer
@@ -201,7 +202,7 @@ def converse(chat: Chat, console: Console, read: Callable[[str], str | None], ur
 
 
 def _complain(text: str, console: Console) -> None:
-    console.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+    console.print(output.folded(text, console.file), style="red", highlight=False, markup=False, soft_wrap=True)
 
 
 def _answer(chat: Chat, pieces: Iterator[tuple[str, str]], console: Console) -> None:
@@ -241,6 +242,7 @@ def _obey(chat: Chat, console: Console, command: str, argument: str) -> None:
 
     def say(text: str, always: bool = False) -> None:
         if always or console.is_terminal:  # a file gets the answers alone, and what was asked for by a command
+            text = output.folded(text, console.file)
             console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
     file = Path(argument)

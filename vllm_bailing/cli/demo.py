@@ -149,17 +149,20 @@ class _Progress:
 
 def _show_answer(speaker: str, pieces: Iterable[str]) -> None:
     """Print an answer as it comes."""
+    from vllm_bailing.cli.chat_screen import Lines
     from vllm_bailing.errors import DemoError
 
     print(f"{speaker:<8}", end="", flush=True)
     start = time.monotonic()
+    lines = Lines(shutil.get_terminal_size().columns - 8 if sys.stdout.isatty() else sys.maxsize)
     try:
         for piece in pieces:
-            print(piece.replace("\n", "\n        "), end="", flush=True)
+            print(lines.add(piece).replace("\n", "\n        "), end="", flush=True)
     except DemoError:
         print()
         raise
-    _say(f"\n        ({time.monotonic() - start:.1f} s)")
+    rest = lines.rest().replace("\n", "\n        ")
+    _say(f"{rest}\n        ({time.monotonic() - start:.1f} s)")
 
 
 def _show_examples(url: str, model: str) -> None:

@@ -71,10 +71,16 @@ def doctor(
 
 def _waited_for(what: str, found: Iterator[Check]) -> Iterator[Check]:
     """The checks one by one; a terminal shows what is being looked at meanwhile."""
+    from vllm_bailing.errors import unreadable
+    from vllm_bailing.tools.doctor import Check
+
     while True:
         # Weights have a progress bar of their own.
         with output.working("" if what == _WEIGHTS else f"looking at {what}"), output.output_aside():
-            check = next(found, None)
+            try:
+                check = next(found, None)
+            except PermissionError as error:
+                check, found = Check("files", False, *unreadable(error)), iter(())
         if check is None:
             return
         yield check

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vllm_bailing.errors import shown
+from vllm_bailing.errors import shown, unreadable
 from vllm_bailing.tools.doctor_processor import kernels_for, processor, serves_on_cpu
 from vllm_bailing.units import GIB
 
@@ -173,7 +173,10 @@ def _disk() -> Check:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folder = Path(HF_HUB_CACHE)
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    except PermissionError as error:
+        return Check("disk for models", False, *unreadable(error))
     return Check("disk for models", None, f"{shutil.disk_usage(existing).free / GIB:.0f} GiB free for {folder}")
 
 
@@ -198,9 +201,9 @@ _TO_SAFETENSORS = "save the model as safetensors, which needs no pickle"
 
 def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[Check]:
     """Checks of a checkpoint on this machine; reads configuration and headers, no weights."""
-    from vllm_bailing.checkpoint import Checkpoint
+    from vllm_bailing.checkpoint import Checkpoint, named_by_index_alone
     from vllm_bailing.config import read_config, warnings_heard
-    from vllm_bailing.errors import FilesError, OtherModelError
+    from vllm_bailing.errors import LET_READ, FilesError, OtherModelError, named
     from vllm_bailing.folders import how_to_fetch, local_folder, without_config
 
     try:
@@ -235,7 +238,8 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
     stored_files = Checkpoint(folder).published(config)
     if stored_files.damage:
         todo = how_to_fetch(model) if Checkpoint(folder).damage else "remove the tensor that you do not want"
-        yield Check("files", False, stored_files.damage, todo)
+        todo = LET_READ if stored_files.damage.endswith(LET_READ) else todo
+        yield Check("files", False, stored_files.damage.removesuffix(f"; {LET_READ}"), todo)
         return
     if not stored_files.tensors and any(folder.glob("*.bin")):
         yield Check(
@@ -244,18 +248,21 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
             "PyTorch's .bin files, which nothing here reads: the weights were not checked",
             _TO_SAFETENSORS,
         )
-        yield from _template(folder)
+        yield from _template(folder, config)
         return
     if not stored_files.tensors:
         yield Check("files", False, f"no safetensors files in {folder}", how_to_fetch(model))
         return
     files = {stored.file for stored in stored_files.tensors.values()}
     yield Check("files", True, f"{len(files)} of {_size(stored_files.size)}, {len(stored_files.tensors)} tensors")
+    if names := named_by_index_alone(folder):
+        detail = f"the index names what no file has: {named(names)}"
+        yield Check("files", None, detail, "take index and files from the same export, unless you removed them")
 
     made_for = _draft_alone(config, stored_files)
     yield from _contents(config, stored_files, folder, made_for)
     if made_for is None:  # a draft has its target's tokenizer
-        yield from _template(folder)
+        yield from _template(folder, config)
 
 
 def _contents(config: Any, stored_files: Any, folder: Path, made_for: Check | None) -> Iterator[Check]:
@@ -380,7 +387,26 @@ def _audited(audit: Any, stored_files: Any, name: str) -> Iterator[Check]:
         yield Check(name, True, "complete, every shape as config.json says")
 
 
-def _template(folder: Path) -> Iterator[Check]:
+def _ordinary_ends(folder: Path, config: Any, tokenizer: Any) -> Iterator[Check]:
+    """Words of a text that end an answer, where only special tokens should."""
+    from vllm_bailing.json_files import read_json
+
+    file = folder / "generation_config.json"
+    with contextlib.suppress(ValueError, AttributeError):  # told by _generation_config
+        generation = read_json(file).get("eos_token_id") if file.is_file() else None
+        for given in (config.eos_token_id, generation):
+            ids = given if isinstance(given, list) else [given]
+            known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder, None}
+            for token in (one for one in ids if one not in known):
+                detail = (
+                    f"eos_token_id {token} is the word {shown(repr(tokenizer.decode([token])))}, and no special token"
+                )
+                yield Check(
+                    "stop tokens", None, detail, "correct it, or fetch config.json and generation_config.json again"
+                )
+
+
+def _template(folder: Path, config: Any) -> Iterator[Check]:
     from vllm_bailing.errors import FilesError
     from vllm_bailing.tools.prompts import read_tokenizer
 
@@ -390,6 +416,7 @@ def _template(folder: Path) -> Iterator[Check]:
         yield Check("tokenizer", False, *error.finding)
         return
     yield Check("tokenizer", True, f"{len(tokenizer)} tokens")
+    yield from _ordinary_ends(folder, config, tokenizer)
     if not tokenizer.chat_template:
         yield Check("chat template", None, "none: /v1/completions works, chat needs --chat-template")
         return

@@ -83,6 +83,7 @@ _SHARED_READER = (
 )
 _OTHER_ANSWERS = "the deployment answers otherwise than when the run was interrupted; --fresh starts anew"
 _SERVED = "served.json"
+_FEW = 256  # tokens, of which a fault of a few experts may meet none
 
 
 def files_identity(folder: Path) -> list[tuple[str, int, int]]:
@@ -374,6 +375,8 @@ def _judged_by(
     if no_numbers:
         reason = f"{no_numbers} of its {len(came)} log-probabilities are NaN or infinite"
         looks_like = "damaged weights, or numbers that are too large for its data type"
+    left = [f"the MTP layer: {no_drafts}"] if config.num_nextn_predict_layers and no_drafts else []
+    left += [f"small faults: {asked.positions} tokens are few; ask more --words"] if asked.positions < _FEW else []
     used = len({token for one in served for token in one.token_ids})
     return {
         "dtype": dtype,
@@ -386,5 +389,5 @@ def _judged_by(
         "reason": reason,
         "looks_like": looks_like,
         "drafts": draft_check and asdict(draft_check),
-        "not_checked": f"the MTP layer: {no_drafts}" if config.num_nextn_predict_layers and no_drafts else "",
+        "not_checked": "; ".join(left),
     }
