@@ -336,7 +336,9 @@ def test_drafts_for_an_answer_are_gone_through_as_speculative_decoding_does():
         (Drafts(20, [6, 3]), 1, "others' requests"),
         (Drafts(10, [6, 3]), 2, "has several"),
         (Drafts(10, [9]), 2, ""),
-        (Drafts(10, [6, 3], "another run"), 1, "another run"),
+        (Drafts(10, [6, 3], 4), 1, "others' requests"),  # one more than the three that were asked
+        (Drafts(10, [6, 3], 3), 1, ""),
+        (Drafts(10, [6, 3], unlike="another run"), 1, "another run"),
     ],
 )
 def test_drafts_that_say_nothing_of_the_mtp_layer_are_not_judged(drafts, layers, said):

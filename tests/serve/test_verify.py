@@ -15,6 +15,7 @@ import torch
 
 from tests.support.checkpoints import changed_demo, with_two_experts_swapped
 from tests.support.commands import invoke, run_command
+from tests.support.server import posted
 from vllm_bailing import DEMO
 from vllm_bailing.tools import verify
 from vllm_bailing.tools.verify_deployment import vllm_version
@@ -53,6 +54,19 @@ def test_drafts_are_compared_too(mtp_server, tmp_path):
         assert report["computes"] == computes and made > 30, report  # 46 were seen
         assert (min(expected) <= made <= max(expected)) == computes, report["drafts"]
         assert ("MTP layer" in report["looks_like"]) != computes and not report["not_checked"]
+
+
+def test_drafts_of_others_are_no_fault(mtp_server, monkeypatch, tmp_path):
+    monkeypatch.setattr(verify, "CACHE", tmp_path)
+
+    def meanwhile(stage, done, _total):
+        if (stage, done) == ("deployment", 2):
+            posted(mtp_server, "/v1/completions", prompt="Who are you?", max_tokens=8)
+
+    options = {"dtype": "float32", "words": 64, "parts": False, "progress": meanwhile}
+    report = verify.run(str(DEMO), mtp_server.url, **options)
+    assert report["computes"] and report["drafts"] is None
+    assert report["not_checked"] == "the MTP layer: drafts of others' requests were counted too"
 
 
 def test_a_server_that_stands_still_is_told_soon(plain_server, tmp_path, monkeypatch):

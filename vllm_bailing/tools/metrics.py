@@ -38,6 +38,15 @@ def counters(text: str) -> tuple[int, list[int]]:
     return round(drafts), [round(accepted[position]) for position in sorted(accepted)]
 
 
+def answered(text: str) -> int:
+    """Requests that all engines behind a server have answered.
+
+    Args:
+        text: What /metrics answers.
+    """
+    return round(sum(sample.value for sample in samples(text).get("vllm:request_success_total", [])))
+
+
 def draft_source(text: str) -> str:
     """What drafts: "mtp" for the checkpoint's own MTP layer as it is; empty if nothing does or nobody says.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_bailing.errors import BenchError, ChatError, VerifyError, first_of
 from vllm_bailing.tools.chat import connect, first_model, http_client, model_names
-from vllm_bailing.tools.metrics import ACCEPTED, DRAFTS, counters, draft_source
+from vllm_bailing.tools.metrics import ACCEPTED, DRAFTS, answered, counters, draft_source
 from vllm_bailing.tools.no_answer import no_answer
 from vllm_bailing.tools.prompts import read_tokenizer, templated
 from vllm_bailing.tools.task import Task, run_task
@@ -164,7 +164,7 @@ def draft_counts(url: str) -> Drafts | None:
         made, accepted = counters(text)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return None
-    return Drafts(made, accepted, unlike_mtp(draft_source(text))) if accepted else None
+    return Drafts(made, accepted, answered(text), unlike_mtp(draft_source(text))) if accepted else None
 
 
 def vllm_version(url: str) -> str | None:
@@ -218,7 +218,8 @@ def draft_counts_of(llm: LLM) -> Drafts | None:
     metrics: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}
     accepted = metrics[ACCEPTED].values if ACCEPTED in metrics else []
     text = prometheus_client.generate_latest().decode()
-    return Drafts(metrics[DRAFTS].value, list(accepted), unlike_mtp(draft_source(text))) if accepted else None
+    unlike = unlike_mtp(draft_source(text))
+    return Drafts(metrics[DRAFTS].value, list(accepted), unlike=unlike) if accepted else None
 
 
 def engine(folder: str, options: dict[str, Any]) -> LLM:

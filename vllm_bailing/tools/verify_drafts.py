@@ -23,18 +23,20 @@ class Drafts:
     Attributes:
         made: How many times it drafted.
         accepted: How many of the first, second, ... drafted tokens it accepted; as many as it drafts at a time.
+        requests: How many it has answered.
         unlike: Why they say nothing of the MTP layer over the answers that are compared; empty if nothing is known.
     """
 
     made: int
     accepted: list[int]
+    requests: int = 0
     unlike: str = ""
 
     def since(self, before: Drafts) -> Drafts:
         """Those that were made after `before` was counted."""
         earlier = [*before.accepted, *[0] * len(self.accepted)]
         accepted = [now - then for now, then in zip(self.accepted, earlier, strict=False)]
-        return Drafts(self.made - before.made, accepted, self.unlike)
+        return Drafts(self.made - before.made, accepted, self.requests - before.requests, self.unlike)
 
 
 def unlike_mtp(source: str) -> str:
@@ -61,7 +63,7 @@ def not_checked(drafts: Drafts | None, config: BailingMoeV2Config, answered: lis
     given = drafts.made + sum(drafts.accepted)
     if given < sum(steps):
         return "not every step had a draft, so something else drafts"
-    if given > sum(steps) + len(steps) * len(drafts.accepted):
+    if drafts.requests > len(answered) or given > sum(steps) + len(steps) * len(drafts.accepted):
         return "drafts of others' requests were counted too"
     return ""
 

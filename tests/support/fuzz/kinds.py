@@ -13,6 +13,7 @@ from tests.support.answers import read_calls, read_thoughts
 from tests.support.fuzz.examine import Kind
 from tests.support.fuzz.mutate import HOSTILE, damaged, hazard, mutated, readable, text_of
 from vllm_bailing import DEMO
+from vllm_bailing.config import read_config
 from vllm_bailing.errors import SettingsError
 
 VOCABULARY = 1024  # of the demo
@@ -307,7 +308,7 @@ def _read_tokenizer(folder: Path) -> Any:
     from vllm_bailing.tools import doctor
     from vllm_bailing.tools.draft_vocab import choose_tokens
 
-    checks = list(doctor._template(folder))
+    checks = list(doctor._template(folder, read_config(folder)))
     _require_clear(checks)
     return checks, choose_tokens(str(folder), [folder / "text"], 30)
 
