@@ -151,6 +151,12 @@ class Checkpoint:
             whole.damage = self.damage or str(error)
         return whole
 
+    def named_by_index_alone(self) -> list[str]:
+        """Tensors that the index of the folder names, and no file has; of undamaged files."""
+        if self.folder is None or not (self.folder / _INDEX).is_file():
+            return []
+        return sorted(read_json(self.folder / _INDEX)["weight_map"].keys() - self.tensors.keys())
+
     def has_scales(self, module: str) -> bool:
         """Whether `module` is a linear layer that is stored quantized."""
         return any(f"{module}.{leaf}" in self.tensors for leaf in _SCALES)
@@ -221,13 +227,6 @@ def _files_of(folder: Path) -> list[Path]:
             f"{len(absent)} of {len(listed)} files of the index are not in {folder}, first {absent[0]}; fetch them"
         )
     return [folder / name for name in sorted(listed)]
-
-
-def named_by_index_alone(folder: Path) -> list[str]:
-    """Tensors that the index of a folder names, and no file has."""
-    if not (folder / _INDEX).is_file():
-        return []
-    return sorted(read_json(folder / _INDEX)["weight_map"].keys() - Checkpoint(folder).tensors.keys())
 
 
 def _kind(dtype: str) -> Kind:

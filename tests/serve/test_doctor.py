@@ -12,7 +12,7 @@ import pytest
 from tests.support.server import posted
 from vllm_bailing import __version__
 from vllm_bailing.tools.doctor_server import server as checks_of
-from vllm_bailing.tools.metrics import draft_source
+from vllm_bailing.tools.metrics import draft_source, samples
 
 
 def checked(server, **options):
@@ -30,7 +30,7 @@ def test_a_server_is_known(server):
 
 def test_drafts_are_counted(mtp_server):
     text = httpx.get(f"{mtp_server.url}/metrics").text
-    assert draft_source(text) == "mtp" and f'version="{__version__}"' in text
+    assert draft_source(samples(text)) == "mtp" and f'version="{__version__}"' in text
     posted(mtp_server, "/v1/completions", prompt="Who are you?", max_tokens=16)
     drafts = checked(mtp_server)["drafts"]
     assert drafts.ok and "draft tokens were accepted" in drafts.detail

@@ -7,7 +7,7 @@ from typing import Any
 from vllm_bailing.bench.mtp import acceptance_of, difference
 from vllm_bailing.errors import BenchError, first_of, shown
 from vllm_bailing.tools.chat import base_of, connect, http_client, model_names
-from vllm_bailing.tools.metrics import DRAFTS, counters
+from vllm_bailing.tools.metrics import DRAFTS, counters, samples
 from vllm_bailing.tools.no_answer import no_answer
 from vllm_bailing.tools.prompts import Prompt
 
@@ -30,7 +30,7 @@ def read(url: str) -> tuple[int, list[int]]:
         raise BenchError(no_answer(url, error)) from None
     if f"{DRAFTS}_total" not in text:
         raise BenchError(f"{address} counts no drafts; start the server with --speculative-config")
-    return counters(text)
+    return counters(samples(text))
 
 
 def ask(url: str, model: str, prompts: list[Prompt], max_tokens: int) -> dict[str, dict[str, Any]]:

@@ -201,7 +201,7 @@ _TO_SAFETENSORS = "save the model as safetensors, which needs no pickle"
 
 def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[Check]:
     """Checks of a checkpoint on this machine; reads configuration and headers, no weights."""
-    from vllm_bailing.checkpoint import Checkpoint, named_by_index_alone
+    from vllm_bailing.checkpoint import Checkpoint
     from vllm_bailing.config import read_config, warnings_heard
     from vllm_bailing.errors import LET_READ, FilesError, OtherModelError, named
     from vllm_bailing.folders import how_to_fetch, local_folder, without_config
@@ -235,9 +235,10 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
     for warning in warnings:
         yield Check("config.json", None, warning.removeprefix("config.json: "), "correct it if it is a mistake")
 
-    stored_files = Checkpoint(folder).published(config)
+    as_stored = Checkpoint(folder)
+    stored_files = as_stored.published(config)
     if stored_files.damage:
-        todo = how_to_fetch(model) if Checkpoint(folder).damage else "remove the tensor that you do not want"
+        todo = how_to_fetch(model) if as_stored.damage else "remove the tensor that you do not want"
         todo = LET_READ if stored_files.damage.endswith(LET_READ) else todo
         yield Check("files", False, stored_files.damage.removesuffix(f"; {LET_READ}"), todo)
         return
@@ -255,7 +256,7 @@ def checkpoint(model: str, overrides: dict[str, Any] | None = None) -> Iterator[
         return
     files = {stored.file for stored in stored_files.tensors.values()}
     yield Check("files", True, f"{len(files)} of {_size(stored_files.size)}, {len(stored_files.tensors)} tensors")
-    if names := named_by_index_alone(folder):
+    if names := as_stored.named_by_index_alone():
         detail = f"the index names what no file has: {named(names)}"
         yield Check("files", None, detail, "take index and files from the same export, unless you removed them")
 
@@ -394,9 +395,9 @@ def _ordinary_ends(folder: Path, config: Any, tokenizer: Any) -> Iterator[Check]
     file = folder / "generation_config.json"
     with contextlib.suppress(ValueError, AttributeError):  # told by _generation_config
         generation = read_json(file).get("eos_token_id") if file.is_file() else None
+        known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder, None}
         for given in (config.eos_token_id, generation):
             ids = given if isinstance(given, list) else [given]
-            known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder, None}
             for token in (one for one in ids if one not in known):
                 detail = (
                     f"eos_token_id {token} is the word {shown(repr(tokenizer.decode([token])))}, and no special token"

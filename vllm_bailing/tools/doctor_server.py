@@ -9,12 +9,11 @@ from typing import Any
 from vllm_bailing.errors import shown
 from vllm_bailing.tools.chat import NOT_READY, base_of, http_client
 from vllm_bailing.tools.doctor import Check
-from vllm_bailing.tools.metrics import DRAFTS, PLUGIN, samples
+from vllm_bailing.tools.metrics import DRAFTS, PLUGIN, Counted, samples, total
 from vllm_bailing.tools.no_answer import no_answer, refusal, tells_dead_engine
 
 SECONDS = 30.0  # for an answer; an engine whose peer died takes requests and never answers
 TOKEN = "a token"  # the check that has the server generate one
-Counted = dict[str, list[Any]]  # of `metrics.samples`
 _TOOL = {"type": "function", "function": {"name": "noop", "parameters": {"type": "object", "properties": {}}}}
 
 
@@ -127,15 +126,10 @@ def _chat(client: Any, name: str) -> Iterator[Check]:
 
 
 def _drafts(counted: Counted) -> Check:
-    drafted, accepted = (_count(counted, f"spec_decode_num_{what}") for what in ("draft_tokens", "accepted_tokens"))
+    drafted, accepted = (total(counted, f"spec_decode_num_{what}") for what in ("draft_tokens", "accepted_tokens"))
     if not drafted:
         return Check("drafts", None, "none yet" if f"{DRAFTS}_total" in counted else "none")
     return Check("drafts", True, f"{accepted / drafted:.0%} of {drafted:,.0f} draft tokens were accepted")
-
-
-def _count(counted: Counted, what: str) -> float:
-    """A counter of vLLM, over all engines."""
-    return sum(sample.value for sample in counted.get(f"vllm:{what}_total", []))
 
 
 def _token(client: Any, name: str, before: Counted) -> Check:
@@ -147,7 +141,7 @@ def _token(client: Any, name: str, before: Counted) -> Check:
         response = client.post("/v1/completions", json=request)
     except httpx.ReadTimeout:
         limit, after = client.timeout.read, _counted(client)
-        done = sum(_count(after, what) - _count(before, what) for what in ("generation_tokens", "prompt_tokens"))
+        done = sum(total(after, what) - total(before, what) for what in ("generation_tokens", "prompt_tokens"))
         if done > 0:  # a queue is no fault, and a probe must not end a server for it
             return Check(TOKEN, None, f"still in the queue after {limit:g} s; {done:,.0f} others were computed")
         return Check(TOKEN, False, f"no answer within {limit:g} s", "restart the server: its engine stands still")

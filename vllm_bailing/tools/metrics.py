@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens_per_pos"
-
 PLUGIN = "bailing_plugin_info"  # published by `plugin.checks.publish_version`
+Counted = dict[str, list[Any]]  # samples of prometheus_client by name
 
 
-def samples(text: str) -> dict[str, list[Any]]:
+def samples(text: str) -> Counted:
     """The samples of prometheus_client by name, those of all engines behind a server.
 
     Args:
@@ -24,33 +24,21 @@ def samples(text: str) -> dict[str, list[Any]]:
     return found
 
 
-def counters(text: str) -> tuple[int, list[int]]:
-    """Drafts, and accepted tokens by position, of all engines behind a server.
+def total(counted: Counted, what: str) -> int:
+    """A counter of vLLM, over all engines behind a server."""
+    return round(sum(sample.value for sample in counted.get(f"vllm:{what}_total", [])))
 
-    Args:
-        text: What /metrics answers.
-    """
-    found, accepted = samples(text), dict[int, float]()
-    for sample in found.get(f"{ACCEPTED}_total", []):
+
+def counters(counted: Counted) -> tuple[int, list[int]]:
+    """Drafts, and accepted tokens by position, of all engines behind a server."""
+    accepted = dict[int, float]()
+    for sample in counted.get(f"{ACCEPTED}_total", []):
         position = int(sample.labels["position"])
         accepted[position] = accepted.get(position, 0) + sample.value
-    drafts = sum(sample.value for sample in found.get(f"{DRAFTS}_total", []))
-    return round(drafts), [round(accepted[position]) for position in sorted(accepted)]
+    drafts = total(counted, DRAFTS.removeprefix("vllm:"))
+    return drafts, [round(accepted[position]) for position in sorted(accepted)]
 
 
-def answered(text: str) -> int:
-    """Requests that all engines behind a server have answered.
-
-    Args:
-        text: What /metrics answers.
-    """
-    return round(sum(sample.value for sample in samples(text).get("vllm:request_success_total", [])))
-
-
-def draft_source(text: str) -> str:
-    """What drafts: "mtp" for the checkpoint's own MTP layer as it is; empty if nothing does or nobody says.
-
-    Args:
-        text: What /metrics answers.
-    """
-    return next((sample.labels.get("drafts", "") for sample in samples(text).get(PLUGIN, [])), "")
+def draft_source(counted: Counted) -> str:
+    """What drafts: "mtp" for the checkpoint's own MTP layer as it is; empty if nothing does or nobody says."""
+    return next((sample.labels.get("drafts", "") for sample in counted.get(PLUGIN, [])), "")

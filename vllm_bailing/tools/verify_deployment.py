@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_bailing.errors import BenchError, ChatError, VerifyError, first_of
 from vllm_bailing.tools.chat import connect, first_model, http_client, model_names
-from vllm_bailing.tools.metrics import ACCEPTED, DRAFTS, answered, counters, draft_source
+from vllm_bailing.tools.metrics import ACCEPTED, DRAFTS, counters, draft_source, samples, total
 from vllm_bailing.tools.no_answer import no_answer
 from vllm_bailing.tools.prompts import read_tokenizer, templated
 from vllm_bailing.tools.task import Task, run_task
@@ -160,11 +160,12 @@ def draft_counts(url: str) -> Drafts | None:
 
     try:
         with http_client(url, 30) as client:
-            text = client.get("/metrics").raise_for_status().text
-        made, accepted = counters(text)
+            counted = samples(client.get("/metrics").raise_for_status().text)
+        made, accepted = counters(counted)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return None
-    return Drafts(made, accepted, answered(text), unlike_mtp(draft_source(text))) if accepted else None
+    requests, unlike = total(counted, "request_success"), unlike_mtp(draft_source(counted))
+    return Drafts(made, accepted, requests, unlike) if accepted else None
 
 
 def vllm_version(url: str) -> str | None:
@@ -217,8 +218,7 @@ def draft_counts_of(llm: LLM) -> Drafts | None:
 
     metrics: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}
     accepted = metrics[ACCEPTED].values if ACCEPTED in metrics else []
-    text = prometheus_client.generate_latest().decode()
-    unlike = unlike_mtp(draft_source(text))
+    unlike = unlike_mtp(draft_source(samples(prometheus_client.generate_latest().decode())))
     return Drafts(metrics[DRAFTS].value, list(accepted), unlike=unlike) if accepted else None
 
 

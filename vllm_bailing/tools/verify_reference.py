@@ -333,12 +333,17 @@ class Reference:
             mask, mask.shape[1], 0, mask.device
         )
 
+    @property
+    def _kinds(self) -> tuple[bool, ...]:
+        """Of the rounded copies, whether toward zero; as many are of each kind."""
+        return (False, True) if self.rounding.dtype == "bfloat16" else (False,)
+
     @torch.no_grad()
     def forward(self, copies: int = COPIES) -> Computed:
         """All layers and the head; `copies` is how many rounded ones of a kind run beside the exact one."""
         done, rounded, experts = self._resumed() or (0, None, {})
         exact = self._state(done) if done else self._embedded()
-        kinds = (False, True) if self.rounding.dtype == "bfloat16" else (False,)  # whether toward zero
+        kinds = self._kinds
         if rounded is None:
             rounded = exact.repeat(copies * len(kinds), 1, 1)
         around = self._around(1)
@@ -409,15 +414,14 @@ class Reference:
             for number, (start, ids) in enumerate(zip(prompts, self.asked.sequences, strict=True))
             if len(ids) > start + 1
         ]
-        norm, bits = self._norm(), MANTISSA[self.rounding.dtype]
+        norm = self._norm()
         found = [self._drafted(norm(self._state(layers)), answers, count, None)]
-        kinds = (False, True) if self.rounding.dtype == "bfloat16" else (False,)
         with torch.random.fork_rng([]):
             torch.manual_seed(layers + 1)
-            for part, to_zero in zip(rounded.chunk(len(kinds)), kinds, strict=True):
+            for part, to_zero in zip(rounded.chunk(len(self._kinds)), self._kinds, strict=True):
                 hooks = _Rounded(self.reader, self.rounding, to_zero)
                 for one in part.split(len(self.mask) if hooks.at_start else len(part)):
-                    found.append(self._drafted(hooks.round(norm(one), bits), answers, count, hooks))
+                    found.append(self._drafted(hooks.round(norm(one), hooks.bits), answers, count, hooks))
         self.reader.close()
         drafted = torch.cat(found)
         return [drafted[:, row, : one.drafted] for row, one in enumerate(answers)]
