@@ -123,8 +123,7 @@ def without_config(folder: Path) -> Finding | None:
         try:
             read_json(file)
         except ValueError as error:
-            is_closed = isinstance(error.__context__, PermissionError)
-            remedy = LET_READ if is_closed else how_to_fetch(str(folder))
+            remedy = LET_READ if isinstance(error.__context__, PermissionError) else how_to_fetch(str(folder))
             return Finding(f"{folder} has no config.json that can be read: it {error}", remedy)
         return None
     if file.is_symlink():
