@@ -12,6 +12,7 @@ Source: inclusionAI/Ling-V2, `modeling_bailing_moe_v2.py`; the interfaces are th
 # No postponed annotations in this file: vLLM's compile decorator reads them as types.
 from collections.abc import Iterable
 from itertools import islice, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +56,11 @@ from vllm_bailing.config import BailingMoeV2Config
 from vllm_bailing.errors import DEQUANTIZE, CheckpointError
 from vllm_bailing.plugin.agreement import check_ranks_agree
 from vllm_bailing.plugin.checks import adding_the_remedy
+from vllm_bailing.plugin.kernels import avx2
 from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
+from vllm_bailing.plugin.kernels.cpu_attention import Passes, attends_in_one
 from vllm_bailing.plugin.kernels.cpu_experts import heed_expert_map
+from vllm_bailing.plugin.kernels.cpu_layer import in_two_operations, may_be_two_operations, weights_of_layer
 from vllm_bailing.plugin.kernels.cpu_quantized import offer_quantized_layers
 from vllm_bailing.plugin.kernels.qk_norm_rope import fused_qk_norm_rope_for
 from vllm_bailing.plugin.lora import experts_take_adapters
@@ -141,13 +145,36 @@ class BailingMoeV2Attention(nn.Module):
         )
         self.fused_qk_norm_rope = fused_qk_norm_rope_for(self, get_current_vllm_config())
         self.norm_and_rotate = self._in_one_kernel if self.fused_qk_norm_rope else self._layer_by_layer
+        self.attends_in_one = attends_in_one(self, get_current_vllm_config())
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """Output [T, H] for positions [T] and hidden states [T, H]; this rank's summand without `reduce_results`."""
         qkv, _ = self.query_key_value(hidden_states)  # [T, (Q + 2 KV) D]
-        q, k, v = self.norm_and_rotate(positions, qkv)  # [T, Q D], [T, KV D], [T, KV D]
-        output, _ = self.dense(self.attn(q, k, v))  # [T, H]
+        attend = self._attend_in_one if self.attends_in_one else self._attend
+        output, _ = self.dense(attend(positions, qkv))  # [T, H]
         return output
+
+    def _attend(self, positions: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.norm_and_rotate(positions, qkv)  # [T, Q D], [T, KV D], [T, KV D]
+        return self.attn(q, k, v)
+
+    def _attend_in_one(self, positions: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+        return avx2.attention(qkv, *self.arguments(positions))
+
+    def arguments(self, positions: torch.Tensor) -> tuple[Any, ...]:
+        """Those of `avx2.attention` beside queries, keys and values."""
+        return (
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.query_layernorm.variance_epsilon,
+            self.query_layernorm.weight,
+            self.key_layernorm.weight,
+            self.rotary_emb.cos_sin_cache,
+            positions,
+            self.attn.impl.scale,
+            self.place,
+        )
 
     def _layer_by_layer(self, positions: torch.Tensor, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
         q, k, v = qkv.split((self.q_size, self.kv_size, self.kv_size), dim=-1)
@@ -313,10 +340,15 @@ class BailingMoeV2DecoderLayer(nn.Module):
             self.mlp = BailingMoeV2MoE(vllm_config, config, prefix=f"{prefix}.mlp")
         else:
             self.mlp = BailingMoeV2MLP(config, config.intermediate_size, quant_config, prefix=f"{prefix}.mlp")
+        self.config = config
+        self.may_be_two_operations = has_experts and may_be_two_operations(self, vllm_config)
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = weights_of_layer(self) if self.may_be_two_operations else None
+        if weights is not None:
+            return in_two_operations(self, weights, positions, hidden_states, residual)
         if residual is None:
             residual = hidden_states
             hidden_states = self.input_layernorm(hidden_states)
@@ -509,6 +541,7 @@ class BailingMoeV2ForCausalLM(
         self.lora_skip_prefixes = skipped  # pyright: ignore[reportAttributeAccessIssue]
         self.weight_loading = WeightLoading(self, vllm_config, self._audit_of, self._load)
         use_cpu_kernels(self, self.lm_head, vllm_config)
+        self.passes = Passes(self.model)
         heed_expert_map(self, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -521,7 +554,8 @@ class BailingMoeV2ForCausalLM(
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors | tuple[torch.Tensor, list[torch.Tensor]]:
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        with self.passes.running():
+            return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits [T, V] of hidden states [T, H] after the final norm, on the rank that gathers them."""

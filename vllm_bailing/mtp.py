@@ -46,6 +46,7 @@ from vllm_bailing.model import (
 )
 from vllm_bailing.plugin.checks import adding_the_remedy
 from vllm_bailing.plugin.kernels.cpu import use_cpu_kernels
+from vllm_bailing.plugin.kernels.cpu_attention import Passes
 from vllm_bailing.plugin.kernels.cpu_experts import heed_expert_map
 from vllm_bailing.plugin.kernels.cpu_quantized import offer_quantized_layers
 from vllm_bailing.plugin.options import draft_vocabulary
@@ -237,6 +238,7 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
         self.allow_patterns_overrides = [files] if files and takes_a_part_of_the_files() else None
         self.weight_loading = WeightLoading(self, vllm_config, lambda: audit, self._load)
         use_cpu_kernels(self, self.draft_head.head if self.draft_head else self.lm_head, vllm_config)
+        self.passes = Passes(self.model)
         heed_expert_map(self, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -258,7 +260,8 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
             positions: [T], of the hidden states.
             hidden_states: [T, H] after the target's final norm, or this method's result for the step before.
         """
-        return self.model(input_ids, positions, hidden_states, inputs_embeds, spec_step_idx)
+        with self.passes.running():
+            return self.model(input_ids, positions, hidden_states, inputs_embeds, spec_step_idx)
 
     def compute_logits(self, hidden_states: torch.Tensor, spec_step_idx: int = 0) -> torch.Tensor | None:
         if self.draft_head is not None:

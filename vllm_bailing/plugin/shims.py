@@ -132,6 +132,16 @@ def grouped_topk_for_cpus() -> Any:
     return getattr(module, "_grouped_topk", None)
 
 
+def experts_of(routed_experts: Any) -> Any:
+    """What computes the experts of a layer, an object of vLLM's class for them; None where it is of another kind.
+
+    Differs:  experts for CPUs came as one function with the router in it.
+    Upstream: `FusedMoEKernel.fused_experts`, which a method for quantized experts has in 0.32.
+    Remove:   when the oldest supported version has it.
+    """
+    return getattr(getattr(routed_experts.quant_method, "moe_kernel", None), "fused_experts", None)
+
+
 def knows_scales_of_modules() -> bool:
     """Whether this vLLM scales each module of an adapter by its own rank and alpha.
 

@@ -14,6 +14,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <immintrin.h>
 #include <omp.h>
 #include <torch/library.h>
@@ -23,8 +24,10 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -35,7 +38,8 @@ using Vector = at::vec::Vectorized<float>;  // of 8, as compiled for AVX2
 
 constexpr int kRows = 16;     // outputs of a block
 constexpr int kTile = 4;      // of them, in registers at a time, with one, two or kTogether tokens
-constexpr int64_t kBlocks = 4;  // of a task
+constexpr int64_t kBlocks = 4;   // of a task
+constexpr int64_t kShared = 32;  // tokens up to which each thread has one task
 constexpr int64_t kPart = 512;  // inputs that become plain numbers at a time
 constexpr int64_t kWide = 128;  // inputs that share a scale of int8 activations
 constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
@@ -555,28 +559,29 @@ struct Int4Vnni : Int4Activations {
 // Memory of a thread for one block of outputs.
 template <class Format>
 struct Workplace {
-  std::vector<float> scales, zeros, out[2 * kBlocks];  // [G, kRows], [G, kRows], [T, kRows] of each block
+  std::vector<float> scales, zeros, out;  // [G, kRows], [G, kRows], of each block [T, kRows]
   std::vector<typename Format::Number> plain;
 
-  // out[first + i] [T, kRows] = tokens [T, K] times the rows of block i of `blocks`, which begin with `row`
+  // Block first + i of out [T, kRows] = tokens [T, K] times the rows of block i of `blocks`, which begin with `row`.
   void multiply(const Weights& w, int64_t row, int64_t blocks, const Tokens<Format>& tokens, const int64_t* chosen,
-                int64_t count, int first = 0) {
-    for (int64_t i = 0; i < blocks; ++i) out[first + i].resize(count * kRows);
+                int64_t count, int64_t first = 0) {
+    out.resize(std::max<size_t>(out.size(), (first + blocks) * count * kRows));
+    float* const to = out.data() + first * count * kRows;
     if constexpr (Format::kIsWide) {
       const int64_t pairs = count > Format::kInOrder ? blocks / 2 : 0;
       for (int64_t i = 0; i < pairs; ++i)
-        multiply_wide<2>(w, row + 2 * i * kRows, tokens, chosen, count, first + 2 * i);
+        multiply_wide<2>(w, row + 2 * i * kRows, tokens, chosen, count, to + 2 * i * count * kRows);
       for (int64_t i = 2 * pairs; i < blocks; ++i)
-        multiply_wide<1>(w, row + i * kRows, tokens, chosen, count, first + i);
+        multiply_wide<1>(w, row + i * kRows, tokens, chosen, count, to + i * count * kRows);
     } else {
       for (int64_t i = 0; i < blocks; ++i)
-        multiply_narrow(w, row + i * kRows, tokens, chosen, count, out[first + i]);
+        multiply_narrow(w, row + i * kRows, tokens, chosen, count, to + i * count * kRows);
     }
   }
 
   template <int R>
   void multiply_wide(const Weights& w, int64_t row, const Tokens<Format>& tokens, const int64_t* chosen, int64_t count,
-                     int64_t first) {
+                     float* out) {
     constexpr int most = Format::kTogether;
     const typename Format::Number* x[most];
     const float *x_scales[most], *x_sums[most];
@@ -589,13 +594,13 @@ struct Workplace {
         x_sums[i] = &tokens.sums[token * tokens.groups];
       }
       float* to[R];
-      for (int r = 0; r < R; ++r) to[r] = out[first + r].data() + t * kRows;
+      for (int r = 0; r < R; ++r) to[r] = out + (r * count + t) * kRows;
       Format::template some<R>(w, row, x, x_scales, x_sums, together, to);
     }
   }
 
   void multiply_narrow(const Weights& w, int64_t row, const Tokens<Format>& tokens, const int64_t* chosen,
-                       int64_t count, std::vector<float>& out) {
+                       int64_t count, float* out) {
     scales.resize(std::max<int64_t>(w.groups, 1) * kRows);
     zeros.resize(Format::kHasZeros ? scales.size() : 0);
     auto* s = reinterpret_cast<float(*)[kRows]>(scales.data());
@@ -608,7 +613,7 @@ struct Workplace {
           const int64_t a = chosen[t], b = chosen[std::min(t + 1, count - 1)];
           const typename Format::Number* x[2] = {tokens.of(a), tokens.of(b)};
           const float* x_scales[2] = {&tokens.scales[a * groups], &tokens.scales[b * groups]};
-          auto* to = reinterpret_cast<float(*)[kRows]>(out.data() + t * kRows);
+          auto* to = reinterpret_cast<float(*)[kRows]>(out + t * kRows);
           if (t + 1 < count)
             Format::template few<2>(w, row + first, s, first, x, x_scales, to);
           else
@@ -622,8 +627,8 @@ struct Workplace {
   }
 
   void multiply_many(const Weights& w, int64_t row, const float (*s)[kRows], const Tokens<Format>& tokens,
-                     const int64_t* chosen, int64_t count, std::vector<float>& out) {
-    std::fill(out.begin(), out.end(), 0.0f);
+                     const int64_t* chosen, int64_t count, float* out) {
+    std::fill_n(out, count * kRows, 0.0f);
     plain.resize(kRows * Format::kPlainPart);
     for (int64_t from = 0; from < w.k; from += Format::kPlainPart) {
       const int64_t part = std::min(Format::kPlainPart, w.k - from);
@@ -635,7 +640,7 @@ struct Workplace {
         const int64_t together = std::min<int64_t>(most, count - t);
         for (int64_t i = 0; i < together; ++i) {
           x[i] = tokens.of(chosen[t + i]) + from;
-          to[i] = out.data() + (t + i) * kRows;
+          to[i] = out + (t + i) * kRows;
         }
         for (int first = 0; first < kRows; first += kTile) {
           if (together == most)
@@ -649,10 +654,10 @@ struct Workplace {
   }
 
   void finish(const Weights& w, const float (*s)[kRows], const float (*z)[kRows], const Tokens<Format>& tokens,
-              const int64_t* chosen, int64_t count, std::vector<float>& out) {
+              const int64_t* chosen, int64_t count, float* out) {
     for (int64_t t = 0; t < count; ++t)
       Format::finish(w, s, z, &tokens.scales[chosen[t] * tokens.groups],
-                     Format::kHasZeros ? &tokens.sums[chosen[t] * tokens.groups] : nullptr, out.data() + t * kRows);
+                     Format::kHasZeros ? &tokens.sums[chosen[t] * tokens.groups] : nullptr, out + t * kRows);
   }
 };
 
@@ -669,11 +674,27 @@ struct Stack {
   }
 };
 
-int64_t tasks_of(int64_t rows) { return (rows / kRows + kBlocks - 1) / kBlocks; }
-
-// Tasks that a thread takes at a time: of few tokens its share, since memory is read faster where it goes on.
-int64_t together(int64_t tasks, int64_t tokens) {
-  return tokens > 32 ? 1 : std::max<int64_t>(1, (tasks + omp_get_max_threads() - 1) / omp_get_max_threads());
+// Calls take(matrix, block, blocks) for all of `blocks` blocks of outputs of each of `matrices`, by the threads of the
+// parallel region around it. With few tokens each thread has one share, in the order in which it lies in memory, which
+// is read faster so, `most` blocks at a time; with many, whose products take unlike times, kBlocks.
+template <class Take>
+void share(int64_t matrices, int64_t blocks, int64_t tokens, int64_t most, Take take) {
+  if (tokens > kShared) {
+    const int64_t tasks = (blocks + kBlocks - 1) / kBlocks;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < matrices * tasks; ++task) {
+      const int64_t block = task % tasks * kBlocks;
+      take(task / tasks, block, std::min(kBlocks, blocks - block));
+    }
+    return;
+  }
+  const int64_t threads = omp_get_num_threads(), mine = omp_get_thread_num(), all = matrices * blocks;
+  for (int64_t at = all * mine / threads, end = all * (mine + 1) / threads; at < end;) {
+    const int64_t block = at % blocks, count = std::min({most, blocks - block, end - at});
+    take(at / blocks, block, count);
+    at += count;
+  }
+#pragma omp barrier
 }
 
 template <class Format>
@@ -682,18 +703,15 @@ void linear(const Stack& stack, const void* x, int64_t dtype, int64_t count, voi
   const Tokens<Format> tokens(x, dtype, count, w);
   std::vector<int64_t> all(count);
   std::iota(all.begin(), all.end(), 0);
-  const int64_t chunk = together(tasks_of(w.n), count);
 #pragma omp parallel
   {
     Workplace<Format> place;
-#pragma omp for schedule(dynamic, chunk)
-    for (int64_t row = 0; row < w.n; row += kBlocks * kRows) {
-      const int64_t blocks = std::min(kBlocks, (w.n - row) / kRows);
-      place.multiply(w, row, blocks, tokens, all.data(), count);
+    share(1, w.n / kRows, count, kBlocks, [&](int64_t, int64_t block, int64_t blocks) {
+      place.multiply(w, block * kRows, blocks, tokens, all.data(), count);
       for (int64_t t = 0; t < count; ++t)
         for (int64_t i = 0; i < blocks; ++i)
-          write(out, dtype, t * w.n + row + i * kRows, kRows, &place.out[i][t * kRows]);
-    }
+          write(out, dtype, t * w.n + (block + i) * kRows, kRows, &place.out[(i * count + t) * kRows]);
+    });
   }
 }
 
@@ -750,31 +768,28 @@ bool experts(const Stack& w13, const Stack& w2, int64_t number, const void* x, i
   std::vector<float> inner(picks.count() * width);
   {
     const Tokens<Format> tokens(x, dtype, count, w13.first);
-    const int64_t tasks = tasks_of(width), chunk = together(used * tasks, count);
 #pragma omp parallel
     {
       Workplace<Format> place;
-#pragma omp for schedule(dynamic, chunk)
-      for (int64_t task = 0; task < used * tasks; ++task) {
-        const int64_t expert = picks.used[task / tasks], row = task % tasks * kBlocks * kRows;
+      share(used, width / kRows, count, kAny, [&](int64_t index, int64_t block, int64_t blocks) {
+        const int64_t expert = picks.used[index], row = block * kRows;
         const int64_t from = picks.starts[expert], size = picks.starts[expert + 1] - from;
-        const int64_t blocks = std::min(kBlocks, (width - row) / kRows);
         place.multiply(w13.of(expert), row, blocks, tokens, &picks.token[from], size);
-        place.multiply(w13.of(expert), width + row, blocks, tokens, &picks.token[from], size, kBlocks);
+        place.multiply(w13.of(expert), width + row, blocks, tokens, &picks.token[from], size, blocks);
         for (int64_t b = 0; b < blocks; ++b)
           for (int64_t i = 0; i < size * kRows; i += 8) {
-            const Vector gate = Vector::loadu(&place.out[b][i]), up = Vector::loadu(&place.out[kBlocks + b][i]);
+            const Vector gate = Vector::loadu(&place.out[b * size * kRows + i]),
+                         up = Vector::loadu(&place.out[(blocks + b) * size * kRows + i]);
             (gate / (Vector(1) + gate.neg().exp()) * up)
                 .store(&inner[(from + i / kRows) * width + row + b * kRows + i % kRows]);
           }
-      }
+      });
     }
   }
   const Tokens<Format> tokens(inner.data(), kFp32, picks.count(), w2.first);
   std::vector<int64_t> all(picks.count());
   std::iota(all.begin(), all.end(), 0);
   const bool is_few = picks.count() <= kFewPicks;
-  const int64_t tasks = tasks_of(hidden), chunk = together(used * tasks, count);
   std::vector<float> each(is_few ? picks.count() * hidden : 0), sums(is_few ? 0 : count * hidden);
 #pragma omp parallel
   {
@@ -784,15 +799,13 @@ bool experts(const Stack& w13, const Stack& w2, int64_t number, const void* x, i
       const int64_t from = picks.starts[expert], size = picks.starts[expert + 1] - from;
       place.multiply(w2.of(expert), row, blocks, tokens, &all[from], size);
       for (int64_t p = 0; p < size; ++p)
-        for (int64_t b = 0; b < blocks; ++b) take(from + p, row + b * kRows, &place.out[b][p * kRows]);
+        for (int64_t b = 0; b < blocks; ++b) take(from + p, row + b * kRows, &place.out[(b * size + p) * kRows]);
     };
     if (is_few) {
-#pragma omp for schedule(dynamic, chunk)
-      for (int64_t task = 0; task < used * tasks; ++task) {
-        const int64_t row = task % tasks * kBlocks * kRows;
-        multiply(picks.used[task / tasks], row, std::min(kBlocks, (hidden - row) / kRows),
+      share(used, hidden / kRows, count, kBlocks, [&](int64_t index, int64_t block, int64_t blocks) {
+        multiply(picks.used[index], block * kRows, blocks,
                  [&](int64_t p, int64_t h, const float* found) { std::copy_n(found, kRows, &each[p * hidden + h]); });
-      }
+      });
     } else {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t row = 0; row < hidden; row += kBlocks * kRows)
@@ -1082,6 +1095,166 @@ void avx2_qk_norm_rope(const Tensor& qkv, int64_t q_heads, int64_t k_heads, int6
   }
 }
 
+// ---- attention: operations of vLLM, without Python between them ----------------------------------------------------
+
+// An operation of vLLM's, called by the names of its arguments: versions of vLLM have them in different places.
+class Operation {
+ public:
+  Operation(const char* name, const std::vector<std::string>& given)
+      : handle_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "")) {
+    size_t taken = 0;
+    for (const c10::Argument& argument : handle_.schema().arguments()) {
+      const auto found = std::find(given.begin(), given.end(), argument.name());
+      TORCH_CHECK(found != given.end() || argument.default_value(), name, " wants ", argument.name());
+      taken += found != given.end();
+      places_.push_back(found == given.end() ? -1 : found - given.begin());
+    }
+    TORCH_CHECK(taken == given.size(), name, " takes other arguments");
+  }
+
+  void operator()(const std::vector<c10::IValue>& values) const {
+    std::vector<c10::IValue> stack;
+    for (size_t i = 0; i < places_.size(); ++i)
+      stack.push_back(places_[i] < 0 ? *handle_.schema().arguments()[i].default_value() : values[places_[i]]);
+    handle_.callBoxed(&stack);
+  }
+
+ private:
+  c10::OperatorHandle handle_;
+  std::vector<int64_t> places_;  // of each argument among those given, or -1 for its default
+};
+
+// What layers of one group of the KV cache share in a forward pass, as vLLM's `CPUAttentionMetadata` has it.
+struct Metadata {
+  Tensor slots, starts, lengths, blocks, schedule;
+  Maybe dynamic_causal;
+  bool causal;
+  int64_t tokens;
+  std::string isa;
+};
+
+struct AttentionLayer {
+  Tensor cache;  // [B, K, S, 2 D]
+  std::shared_ptr<const Metadata> metadata;  // none where there is nothing to attend to, as when memory is measured
+};
+
+// Those of the model whose forward pass runs, none between passes: caches and metadata are vLLM's to free.
+std::vector<AttentionLayer> attention_layers;
+
+void avx2_begin_attention(int64_t layers) { attention_layers.assign(layers, {}); }
+
+void avx2_hand_over(const std::vector<int64_t>& layers, const std::vector<Tensor>& caches, const Tensor& slots,
+                    const Tensor& starts, const Tensor& lengths, const Tensor& blocks, const Tensor& schedule,
+                    const Maybe& dynamic_causal, bool causal, int64_t tokens, const std::string& isa) {
+  const auto metadata = std::make_shared<const Metadata>(
+      Metadata{slots, starts, lengths, blocks, schedule, dynamic_causal, causal, tokens, isa});
+  for (size_t i = 0; i < layers.size(); ++i) attention_layers.at(layers[i]) = {caches.at(i), metadata};
+}
+
+Tensor avx2_attention(const Tensor& qkv, int64_t q_heads, int64_t k_heads, int64_t size, double eps,
+                      const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos_sin, const Tensor& positions,
+                      double scale, int64_t place) {
+  static const Operation write("_C::cpu_attn_reshape_and_cache",
+                               {"key", "value", "key_cache", "value_cache", "slot_mapping", "isa"});
+  static const Operation attend(
+      "_C::cpu_attention_with_kv_cache",
+      {"query", "key_cache", "value_cache", "output", "query_start_loc", "seq_lens", "scale", "causal", "alibi_slopes",
+       "sliding_window_size", "block_table", "softcap", "scheduler_metadata", "s_aux", "dynamic_causal"});
+  TORCH_CHECK(place < static_cast<int64_t>(attention_layers.size()), "attention outside of a forward pass");
+  const AttentionLayer& layer = attention_layers[place];
+  const int64_t count = qkv.size(0);
+  const Tensor output = qkv.new_zeros({count, q_heads, size});
+  avx2_qk_norm_rope(qkv, q_heads, k_heads, size, eps, q_weight, k_weight, cos_sin, positions);
+  if (layer.metadata) {
+    const Metadata& of = *layer.metadata;
+    const Tensor heads = qkv.view({count, -1, size}), queries = heads.narrow(1, 0, q_heads),
+                 keys = heads.narrow(1, q_heads, k_heads), values = heads.narrow(1, q_heads + k_heads, k_heads);
+    const int64_t slots = layer.cache.size(2);
+    const Tensor both = layer.cache.view({layer.cache.size(0), layer.cache.size(1), 2 * slots, size});
+    const Tensor key_cache = both.narrow(2, 0, slots), value_cache = both.narrow(2, slots, slots);
+    const c10::IValue none;
+    write({keys, values, key_cache, value_cache, of.slots, of.isa});
+    attend({queries.narrow(0, 0, of.tokens), key_cache, value_cache, output.narrow(0, 0, of.tokens), of.starts,
+            of.lengths, scale, of.causal, none, int64_t{-1}, of.blocks, 0.0, of.schedule, none, of.dynamic_causal});
+  }
+  return output.view({count, q_heads * size});
+}
+
+// ---- halves of a decoder layer -------------------------------------------------------------------------------------
+
+// A matrix, or those of experts, as `Weights` of avx2.py: data, and scales and zero points where it has them.
+using Matrix = at::TensorList;
+
+Maybe at_place(Matrix matrix, size_t place) { return matrix.size() > place ? Maybe(matrix[place]) : Maybe(); }
+
+Tensor multiplied(const Tensor& x, Matrix matrix, int64_t rows) {
+  if (matrix.size() == 1) return avx2_plain_linear(x, matrix[0][0], {});
+  return avx2_linear(x, matrix[0], at_place(matrix, 1), at_place(matrix, 2), rows, {});
+}
+
+Tensor of_experts(const Tensor& x, Matrix w13, int64_t rows13, Matrix w2, int64_t rows2, const Tensor& weights,
+                  const Tensor& ids) {
+  const Tensor result = x.new_empty(x.sizes());
+  avx2_experts(result, x, w13[0], at_place(w13, 1), at_place(w13, 2), rows13, w2[0], at_place(w2, 1), at_place(w2, 2),
+               rows2, weights, ids);
+  return result;
+}
+
+// x [T, H] + residual, normed and as it is.
+std::pair<Tensor, Tensor> normed(const Tensor& x, const Maybe& residual, const Tensor& weight, double eps) {
+  const int64_t size = x.size(1), count = x.size(0), dtype = dtype_of(x);
+  TORCH_CHECK(size % 8 == 0 && weight.numel() == size && weight.is_contiguous() && x.is_contiguous() &&
+                  (!residual || (residual->is_contiguous() && residual->scalar_type() == x.scalar_type() &&
+                                 residual->sizes() == x.sizes())),
+              "sizes of a norm do not fit");
+  const Tensor norm = x.new_empty(x.sizes()), total = x.new_empty(x.sizes());
+  std::vector<float> scales(size);
+  read(weight.const_data_ptr(), dtype_of(weight), 0, size, scales.data());
+#pragma omp parallel if (count > 4)
+  {
+    std::vector<float> row(size), added(size);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < count; ++t) {
+      read(x.const_data_ptr(), dtype, t * size, size, row.data());
+      if (residual) {
+        read(residual->const_data_ptr(), dtype, t * size, size, added.data());
+        add_scaled(row.data(), 1, added.data(), size);
+      }
+      write(total.mutable_data_ptr(), dtype, t * size, size, row.data());
+      norm_and_rotate(row.data(), size, static_cast<float>(eps), scales.data(), nullptr, nullptr, 0);
+      write(norm.mutable_data_ptr(), dtype, t * size, size, row.data());
+    }
+  }
+  return {norm, total};
+}
+
+std::tuple<Tensor, Tensor> avx2_attention_half(const Tensor& x, const Maybe& residual, const Tensor& norm, double eps,
+                                               Matrix qkv, int64_t rows, int64_t q_heads, int64_t k_heads,
+                                               int64_t size, double qk_eps, const Tensor& q_weight,
+                                               const Tensor& k_weight, const Tensor& cos_sin, const Tensor& positions,
+                                               double scale, int64_t place) {
+  const auto [hidden, total] = normed(x, residual, norm, eps);
+  const Tensor heads = avx2_attention(multiplied(hidden, qkv, rows), q_heads, k_heads, size, qk_eps, q_weight,
+                                      k_weight, cos_sin, positions, scale, place);
+  return {heads, total};
+}
+
+std::tuple<Tensor, Tensor> avx2_moe_half(const Tensor& heads, const Tensor& residual, Matrix dense, const Tensor& norm,
+                                         double eps, const Tensor& gate, const Tensor& bias, int64_t groups,
+                                         int64_t open, int64_t picks, bool normalizes, double scale, Matrix w13,
+                                         Matrix w2, Matrix shared13, Matrix shared2, at::IntArrayRef rows) {
+  const auto [hidden, total] = normed(multiplied(heads, dense, rows[0]), residual, norm, eps);
+  const Tensor logits = avx2_plain_linear(hidden.to(at::kFloat), gate, {});
+  const auto [weights, ids] = avx2_route(logits, bias, groups, open, picks, normalizes, scale);
+  const Tensor result = of_experts(hidden, w13, rows[1], w2, rows[2], weights, ids);
+  if (!shared13.empty()) {  // one expert, which all tokens pick
+    const int64_t count = hidden.size(0);
+    result.add_(of_experts(hidden, shared13, rows[3], shared2, rows[4], weights.new_ones({count, 1}),
+                           ids.new_zeros({count, 1})));
+  }
+  return {result, total};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(vllm_bailing, CPU, m) {
@@ -1090,4 +1263,12 @@ TORCH_LIBRARY_IMPL(vllm_bailing, CPU, m) {
   m.impl("avx2_experts", &avx2_experts);
   m.impl("avx2_route", &avx2_route);
   m.impl("avx2_qk_norm_rope", &avx2_qk_norm_rope);
+  m.impl("avx2_attention", &avx2_attention);
+  m.impl("avx2_attention_half", &avx2_attention_half);
+  m.impl("avx2_moe_half", &avx2_moe_half);
+}
+
+TORCH_LIBRARY_IMPL(vllm_bailing, CompositeExplicitAutograd, m) {
+  m.impl("avx2_begin_attention", &avx2_begin_attention);
+  m.impl("avx2_hand_over", &avx2_hand_over);
 }

@@ -21,8 +21,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -107,11 +108,36 @@ _registry.define(
     "avx2_qk_norm_rope(Tensor(a!) qkv, int q_heads, int k_heads, int head_dim, float eps, Tensor q_weight, "
     "Tensor k_weight, Tensor cos_sin, Tensor positions) -> ()"
 )
+_registry.define("avx2_begin_attention(int layers) -> ()")
+_registry.define(
+    "avx2_hand_over(int[] places, Tensor[] caches, Tensor slots, Tensor starts, Tensor lengths, Tensor blocks, "
+    "Tensor schedule, Tensor? dynamic_causal, bool causal, int tokens, str isa) -> ()"
+)
+_registry.define(
+    "avx2_attention(Tensor(a!) qkv, int q_heads, int k_heads, int head_dim, float eps, Tensor q_weight, "
+    "Tensor k_weight, Tensor cos_sin, Tensor positions, float scale, int place) -> Tensor"
+)
+_registry.define(
+    "avx2_attention_half(Tensor x, Tensor? residual, Tensor norm, float eps, Tensor[] qkv, int rows, int q_heads, "
+    "int k_heads, int head_dim, float qk_eps, Tensor q_weight, Tensor k_weight, Tensor cos_sin, Tensor positions, "
+    "float scale, int place) -> (Tensor, Tensor)"
+)
+_registry.define(
+    "avx2_moe_half(Tensor heads, Tensor residual, Tensor[] dense, Tensor norm, float eps, Tensor gate, Tensor bias, "
+    "int groups, int open, int picks, bool normalizes, float scale, Tensor[] w13, Tensor[] w2, Tensor[] shared13, "
+    "Tensor[] shared2, int[] rows) -> (Tensor, Tensor)"
+)
 for _name, _shaped in {
     "avx2_linear": lambda x, data, *_: x.new_empty(*x.shape[:-1], data.shape[1] * (_ROWS if data.dim() == 4 else 1)),
     "avx2_plain_linear": lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
     "avx2_experts": lambda *_: None,
     "avx2_qk_norm_rope": lambda *_: None,
+    "avx2_attention": lambda qkv, heads, _kv_heads, size, *_: qkv.new_empty(qkv.shape[0], heads * size),
+    "avx2_attention_half": lambda x, _residual, _norm, _eps, _qkv, _rows, heads, _kv_heads, size, *_: (
+        x.new_empty(x.shape[0], heads * size),
+        torch.empty_like(x),
+    ),
+    "avx2_moe_half": lambda _heads, residual, *_: (torch.empty_like(residual), torch.empty_like(residual)),
     "avx2_route": lambda logits, _bias, _groups, _open, picks, *_: (
         logits.new_empty(logits.shape[0], picks, dtype=torch.float32),
         logits.new_empty(logits.shape[0], picks, dtype=torch.int32),
@@ -183,6 +209,64 @@ def qk_norm_rope(
     """
     torch.ops.vllm_bailing.avx2_qk_norm_rope(
         qkv, num_heads_q, num_heads_k, head_dim, eps, q_weight, k_weight, cos_sin_cache, position_ids
+    )
+
+
+def begin_attention(layers: int) -> None:
+    """Before `attention` is called for so many layers, and after it for 0, which lets go of what was handed over."""
+    torch.ops.vllm_bailing.avx2_begin_attention(layers)
+
+
+def hand_over(
+    places: Sequence[int], caches: Sequence[torch.Tensor], slots: torch.Tensor, metadata: Any, isa: str
+) -> None:
+    """What layers of one group of the KV cache attend with; without it they give zeros.
+
+    Args:
+        places: Numbers of the layers.
+        caches: [B, K, S, 2 D] of each, S slots of a block.
+        slots: [T] of the new keys and values.
+        metadata: vLLM's `CPUAttentionMetadata`.
+        isa: As vLLM names the instructions of its kernels.
+    """
+    torch.ops.vllm_bailing.avx2_hand_over(
+        places,
+        caches,
+        slots,
+        metadata.query_start_loc,
+        metadata.seq_lens,
+        metadata.block_table,
+        metadata.scheduler_metadata,
+        metadata.dynamic_causal,
+        metadata.causal,
+        metadata.num_actual_tokens,
+        isa,
+    )
+
+
+def attention(
+    qkv: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+    place: int,
+) -> torch.Tensor:
+    """`qk_norm_rope` of `qkv` [T, (Q + 2 K) D], and what its tokens attend to [T, Q D], in vLLM's kernels.
+
+    Args:
+        scale: Of queries times keys.
+        place: Of the layer among those that were handed over.
+    Raises:
+        RuntimeError: If there is no such layer, or vLLM's operations take other arguments.
+    """
+    return torch.ops.vllm_bailing.avx2_attention(
+        qkv, num_heads, num_kv_heads, head_dim, eps, q_weight, k_weight, cos_sin_cache, positions, scale, place
     )
 
 

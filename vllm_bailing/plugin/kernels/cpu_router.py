@@ -38,15 +38,21 @@ def routing_function(vllm_config: Any, config: BailingMoeV2Config, bias: torch.T
     """
     if not uses_avx2(vllm_config, torch.get_default_dtype()) or grouped_topk_for_cpus() is None:
         return None
-    rule = (config.n_group, config.topk_group, config.num_experts_per_tok, config.num_experts_per_tok > 1)
-    if problem := _problem(config.num_experts, *rule):
+    rule = rule_of(config)
+    if problem := _problem(config.num_experts, *rule[:-1]):
         logger.info_once("The choice of experts stays in PyTorch: %s", problem)
         return None
 
     def route(*, gating_output: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return avx2.route(gating_output, bias, *rule, config.routed_scaling_factor)
+        return avx2.route(gating_output, bias, *rule)
 
     return route
+
+
+def rule_of(config: BailingMoeV2Config) -> tuple[int, int, int, bool, float]:
+    """What `avx2.route` takes after logits and bias."""
+    picks = config.num_experts_per_tok
+    return config.n_group, config.topk_group, picks, picks > 1, config.routed_scaling_factor
 
 
 @proof

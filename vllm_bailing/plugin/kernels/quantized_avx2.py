@@ -9,6 +9,7 @@ Dimension letters: E experts, H hidden size, I width of an expert on this rank, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,8 +149,12 @@ def experts(parents: dict[str, Any]) -> dict[str, Any]:
         w13, down = self._stacks(w1, w2)
         avx2.experts(output, hidden_states, w13, down, topk_weights, topk_ids)
 
+    def weights_of_avx2(self: Any, layer: Any) -> tuple[Weights, Weights]:
+        """Those of vLLM's `RoutedExperts`, after they were loaded."""
+        return self._stacks(layer.w13_weight, layer.w2_weight)
+
     for one in (Int8, Fp8, Int4):
-        one.apply = apply
+        one.apply, one.weights_of_avx2 = apply, weights_of_avx2
     return {"int8": Int8, "fp8": Fp8, "int4": Int4}
 
 
@@ -201,11 +206,16 @@ def linears(parents: dict[str, Any]) -> dict[str, Any]:
             _keep(layer, name, getattr(layer, name).data.unsqueeze(0).contiguous())
             _keep(layer, scale_name, scale.float().reshape(1, -1).contiguous())
 
+            layer.weights_of_avx2 = partial(self._weights, layer)
+
+        def _weights(self, layer: Any) -> Weights:
+            weight, scale, *_ = self._get_layer_params(layer)
+            return Weights(weight, scale)
+
         def apply_weights(
             self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None, **_: Any
         ) -> torch.Tensor:
-            weight, scale, *_ = self._get_layer_params(layer)
-            return avx2.linear(x, Weights(weight, scale), bias)
+            return avx2.linear(x, self._weights(layer), bias)
 
     class Fp8(parents["fp8"]):
         @classmethod
@@ -220,12 +230,17 @@ def linears(parents: dict[str, Any]) -> dict[str, Any]:
             _keep(layer, params.WEIGHT, _checked_fp8(params.weight.data.unsqueeze(0)).contiguous())
             _keep(layer, stored, getattr(layer, stored).data.float().unsqueeze(0).contiguous())
 
+            layer.weights_of_avx2 = partial(self._weights, layer)
+
+        def _weights(self, layer: Any) -> Weights:
+            params = self._get_layer_params(layer)
+            scale = params.weight_scale if params.weight_scale_inv is None else params.weight_scale_inv
+            return Weights(params.weight, scale, rows=self.weight_group_shape[0])
+
         def apply_weights(
             self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None, **_: Any
         ) -> torch.Tensor:
-            params = self._get_layer_params(layer)
-            scale = params.weight_scale if params.weight_scale_inv is None else params.weight_scale_inv
-            return avx2.linear(x, Weights(params.weight, scale, rows=self.weight_group_shape[0]), bias)
+            return avx2.linear(x, self._weights(layer), bias)
 
     class Int4(parents["int4"]):
         problem = ""  # set before weights are processed: why they take vLLM's kernel, where it has one
@@ -247,13 +262,16 @@ def linears(parents: dict[str, Any]) -> dict[str, Any]:
             packed = packed_int4(levels.to(torch.uint8).contiguous(), scales, zeros, _has_vnni())
             for name, value in zip((self.w_q_name, self.w_s_name, self.w_zp_name), packed, strict=True):
                 _keep(layer, name or "weight_zero_point", value.unsqueeze(0))
+            layer.weights_of_avx2 = partial(self._weights, layer)
+
+        def _weights(self, layer: Any) -> Weights:
+            words, scale, _ = self._get_weight_params(layer)
+            return Weights(words, scale, getattr(layer, self.w_zp_name or "weight_zero_point"))
 
         def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             if self.problem:
                 return super().apply_weights(layer, x, bias)
-            words, scale, _ = self._get_weight_params(layer)
-            zeros = getattr(layer, self.w_zp_name or "weight_zero_point")
-            return avx2.linear(x, Weights(words, scale, zeros), bias)
+            return avx2.linear(x, self._weights(layer), bias)
 
     if "AVX-512" not in instructions():
         return {"int8": Int8, "fp8": Fp8, "int4": Int4}
