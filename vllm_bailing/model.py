@@ -146,6 +146,7 @@ class BailingMoeV2Attention(nn.Module):
         self.fused_qk_norm_rope = fused_qk_norm_rope_for(self, get_current_vllm_config())
         self.norm_and_rotate = self._in_one_kernel if self.fused_qk_norm_rope else self._layer_by_layer
         self.attends_in_one = attends_in_one(self, get_current_vllm_config())
+        self.place = 0  # among the model's layers that do; see `Passes`
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """Output [T, H] for positions [T] and hidden states [T, H]; this rank's summand without `reduce_results`."""
@@ -541,7 +542,7 @@ class BailingMoeV2ForCausalLM(
         self.lora_skip_prefixes = skipped  # pyright: ignore[reportAttributeAccessIssue]
         self.weight_loading = WeightLoading(self, vllm_config, self._audit_of, self._load)
         use_cpu_kernels(self, self.lm_head, vllm_config)
-        self.passes = Passes(self.model)
+        self.passes = Passes(self.model, vllm_config)
         heed_expert_map(self, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -132,10 +132,20 @@ def grouped_topk_for_cpus() -> Any:
     return getattr(module, "_grouped_topk", None)
 
 
-def experts_of(routed_experts: Any) -> Any:
-    """What computes the experts of a layer, an object of vLLM's class for them; None where it is of another kind.
+def instructions_of_attention(layer: Any) -> str:
+    """Those that vLLM's kernels for CPUs use for an attention layer, as it names them, once the KV cache is there.
 
-    Differs:  experts for CPUs came as one function with the router in it.
+    Differs:  the layer's implementation had them.
+    Upstream: `CPUAttentionMetadataBuilder._set_isa_to_layers`, in 0.29, not in 0.28.
+    Remove:   when the oldest supported version has it.
+    """
+    return layer.isa if hasattr(layer, "isa") else layer.impl.isa
+
+
+def experts_of(routed_experts: Any) -> Any:
+    """What computes the experts of a layer, an object of vLLM's class for them; None where there is none.
+
+    Differs:  methods of older versions hold a function.
     Upstream: `FusedMoEKernel.fused_experts`, which a method for quantized experts has in 0.32.
     Remove:   when the oldest supported version has it.
     """

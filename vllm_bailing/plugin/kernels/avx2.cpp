@@ -675,8 +675,9 @@ struct Stack {
 };
 
 // Calls take(matrix, block, blocks) for all of `blocks` blocks of outputs of each of `matrices`, by the threads of the
-// parallel region around it. With few tokens each thread has one share, in the order in which it lies in memory, which
-// is read faster so, `most` blocks at a time; with many, whose products take unlike times, kBlocks.
+// parallel region around it, all of which have to come here, and wait at its end. With few tokens each has one share, in
+// the order in which it lies in memory, which is read faster so, and takes `most` blocks at a time; with many, whose
+// products take unlike times, who is free takes kBlocks.
 template <class Take>
 void share(int64_t matrices, int64_t blocks, int64_t tokens, int64_t most, Take take) {
   if (tokens > kShared) {
@@ -1018,6 +1019,8 @@ void avx2_experts(const Tensor& output, const Tensor& x, const Tensor& data13, c
                   int64_t rows2, const Tensor& topk_weights, const Tensor& topk_ids) {
   const auto [w13, number] = stack_of(data13, scales13, zeros13, rows13);
   const Stack w2 = stack_of(data2, scales2, zeros2, rows2).first;
+  TORCH_CHECK(data13.scalar_type() == data2.scalar_type() && data13.dim() == data2.dim(),
+              "both matrices of experts have to be of one format");
   TORCH_CHECK(output.is_contiguous() && output.scalar_type() == x.scalar_type() && output.sizes() == x.sizes() &&
                   x.size(1) == w13.first.k && w2.first.n == w13.first.k && w13.first.n == 2 * w2.first.k,
               "sizes of experts do not fit");
@@ -1126,7 +1129,8 @@ class Operation {
 
 // What layers of one group of the KV cache share in a forward pass, as vLLM's `CPUAttentionMetadata` has it.
 struct Metadata {
-  Tensor slots, starts, lengths, blocks, schedule;
+  Maybe slots;
+  Tensor starts, lengths, blocks, schedule;
   Maybe dynamic_causal;
   bool causal;
   int64_t tokens;
@@ -1135,15 +1139,19 @@ struct Metadata {
 
 struct AttentionLayer {
   Tensor cache;  // [B, K, S, 2 D]
-  std::shared_ptr<const Metadata> metadata;  // none where there is nothing to attend to, as when memory is measured
+  std::shared_ptr<const Metadata> metadata;
 };
 
 // Those of the model whose forward pass runs, none between passes: caches and metadata are vLLM's to free.
 std::vector<AttentionLayer> attention_layers;
+bool attends = false;  // else there is nothing to attend to, as when memory is measured
 
-void avx2_begin_attention(int64_t layers) { attention_layers.assign(layers, {}); }
+void avx2_begin_attention(int64_t layers, bool attends_) {
+  attention_layers.assign(layers, {});
+  attends = attends_;
+}
 
-void avx2_hand_over(const std::vector<int64_t>& layers, const std::vector<Tensor>& caches, const Tensor& slots,
+void avx2_hand_over(const std::vector<int64_t>& layers, const std::vector<Tensor>& caches, const Maybe& slots,
                     const Tensor& starts, const Tensor& lengths, const Tensor& blocks, const Tensor& schedule,
                     const Maybe& dynamic_causal, bool causal, int64_t tokens, const std::string& isa) {
   const auto metadata = std::make_shared<const Metadata>(
@@ -1162,6 +1170,7 @@ Tensor avx2_attention(const Tensor& qkv, int64_t q_heads, int64_t k_heads, int64
        "sliding_window_size", "block_table", "softcap", "scheduler_metadata", "s_aux", "dynamic_causal"});
   TORCH_CHECK(place < static_cast<int64_t>(attention_layers.size()), "attention outside of a forward pass");
   const AttentionLayer& layer = attention_layers[place];
+  TORCH_CHECK(layer.metadata || !attends, "attention layer ", place, " got nothing to attend to");
   const int64_t count = qkv.size(0);
   const Tensor output = qkv.new_zeros({count, q_heads, size});
   avx2_qk_norm_rope(qkv, q_heads, k_heads, size, eps, q_weight, k_weight, cos_sin, positions);
@@ -1173,7 +1182,7 @@ Tensor avx2_attention(const Tensor& qkv, int64_t q_heads, int64_t k_heads, int64
     const Tensor both = layer.cache.view({layer.cache.size(0), layer.cache.size(1), 2 * slots, size});
     const Tensor key_cache = both.narrow(2, 0, slots), value_cache = both.narrow(2, slots, slots);
     const c10::IValue none;
-    write({keys, values, key_cache, value_cache, of.slots, of.isa});
+    if (of.slots) write({keys, values, key_cache, value_cache, of.slots, of.isa});
     attend({queries.narrow(0, 0, of.tokens), key_cache, value_cache, output.narrow(0, 0, of.tokens), of.starts,
             of.lengths, scale, of.causal, none, int64_t{-1}, of.blocks, 0.0, of.schedule, none, of.dynamic_causal});
   }
@@ -1188,7 +1197,6 @@ using Matrix = at::TensorList;
 Maybe at_place(Matrix matrix, size_t place) { return matrix.size() > place ? Maybe(matrix[place]) : Maybe(); }
 
 Tensor multiplied(const Tensor& x, Matrix matrix, int64_t rows) {
-  if (matrix.size() == 1) return avx2_plain_linear(x, matrix[0][0], {});
   return avx2_linear(x, matrix[0], at_place(matrix, 1), at_place(matrix, 2), rows, {});
 }
 
@@ -1242,7 +1250,8 @@ std::tuple<Tensor, Tensor> avx2_attention_half(const Tensor& x, const Maybe& res
 std::tuple<Tensor, Tensor> avx2_moe_half(const Tensor& heads, const Tensor& residual, Matrix dense, const Tensor& norm,
                                          double eps, const Tensor& gate, const Tensor& bias, int64_t groups,
                                          int64_t open, int64_t picks, bool normalizes, double scale, Matrix w13,
-                                         Matrix w2, Matrix shared13, Matrix shared2, at::IntArrayRef rows) {
+                                         Matrix w2, Matrix shared13, Matrix shared2,
+                                         at::IntArrayRef rows /* of the five matrices, in this order */) {
   const auto [hidden, total] = normed(multiplied(heads, dense, rows[0]), residual, norm, eps);
   const Tensor logits = avx2_plain_linear(hidden.to(at::kFloat), gate, {});
   const auto [weights, ids] = avx2_route(logits, bias, groups, open, picks, normalizes, scale);

@@ -2,8 +2,9 @@
 
 vLLM's CPU build and PyTorch have none for them that read a quantized weight once and in its own bits. For weights of 4
 bits there is a faster one with AVX-512 VNNI, which is ahead of vLLM's too. avx2.cpp is compiled when an engine needs it
-first, which takes a C++ compiler and half a minute, and kept in the user's cache. It has two operations more, for all
-processors with AVX2, which are many small ones elsewhere: the choice of experts, and norms and rotation.
+first, which takes a C++ compiler and half a minute, and kept in the user's cache. It has operations more, for all
+processors with AVX2, which are many small ones elsewhere: the choice of experts; norms, rotation and attention
+(cpu_attention.py); and the two halves of a decoder layer (cpu_layer.py).
 
 Weights are multiplied as what they mean: bf16, fp16 and fp8 with activations in fp32; int8 with activations in integers
 of 11 to 15 bits, as many as leave sums of 32 bits without an overflow; int4 with activations in int8 and a scale for
@@ -54,6 +55,10 @@ class Weights(NamedTuple):
     scales: torch.Tensor | None = None
     zeros: torch.Tensor | None = None
     rows: int = 1
+
+    def kind(self) -> tuple[torch.dtype, int]:
+        """What both matrices of experts have to have in common."""
+        return self.data.dtype, self.data.dim()
 
 
 def packed_int4(
@@ -108,9 +113,11 @@ _registry.define(
     "avx2_qk_norm_rope(Tensor(a!) qkv, int q_heads, int k_heads, int head_dim, float eps, Tensor q_weight, "
     "Tensor k_weight, Tensor cos_sin, Tensor positions) -> ()"
 )
-_registry.define("avx2_begin_attention(int layers) -> ()")
+# Attention writes to the KV cache, which is no argument: a graph cannot know it, and need not, as its results are used
+# and no two layers have the same arguments.
+_registry.define("avx2_begin_attention(int layers, bool attends) -> ()")
 _registry.define(
-    "avx2_hand_over(int[] places, Tensor[] caches, Tensor slots, Tensor starts, Tensor lengths, Tensor blocks, "
+    "avx2_hand_over(int[] places, Tensor[] caches, Tensor? slots, Tensor starts, Tensor lengths, Tensor blocks, "
     "Tensor schedule, Tensor? dynamic_causal, bool causal, int tokens, str isa) -> ()"
 )
 _registry.define(
@@ -212,20 +219,24 @@ def qk_norm_rope(
     )
 
 
-def begin_attention(layers: int) -> None:
-    """Before `attention` is called for so many layers, and after it for 0, which lets go of what was handed over."""
-    torch.ops.vllm_bailing.avx2_begin_attention(layers)
+def begin_attention(layers: int, attends: bool = False) -> None:
+    """Before `attention` is called for so many layers, and after it for 0, which lets go of what was handed over.
+
+    Args:
+        attends: Whether all of them are handed something; if not, they give zeros.
+    """
+    torch.ops.vllm_bailing.avx2_begin_attention(layers, attends)
 
 
 def hand_over(
-    places: Sequence[int], caches: Sequence[torch.Tensor], slots: torch.Tensor, metadata: Any, isa: str
+    places: Sequence[int], caches: Sequence[torch.Tensor], slots: torch.Tensor | None, metadata: Any, isa: str
 ) -> None:
-    """What layers of one group of the KV cache attend with; without it they give zeros.
+    """What layers of one group of the KV cache attend with.
 
     Args:
         places: Numbers of the layers.
         caches: [B, K, S, 2 D] of each, S slots of a block.
-        slots: [T] of the new keys and values.
+        slots: [T] of the new keys and values; None if they are there already.
         metadata: vLLM's `CPUAttentionMetadata`.
         isa: As vLLM names the instructions of its kernels.
     """
@@ -273,6 +284,13 @@ def attention(
 # ---- compiling -----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def identity() -> str:
+    """What tells the compiled kernels from those of another source, compiler or PyTorch."""
+    parts = (_SOURCE.read_text(), *_FLAGS, compiler() or "", torch.__version__, torch.__file__)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
 def load() -> None:
     """Have the operations run in the compiled kernels, in this process; each proof calls it.
 
@@ -288,8 +306,7 @@ def _problem() -> str:
     from vllm import envs
     from vllm.logger import init_logger
 
-    identity = "\0".join((_SOURCE.read_text(), *_FLAGS, compiler() or "", torch.__version__, torch.__file__)).encode()
-    kept = Path(envs.VLLM_CACHE_ROOT).expanduser() / "bailing" / f"avx2-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    kept = Path(envs.VLLM_CACHE_ROOT).expanduser() / "bailing" / f"avx2-{identity()}.so"
     folder = None
     try:
         if not kept.is_file():

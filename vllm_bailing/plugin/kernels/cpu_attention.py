@@ -4,7 +4,8 @@ In vLLM an attention layer is two operations in Python, which take as long as wh
 token. Here Python runs once in each forward pass of a model: it hands the caches and vLLM's metadata of all layers to
 avx2.cpp, whose operation calls vLLM's two kernels. Engines whose layers do more than that keep vLLM's way.
 
-Dimension letters: T tokens, Q and K heads of queries and of keys, D head size, B blocks of the KV cache, S slots of one.
+Dimension letters: T tokens, Q and K heads of queries and of keys, D head size, B blocks of the KV cache, S slots of a
+block.
 """
 
 from __future__ import annotations
@@ -17,21 +18,26 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from vllm import _custom_ops
+from vllm.config import CompilationMode
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
 from vllm_bailing.plugin.kernels import avx2
 from vllm_bailing.plugin.kernels.proof import difference, proof
+from vllm_bailing.plugin.shims import instructions_of_attention
+from vllm_bailing.processor import instructions
 
 logger = init_logger("vllm.plugins.bailing.cpu")
 
+_GRAPH = "cpu_operations"  # a key of additional_config, whose hash is a part of that of a graph
 _TOLERANCE = 0.01  # of the norm of the result, which is rounded to bf16
 _TOKENS, _SLOTS, _EPSILON = 37, 32, 1e-6  # of a request in the proof, and of a block of its cache; of the norms
 
 
 def attends_in_one(attention: Any, vllm_config: Any) -> bool:
     """Whether the operation stands for `norm_and_rotate` and `attn` of `attention`, a BailingMoeV2Attention."""
-    if attention.fused_qk_norm_rope is not avx2.qk_norm_rope:
+    is_stock = vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE  # compiles `running` too
+    if is_stock or attention.fused_qk_norm_rope is not avx2.qk_norm_rope:
         return False
     problem = _obstacle(attention.attn, vllm_config) or _problem(
         attention.num_heads, attention.num_kv_heads, attention.head_dim, torch.get_default_dtype()
@@ -59,13 +65,19 @@ def _obstacle(layer: Any, vllm_config: Any) -> str:
 class Passes:
     """Forward passes of one model, whose attention layers get what vLLM's would look up."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Number those layers of `model` that attend in one operation: a graph knows a layer by its place."""
+    def __init__(self, model: nn.Module, vllm_config: Any) -> None:
+        """Number those layers of `model` that attend in one operation: a graph knows a layer by its place.
+
+        vLLM takes a graph that was compiled before from its cache by the configuration, which gets a word for what the
+        graph may hold here: on another processor, or without a compiler, there are other operations.
+        """
         self._layers: list[Any] = []
         for module in model.modules():
             if getattr(module, "attends_in_one", False):
                 module.place = len(self._layers)  # type: ignore[assignment]
                 self._layers.append(module.attn)
+        if self._layers and isinstance(vllm_config.additional_config, dict):
+            vllm_config.additional_config[_GRAPH] = f"{avx2.identity()} on {', '.join(instructions())}"
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -73,18 +85,16 @@ class Passes:
         if not self._layers:
             yield
             return
-        avx2.begin_attention(len(self._layers))
+        context: Any = get_forward_context()
+        avx2.begin_attention(len(self._layers), attends=context.attn_metadata is not None)
         try:
-            self._hand_over()
+            if context.attn_metadata is not None:  # as it is when memory is measured
+                self._hand_over(context.attn_metadata, context.slot_mapping)
             yield
         finally:
             avx2.begin_attention(0)
 
-    def _hand_over(self) -> None:
-        context = get_forward_context()
-        of_layers: Any = context.attn_metadata
-        if of_layers is None:  # as when memory is measured
-            return
+    def _hand_over(self, of_layers: Any, slots: Any) -> None:
         of_layers = of_layers[0] if isinstance(of_layers, list) else of_layers
         groups: dict[int, list[int]] = {}  # layers that share their metadata, commonly all
         for place, layer in enumerate(self._layers):
@@ -92,8 +102,8 @@ class Passes:
         for places in groups.values():
             first = self._layers[places[0]]
             caches = [self._layers[place].kv_cache for place in places]
-            slots: Any = context.slot_mapping
-            avx2.hand_over(places, caches, slots[first.layer_name], of_layers[first.layer_name], first.isa)
+            name, isa = first.layer_name, instructions_of_attention(first)
+            avx2.hand_over(places, caches, slots.get(name), of_layers[name], isa)
 
 
 # --- proof ---------------------------------------------------------------------------------------------------------
@@ -105,7 +115,7 @@ def _problem(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> str:
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(_TOKENS, heads + 2 * kv_heads, size, generator=generator, dtype=torch.float32).to(dtype)
     cache = torch.zeros(-(-_TOKENS // _SLOTS), kv_heads, _SLOTS, 2 * size, dtype=dtype)
-    parts = (
+    parts = (  # the second pass reads what the first has written
         _attend(qkv[start:stop].flatten(1).clone(), start, cache, heads)
         for start, stop in ((0, _TOKENS - 1), (_TOKENS - 1, _TOKENS))  # a prompt, and a token after it
     )
@@ -148,7 +158,7 @@ def _attend(qkv: torch.Tensor, start: int, cache: torch.Tensor, heads: int) -> t
         scheduler_metadata=schedule,
     )
     unturned = torch.cat((torch.ones(stop, size // 2), torch.zeros(stop, size // 2)), dim=1).to(cache.dtype)
-    avx2.begin_attention(1)
+    avx2.begin_attention(1, attends=True)
     try:
         avx2.hand_over([0], [cache], positions, metadata, isa)
         return avx2.attention(

@@ -33,6 +33,7 @@ class LayerWeights(NamedTuple):
 def may_be_two_operations(layer: Any, vllm_config: Any) -> bool:
     """Whether a BailingMoeV2DecoderLayer may be, if its weights turn out to be `weights_of_layer`."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    returned = getattr(vllm_config, "aux_output_config", model)  # 0.32 has moved the setting there
     return (
         layer.attention.attends_in_one
         and hasattr(layer.mlp, "gate")
@@ -40,22 +41,26 @@ def may_be_two_operations(layer: Any, vllm_config: Any) -> bool:
         and parallel.tensor_parallel_size == parallel.data_parallel_size == 1
         and not (parallel.enable_expert_parallel or parallel.enable_eplb)
         and vllm_config.lora_config is None
-        and not getattr(model, "enable_return_routed_experts", False)
+        and not getattr(returned, "enable_return_routed_experts", False)
     )
 
 
 def weights_of_layer(layer: Any) -> LayerWeights | None:
     """The weights of a layer, after they were loaded; None if one of them is of another kind."""
     attention, mlp = layer.attention, layer.mlp
-    shared = mlp.shared_experts
-    linears = [attention.query_key_value, attention.dense, *([shared.gate_up_proj, shared.down_proj] if shared else [])]
-    found = [_weights_of(linear) for linear in linears]
     routed = experts_of(mlp.experts.routed_experts)
-    is_complete = all(one is not None for one in found) and hasattr(routed, "weights_of_avx2")
-    if not is_complete or mlp.gate.weight.dtype != torch.bfloat16:
+    if mlp.gate.weight.dtype != torch.bfloat16 or not hasattr(routed, "weights_of_avx2"):
         return None
-    qkv, dense, shared13, shared2 = found if shared else [*found, None, None]
-    return LayerWeights(qkv, dense, *routed.weights_of_avx2(mlp.experts.routed_experts), shared13, shared2)
+    qkv, dense, shared13, shared2 = _weights_of(attention.query_key_value), _weights_of(attention.dense), None, None
+    if qkv is None or dense is None:
+        return None
+    if mlp.shared_experts is not None:
+        shared13, shared2 = _weights_of(mlp.shared_experts.gate_up_proj), _weights_of(mlp.shared_experts.down_proj)
+        # A checkpoint may quantize the two in different ways.
+        if shared13 is None or shared2 is None or shared13.kind() != shared2.kind():
+            return None
+    w13, w2 = routed.weights_of_avx2(mlp.experts.routed_experts)
+    return LayerWeights(qkv, dense, w13, w2, shared13, shared2)
 
 
 def _weights_of(linear: nn.Module) -> Weights | None:
@@ -81,7 +86,7 @@ def in_two_operations(
         weights.qkv.rows,
         *attention.arguments(positions),
     )
-    rows = [1 if one is None else one.rows for one in weights[1:]]
+    rows = [1 if one is None else one.rows for one in weights[1:]]  # of all but the first
     return ops.avx2_moe_half(
         heads,
         residual,
