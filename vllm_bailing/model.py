@@ -542,7 +542,7 @@ class BailingMoeV2ForCausalLM(
         self.lora_skip_prefixes = skipped  # pyright: ignore[reportAttributeAccessIssue]
         self.weight_loading = WeightLoading(self, vllm_config, self._audit_of, self._load)
         use_cpu_kernels(self, self.lm_head, vllm_config)
-        self.passes = Passes(self.model, vllm_config)
+        self.passes = Passes(self.model)
         heed_expert_map(self, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

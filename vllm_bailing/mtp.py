@@ -238,7 +238,7 @@ class BailingMoeV2MTPModel(nn.Module, SupportsPP, BailingMoeV2MixtureOfExperts):
         self.allow_patterns_overrides = [files] if files and takes_a_part_of_the_files() else None
         self.weight_loading = WeightLoading(self, vllm_config, lambda: audit, self._load)
         use_cpu_kernels(self, self.draft_head.head if self.draft_head else self.lm_head, vllm_config)
-        self.passes = Passes(self.model, vllm_config)
+        self.passes = Passes(self.model)
         heed_expert_map(self, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

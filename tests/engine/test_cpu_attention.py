@@ -171,3 +171,21 @@ def _mixed():
     w13, w2 = _stack(torch.int8, 0, 2, 64, 64), _stack(torch.float8_e4m3fn, 128, 2, 64, 32)
     x = torch.zeros(1, 64).bfloat16()
     avx2.experts(x.clone(), x, w13, w2, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32))
+
+
+def _hash_of_graphs(model, patched):
+    import vllm_bailing
+
+    vllm_bailing.register()
+    from vllm_bailing.plugin.kernels import cpu
+
+    if patched:
+        cpu.instructions = lambda: ["SSE"]
+    llm = make_llm(model, dtype="bfloat16", enforce_eager=False)
+    return llm.llm_engine.vllm_config.compute_hash()
+
+
+def test_graphs_of_another_processor_are_not_used(tmp_path):
+    model = make_checkpoint(tmp_path, **SIZES)
+    here, again, elsewhere = (run(_hash_of_graphs, model, patched) for patched in (False, False, True))
+    assert here == again != elsewhere

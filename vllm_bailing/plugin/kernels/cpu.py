@@ -29,10 +29,12 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from vllm_bailing.errors import SettingsError
+from vllm_bailing.plugin.kernels import avx2
 from vllm_bailing.plugin.kernels.cpu_widened import has_zentorch, widen, widens
 from vllm_bailing.plugin.kernels.proof import TOKENS, difference, experts_problem, proof, random, sample
 from vllm_bailing.plugin.options import CPU_KERNELS, wants_cpu_kernels
 from vllm_bailing.plugin.shims import portable_cpu_experts
+from vllm_bailing.processor import instructions
 
 logger = init_logger("vllm.plugins.bailing.cpu")
 
@@ -40,6 +42,7 @@ ops: Any = _custom_ops  # of older vLLM some of `_NEEDED` are missing
 _NEEDED = ("weight_packed_linear_cpu", "fused_experts_cpu", "CPUQuantMethod")  # of vllm._custom_ops; new in 0.32
 _BLOCKS = (16, 32)  # the kernels take weights [N, K] with N and K divisible by these
 _BLOCK_TOKENS, _FEW_TOKENS = 32, 4  # tokens of a block; up to 4 tokens a kernel without oneDNN runs
+_OPERATIONS = "cpu_operations"  # a key of additional_config
 _TOLERANCE = 0.01  # of the norm of the result; bf16 rounding alone stays below 0.004
 
 
@@ -55,6 +58,7 @@ def use_cpu_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> None
         raise SettingsError(f"{CPU_KERNELS}=true in --additional-config: {obstacle}; leave it out")
     if not current_platform.is_cpu() or is_asked_for is False:
         return
+    _tell_graphs_apart(vllm_config)
     eager = not vllm_config.compilation_config.mode
     widened = bool(obstacle) and widens(vllm_config.model_config.dtype)
     for module in model.modules():
@@ -70,6 +74,16 @@ def use_cpu_kernels(model: nn.Module, head: nn.Module, vllm_config: Any) -> None
         logger.debug("vLLM's choice of CPU kernels for matrices stays: %s", obstacle)
     else:
         logger.info_once("Matrix products run on AVX-512 bf16 kernels of vLLM that it keeps for CPUs with AMX.")
+
+
+def _tell_graphs_apart(vllm_config: Any) -> None:
+    """Have vLLM compile anew on another processor, or with other kernels of this package.
+
+    It takes graphs that were compiled before from its cache, by a hash of the configuration, which says nothing of the
+    operations that are in them.
+    """
+    if isinstance(vllm_config.additional_config, dict):
+        vllm_config.additional_config[_OPERATIONS] = f"{avx2.identity()}, {', '.join(instructions())}"
 
 
 def _is_gate_in_bf16(module: nn.Module) -> bool:

@@ -25,11 +25,9 @@ from vllm.logger import init_logger
 from vllm_bailing.plugin.kernels import avx2
 from vllm_bailing.plugin.kernels.proof import difference, proof
 from vllm_bailing.plugin.shims import instructions_of_attention
-from vllm_bailing.processor import instructions
 
 logger = init_logger("vllm.plugins.bailing.cpu")
 
-_GRAPH = "cpu_operations"  # a key of additional_config, whose hash is a part of that of a graph
 _TOLERANCE = 0.01  # of the norm of the result, which is rounded to bf16
 _TOKENS, _SLOTS, _EPSILON = 37, 32, 1e-6  # of a request in the proof, and of a block of its cache; of the norms
 
@@ -65,19 +63,13 @@ def _obstacle(layer: Any, vllm_config: Any) -> str:
 class Passes:
     """Forward passes of one model, whose attention layers get what vLLM's would look up."""
 
-    def __init__(self, model: nn.Module, vllm_config: Any) -> None:
-        """Number those layers of `model` that attend in one operation: a graph knows a layer by its place.
-
-        vLLM takes a graph that was compiled before from its cache by the configuration, which gets a word for what the
-        graph may hold here: on another processor, or without a compiler, there are other operations.
-        """
+    def __init__(self, model: nn.Module) -> None:
+        """Number those layers of `model` that attend in one operation: a graph knows a layer by its place."""
         self._layers: list[Any] = []
         for module in model.modules():
             if getattr(module, "attends_in_one", False):
                 module.place = len(self._layers)  # type: ignore[assignment]
                 self._layers.append(module.attn)
-        if self._layers and isinstance(vllm_config.additional_config, dict):
-            vllm_config.additional_config[_GRAPH] = f"{avx2.identity()} on {', '.join(instructions())}"
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -88,7 +80,7 @@ class Passes:
         context: Any = get_forward_context()
         avx2.begin_attention(len(self._layers), attends=context.attn_metadata is not None)
         try:
-            if context.attn_metadata is not None:  # as it is when memory is measured
+            if context.attn_metadata is not None:  # there is none while memory is measured
                 self._hand_over(context.attn_metadata, context.slot_mapping)
             yield
         finally:
