@@ -152,6 +152,17 @@ def experts_of(routed_experts: Any) -> Any:
     return getattr(getattr(routed_experts.quant_method, "moe_kernel", None), "fused_experts", None)
 
 
+def returns_routed_experts(vllm_config: Any) -> bool:
+    """Whether answers tell which experts were picked, which vLLM's router notes.
+
+    Differs:  the setting was one of the model's.
+    Upstream: `VllmConfig.aux_output_config`, in 0.32.
+    Remove:   when the oldest supported version has it.
+    """
+    settings = getattr(vllm_config, "aux_output_config", vllm_config.model_config)
+    return bool(getattr(settings, "enable_return_routed_experts", False))
+
+
 def knows_scales_of_modules() -> bool:
     """Whether this vLLM scales each module of an adapter by its own rank and alpha.
 

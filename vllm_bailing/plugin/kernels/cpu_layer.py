@@ -16,7 +16,7 @@ from torch import nn
 
 from vllm_bailing.plugin.kernels.avx2 import Weights
 from vllm_bailing.plugin.kernels.cpu_router import routing_function, rule_of
-from vllm_bailing.plugin.shims import experts_of
+from vllm_bailing.plugin.shims import experts_of, returns_routed_experts
 
 
 class LayerWeights(NamedTuple):
@@ -31,17 +31,15 @@ class LayerWeights(NamedTuple):
 
 
 def may_be_two_operations(layer: Any, vllm_config: Any) -> bool:
-    """Whether a BailingMoeV2DecoderLayer may be, if its weights turn out to be `weights_of_layer`."""
+    """Whether a BailingMoeV2DecoderLayer with experts may be, if its weights turn out to be `weights_of_layer`."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    returned = getattr(vllm_config, "aux_output_config", model)  # 0.32 has moved the setting there
     return (
         layer.attention.attends_in_one
-        and hasattr(layer.mlp, "gate")
         and routing_function(vllm_config, model.hf_config, layer.mlp.gate.expert_bias) is not None
         and parallel.tensor_parallel_size == parallel.data_parallel_size == 1
         and not (parallel.enable_expert_parallel or parallel.enable_eplb)
         and vllm_config.lora_config is None
-        and not getattr(returned, "enable_return_routed_experts", False)
+        and not returns_routed_experts(vllm_config)
     )
 
 
